@@ -1,0 +1,73 @@
+"""What daemon and workers say to each other: one job in, one result out, both frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """How the work on one file ended; bounded, so it can be a metric label."""
+
+    UPLOADED = "uploaded"
+    ALREADY_STORED = "already_stored"
+    """S3 had these very bytes under the key: an earlier attempt whose answer was lost."""
+    VANISHED = "vanished"
+    """The file was gone before it was opened: somebody else has dealt with it."""
+    BUSY = "busy"
+    """A writer still has it open; its close will be seen by the watch."""
+    REFUSED = "refused"
+    """Not ours to touch: a symlink, hard link, FIFO, ...; left where it is."""
+    QUARANTINED = "quarantined"
+    """S3 refuses it for good; moved to quarantine/."""
+    RETRY = "retry"
+    """Failed for a reason that can pass; the file is still on disk."""
+
+
+class RetryReason(StrEnum):
+    """Why an upload is to be tried again; bounded, so it can be a metric label."""
+
+    NETWORK = "network"
+    THROTTLED = "throttled"
+    SERVER = "server"
+    CREDENTIALS = "credentials"
+    FORBIDDEN = "forbidden"
+    NO_SUCH_BUCKET = "no_such_bucket"
+    CHECKSUM = "checksum"
+    LOCAL_IO = "local_io"
+    WORKER_DIED = "worker_died"
+    INTERNAL = "internal"
+
+    @property
+    def needs_operator(self) -> bool:
+        """True for what no retry mends until somebody changes a policy: retried slowly."""
+        return self in {RetryReason.FORBIDDEN, RetryReason.NO_SUCH_BUCKET}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One file of the watch directory, by name (undecodable bytes as surrogate escapes)."""
+
+    directory: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class UploadResult:
+    """What became of one job."""
+
+    name: str
+    outcome: Outcome
+    key: str | None = None
+    read_bytes: int = 0
+    """Bytes read from the local file."""
+    stored_bytes: int = 0
+    """Size of the object in S3."""
+    seconds: float = 0.0
+    signal: int | None = None
+    truncated: str | None = None
+    """Reason as in docs/contracts.md, None for a whole dump."""
+    sensitive: bool = False
+    retry_reason: RetryReason | None = None
+    detail: str = ""
+    """One line for the log, without control characters."""
