@@ -1,0 +1,62 @@
+# make help lists the targets. Everything is installed into .venv; nothing outside but apt packages, as root.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
+DEMO_READY := $(VENV)/.demo-$(shell cksum < pyproject.toml | cut -d' ' -f1)
+
+.PHONY: help demo test check format torture bench docs wheel clean packages
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(DEMO_READY) ## a real crash, from the kernel to an S3 server on this machine, and back
+	@$(BIN)/python tests/support/demo.py
+
+test: $(READY) packages ## every test tier; kernel tests need root
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+check: $(READY) ## lint, types, oldest Python of the helper
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/vermin -q --no-tips --violations -t=3.7- helper/core_dump_helper.py
+
+format: $(READY) ## format and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(READY) ## write the tables that come from code
+	$(BIN)/python tests/support/tables.py --write
+
+bench: $(READY) ## benchmarks beside the peers, under 15 minutes
+	$(BIN)/python -m bench
+
+ROUNDS ?= 1000
+torture: $(READY) packages ## ROUNDS=n SEED=s: crash, kill and fail at random, then count
+	$(BIN)/python -m tests.torture --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
+
+wheel: $(READY) ## build the wheel into dist/
+	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+packages:
+	@sh tests/support/packages.sh
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "core-dump-handler needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check 'pip>=25.1'
+
+$(DEMO_READY): $(VENV)/bin/pip
+	$(BIN)/pip install -q --disable-pip-version-check --group demo -e '.[cli]'
+	@touch $@
+
+$(READY): $(VENV)/bin/pip
+	$(BIN)/pip install -q --disable-pip-version-check --group dev -e '.[cli]'
+	@touch $@ $(DEMO_READY)
+
+clean: ## remove what was built
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+-include tests/deploy/targets.mk

@@ -1,0 +1,103 @@
+"""Turns the command line into a call and an exit code: 0 done, 1 a check failed, 2 bad configuration."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from core_dump_collector import __version__
+from core_dump_collector.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+OK = 0
+FAILED = 1
+BAD_CONFIG = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `core-dump-collector`; return its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        match options.command:
+            case "run":
+                return _run(options)
+            case "check":
+                return _check(options)
+            case _:
+                return _settings()
+    except ConfigError as error:
+        sys.stderr.write(f"core-dump-collector: {error}\n")
+        return BAD_CONFIG
+
+
+def _parser() -> argparse.ArgumentParser:
+    from core_dump_collector.config import Settings  # noqa: PLC0415  workers import this module too
+
+    parser = argparse.ArgumentParser(
+        prog="core-dump-collector",
+        description="Upload the core dumps of this node to S3, and delete each only when S3 has it.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("run", "collect dumps until SIGTERM"),
+        ("check", "verify this node and the bucket, and say what to do about each failure"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}. Each flag is also an environment variable "
+            "(BUCKET_NAME for --bucket-name); AWS_* variables are read as boto3 does.",
+            allow_abbrev=False,
+        )
+        command.add_argument("watch_dir", metavar="WATCH_DIR", help="directory the dumps arrive in")
+        for field, info in Settings.model_fields.items():
+            explained = (info.description or "").replace("`", "").replace("%", "%%")
+            command.add_argument("--" + field.replace("_", "-"), metavar="VALUE", help=explained)
+    commands.add_parser("settings", help="print every setting as a Markdown table")
+    return parser
+
+
+def _flags(options: argparse.Namespace) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in vars(options).items()
+        if value is not None and name not in {"command", "watch_dir"}
+    }
+
+
+def _run(options: argparse.Namespace) -> int:
+    from core_dump_collector import config, logs  # noqa: PLC0415  likewise
+    from core_dump_collector.daemon import Daemon  # noqa: PLC0415
+
+    settings = config.load(_flags(options))
+    logs.configure(settings)
+    Daemon(options.watch_dir, settings).run()
+    return OK
+
+
+def _check(options: argparse.Namespace) -> int:
+    from core_dump_collector import check, config  # noqa: PLC0415  likewise
+
+    settings = config.load(_flags(options))
+    good = True
+    for finding in check.check(options.watch_dir, settings):
+        good &= finding.level is not check.Level.FAIL
+        sys.stdout.write(f"{finding.level.value:4}  {finding.text}\n")
+        sys.stdout.flush()
+    return OK if good else FAILED
+
+
+def _settings() -> int:
+    from core_dump_collector import config  # noqa: PLC0415  likewise
+
+    sys.stdout.write(config.render_markdown())
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

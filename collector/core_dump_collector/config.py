@@ -1,0 +1,229 @@
+"""Owns every setting: its name, default, unit and text. Nothing else reads the environment.
+
+A setting has one name, used as the environment variable (`BUCKET_NAME`) and as the flag
+(`--bucket-name`); the flag wins. `AWS_*` variables are boto3's own and are not repeated here.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import socket
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from core_dump_collector.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic.fields import FieldInfo
+
+MEBIBYTE = 1024 * 1024
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_PREFIX = re.compile(r"[A-Za-z0-9!_.*'()/=+-]{0,512}")
+_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
+_TAG = re.compile(r"[\w .:/=+@-]{1,128}")
+MOST_TAGS = 10
+
+
+class Settings(BaseSettings):
+    """Every setting of the collector, checked before anything is touched."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True)
+
+    bucket_name: str = Field(
+        description="Bucket for the dumps: a bare name, or `s3://bucket/prefix`. Required."
+    )
+    key_template: str = Field(
+        "{node}/{name}",
+        description="Key of a dump below the prefix. Fields: node, name, namespace, pod, container, "
+        "comm, pid, signal, timestamp, date, hour.",
+    )
+    node_name: str = Field(
+        default_factory=socket.gethostname,
+        validate_default=True,
+        description="This node's name in keys, metadata and logs. Default: the host name.",
+    )
+    workers: int = Field(4, ge=1, le=64, description="Processes that upload at the same time, 1 to 64.")
+    file_patterns: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("core*",),
+        description="Names to collect, comma-separated shell patterns, e.g. `core*,*.hprof`.",
+    )
+    compress_raw: bool = Field(
+        default=True,
+        description="Compress raw cores (no `.gz`) while they are uploaded; false uploads them as they are.",
+    )
+    upload_sensitive: bool = Field(
+        default=True,
+        description="Upload dumps flagged sensitive (set-uid programs, say); false leaves them on disk.",
+    )
+    sidecar: bool = Field(default=True, description="Put `KEY.json`, the metadata, beside each dump.")
+    checksum: Literal["when_supported", "when_required"] = Field(
+        "when_supported",
+        description="`when_required` for S3-compatible stores without checksum trailers (Ceph, Swift).",
+    )
+    addressing_style: Literal["auto", "path", "virtual"] = Field(
+        "auto", description="`path` for S3-compatible stores that do not serve bucket host names."
+    )
+    storage_class: str | None = Field(
+        None, pattern=r"^[A-Z_]{1,32}$", description="S3 storage class, e.g. `STANDARD_IA`."
+    )
+    kms_key_id: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9:/_-]{1,2048}$", description="KMS key (ID, ARN or alias) for SSE-KMS."
+    )
+    expected_bucket_owner: str | None = Field(
+        None, pattern=r"^\d{12}$", description="12-digit account that must own the bucket."
+    )
+    object_tags: Annotated[dict[str, str], NoDecode] = Field(
+        default_factory=dict, description="Tags of each object, `key=value,key=value`, at most 10."
+    )
+    part_bytes: int = Field(
+        16 * MEBIBYTE,
+        ge=5 * MEBIBYTE,
+        le=1024 * MEBIBYTE,
+        description="Size of the first 1,000 parts of a multipart upload; doubles every 1,000 parts.",
+    )
+    connect_timeout_seconds: float = Field(10, gt=0, le=300, description="To connect to S3.")
+    read_timeout_seconds: float = Field(60, gt=0, le=3600, description="For S3 to answer.")
+    retry_seconds: float = Field(
+        300, ge=1, le=86400, description="Longest pause between two attempts at one dump."
+    )
+    scan_seconds: float = Field(
+        300, ge=1, le=86400, description="Pause between two scans of the directory, beside inotify."
+    )
+    shutdown_seconds: float = Field(
+        60, ge=0, le=86400, description="Time for uploads under way after SIGTERM; the rest waits on disk."
+    )
+    metrics_address: str = Field(
+        "0.0.0.0",  # noqa: S104  Prometheus scrapes from another host
+        description="Address that serves /metrics, /livez and /readyz.",
+    )
+    metrics_port: int = Field(9412, ge=0, le=65535, description="Its port; 0 takes any free one.")
+    startup_file: str | None = Field(
+        None,
+        description="Written when ready, touched every 5 s (heartbeat), says `dead` at the end.",
+    )
+    pod_logs_directory: str | None = Field(
+        None, description="The kubelet's `/var/log/pods`, read-only: gives a dump its pod's name."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="`auto`: text on a terminal, else JSON."
+    )
+
+    @property
+    def bucket(self) -> str:
+        """Return the bare bucket name."""
+        return self.bucket_name.removeprefix("s3://").partition("/")[0]
+
+    @property
+    def prefix(self) -> str:
+        """Return the key prefix, empty or ending in a slash."""
+        prefix = self.bucket_name.removeprefix("s3://").partition("/")[2].strip("/")
+        return prefix + "/" if prefix else ""
+
+    @field_validator("bucket_name")
+    @classmethod
+    def _check_bucket(cls, value: str) -> str:
+        bucket, _, prefix = value.removeprefix("s3://").partition("/")
+        if not _BUCKET.fullmatch(bucket):
+            raise ValueError("takes a bucket's name (3 to 63 of a-z 0-9 . -) or s3://bucket/prefix")
+        if not _PREFIX.fullmatch(prefix) or ".." in prefix or "//" in prefix:
+            raise ValueError("takes a prefix of A-Z a-z 0-9 and !_.*'()/=+- without '..' or '//'")
+        return value
+
+    @field_validator("key_template")
+    @classmethod
+    def _check_template(cls, value: str) -> str:
+        from core_dump_collector import corefile  # noqa: PLC0415  keeps config importable alone
+
+        corefile.check_template(value)
+        return value
+
+    @field_validator("node_name")
+    @classmethod
+    def _check_node(cls, value: str) -> str:
+        if not _NODE.fullmatch(value):
+            raise ValueError("takes a host name: letters, digits, dot, dash, underscore, at most 253")
+        return value
+
+    @field_validator("file_patterns", mode="before")
+    @classmethod
+    def _split_patterns(cls, value: str | tuple[str, ...]) -> tuple[str, ...]:
+        patterns = tuple(p.strip() for p in value.split(",")) if isinstance(value, str) else value
+        for pattern in patterns:
+            if not pattern or "/" in pattern or "\0" in pattern or pattern.startswith("."):
+                raise ValueError("takes comma-separated file name patterns without '/', e.g. core*,*.hprof")
+            re.compile(fnmatch.translate(pattern))
+        return patterns
+
+    @field_validator("object_tags", mode="before")
+    @classmethod
+    def _split_tags(cls, value: str | dict[str, str]) -> dict[str, str]:
+        if isinstance(value, dict):
+            return value
+        tags = dict(pair.split("=", 1) for pair in value.split(",") if "=" in pair)
+        whole = len(tags) == value.count(",") + 1 <= MOST_TAGS
+        if not whole or not all(_TAG.fullmatch(k) and _TAG.fullmatch(v) for k, v in tags.items()):
+            raise ValueError("takes key=value,key=value: at most 10, each key once, 1 to 128 characters")
+        return tags
+
+
+def load(flags: Mapping[str, str]) -> Settings:
+    """Read the settings from flags, then the environment.
+
+    Args:
+        flags: field name to text, only those given on the command line.
+
+    Raises:
+        ConfigError: one line that names the setting and says what it takes.
+    """
+    try:
+        return Settings(**dict(flags))  # type: ignore[arg-type]  # pydantic parses the texts
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        raise ConfigError(_explain(name, first)) from None
+
+
+def _explain(name: str, error: Any) -> str:  # noqa: ANN401  pydantic's ErrorDetails
+    setting = name.upper()
+    field: FieldInfo | None = Settings.model_fields.get(name)
+    if field is None:
+        return f"{setting}: there is no such setting; core-dump-collector run --help lists them"
+    if error["type"] == "missing":
+        return f"{setting} is not set: set it to a bucket's name or s3://bucket/prefix"
+    reason = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "string_pattern_mismatch":
+        reason = f"does not look like one. {field.description}"
+    return f"{setting}={str(error['input'])[:80]!r}: {reason[:1].lower()}{reason[1:]}"
+
+
+def describe(settings: Settings) -> dict[str, object]:
+    """Return what the start-up log shows: every setting, and AWS_* variables with secrets masked."""
+    shown: dict[str, object] = {k: v for k, v in settings.model_dump().items() if v is not None}
+    for name in sorted(os.environ):
+        if name.startswith("AWS_"):
+            secret = any(word in name for word in ("SECRET", "TOKEN", "KEY", "CREDENTIALS"))
+            shown[name] = "***" if secret and not name.endswith("_FILE") else os.environ[name]
+    return shown
+
+
+def render_markdown() -> str:
+    """Return the table of docs/configuration.md."""
+    rows = ["| setting | default | what |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        rows.append(f"| `{name.upper()}` | {_default(field)} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required() or field.default_factory is not None or field.default is None:
+        return ""
+    default = field.default
+    text = ",".join(default) if isinstance(default, tuple) else str(default)
+    return f"`{text.lower() if isinstance(default, bool) else text}`"

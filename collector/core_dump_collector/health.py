@@ -1,0 +1,190 @@
+"""Owns what others are told of the daemon's health: the start-up file, /livez, /readyz and /metrics.
+
+The server holds many idle or slow connections without refusing a scrape: each has a deadline, and when
+too many are open the oldest is cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections import OrderedDict
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
+
+from prometheus_client.exposition import choose_encoder
+
+from core_dump_collector.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+    from core_dump_collector.config import Settings
+
+HEARTBEAT_SECONDS = 5.0
+STALLED_SECONDS = 60.0
+"""Without a heartbeat for this long /livez fails."""
+_REQUEST_SECONDS = 5
+_MOST_CONNECTIONS = 256
+
+
+class Health:
+    """The daemon's state as others see it; written by its loop, read by the server's threads."""
+
+    def __init__(self, startup_file: str | None) -> None:
+        """Remove a start-up file that an earlier run left.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        self._startup_file = startup_file
+        self._beat = time.monotonic()
+        self._ready = False
+        if startup_file is not None:
+            self._write("starting")
+
+    def beat(self) -> None:
+        """Note that the loop turns; touches the start-up file."""
+        self._beat = time.monotonic()
+        if self._startup_file is not None:
+            with contextlib.suppress(OSError):
+                os.utime(self._startup_file)
+
+    def set_ready(self, *, ready: bool) -> None:
+        """Say whether dumps are being collected."""
+        self._ready = ready
+        if ready:
+            self._write("ready")
+
+    def end(self) -> None:
+        """Write the word `dead`."""
+        self._ready = False
+        with contextlib.suppress(ConfigError):
+            self._write("dead")
+
+    @property
+    def is_live(self) -> bool:
+        """Tell whether the loop turns."""
+        return time.monotonic() - self._beat < STALLED_SECONDS
+
+    @property
+    def is_ready(self) -> bool:
+        """Tell whether dumps are being collected."""
+        return self._ready and self.is_live
+
+    def _write(self, word: str) -> None:
+        if self._startup_file is None:
+            return
+        try:
+            fd = os.open(
+                self._startup_file,
+                os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK,
+                0o644,
+            )
+            with os.fdopen(fd, "w") as file:
+                file.write(word + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"STARTUP_FILE={self._startup_file}: {error.strerror}; takes a path in a writable directory"
+            ) from None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+    timeout = _REQUEST_SECONDS
+    server_version = "core-dump-collector"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        """Answer the three paths."""
+        match self.path.partition("?")[0]:
+            case "/metrics":
+                encode, content_type = choose_encoder(self.headers.get("Accept", ""))
+                self._answer(HTTPStatus.OK, encode(self.server.registry), content_type)
+            case "/livez":
+                self._answer_health(good=self.server.health.is_live)
+            case "/readyz":
+                self._answer_health(good=self.server.health.is_ready)
+            case _:
+                self._answer(HTTPStatus.NOT_FOUND, b"/metrics /livez /readyz\n", "text/plain")
+
+    def _answer_health(self, *, good: bool) -> None:
+        if good:
+            self._answer(HTTPStatus.OK, b"ok\n", "text/plain")
+        else:
+            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, b"not ok\n", "text/plain")
+
+    def _answer(self, status: HTTPStatus, body: bytes, content_type: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base class's name
+        """Say nothing: what a stranger sends does not belong in our log."""
+
+
+class Server(ThreadingHTTPServer):
+    """Serves /metrics, /livez and /readyz until it is stopped."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024
+
+    def __init__(self, settings: Settings, health: Health, registry: CollectorRegistry) -> None:
+        """Bind and serve in a thread.
+
+        Raises:
+            ConfigError: the address cannot be bound.
+        """
+        self.health = health
+        self.registry = registry
+        self._open: OrderedDict[socket.socket, float] = OrderedDict()
+        self._lock = threading.Lock()
+        address = settings.metrics_address
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            super().__init__((address, settings.metrics_port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"METRICS_PORT={settings.metrics_port} on METRICS_ADDRESS={address}: {error}; "
+                "takes a free port (0 takes any) and an address of this host"
+            ) from None
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.5,), daemon=True, name="http")
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """Return the port that is bound."""
+        return int(self.server_address[1])
+
+    def process_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
+        """Serve in a thread; cut the oldest connection when too many are open."""
+        request.settimeout(_REQUEST_SECONDS)
+        with self._lock:
+            self._open[request] = time.monotonic()
+            while len(self._open) > _MOST_CONNECTIONS:
+                oldest, _ = self._open.popitem(last=False)
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
+        """Forget a connection and close it."""
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: a broken request is its sender's business."""
+
+    def stop(self) -> None:
+        """Stop serving and free the port."""
+        self.shutdown()
+        self._thread.join()
+        self.server_close()

@@ -1,0 +1,129 @@
+"""Owns every metric. Only the daemon's own process touches them; labels are bounded."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal as signals
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from core_dump_collector import __version__
+from core_dump_collector.jobs import Outcome, RetryReason, UploadResult
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from prometheus_client.metrics import MetricWrapperBase
+
+_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
+_BYTES = tuple(float(4**n * 1024) for n in range(13))
+"""1 KiB to 16 GiB."""
+_SIGNALS = {int(s): s.name for s in signals.Signals}
+DROP_REASONS = ("rate_limit", "keep_free", "max_total_bytes", "inodes", "no_slot", "directory", "rlimit")
+_STORED = frozenset({Outcome.UPLOADED, Outcome.ALREADY_STORED})
+
+
+class Metrics:
+    """Every metric of one daemon, in a registry of its own."""
+
+    def __init__(self) -> None:
+        """Create all of them, each with its label values, so that rates are right from the first event."""
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.uploads = Counter(
+            "core_dump_uploads", "Files dealt with, by how it ended.", ["result"], registry=r
+        )
+        self.upload_bytes = Counter("core_dump_upload_bytes", "Bytes stored in S3.", registry=r)
+        self.upload_seconds = Histogram(
+            "core_dump_upload_duration_seconds",
+            "From opening a dump to its unlinking.",
+            registry=r,
+            buckets=_SECONDS,
+        )
+        self.dump_bytes = Histogram(
+            "core_dump_dump_size_bytes", "Size of a dump on disk.", registry=r, buckets=_BYTES
+        )
+        self.dumps = Counter("core_dump_dumps", "Dumps stored, by signal.", ["signal"], registry=r)
+        self.truncated = Counter("core_dump_dumps_truncated", "Dumps stored that are not whole.", registry=r)
+        self.sensitive = Counter("core_dump_dumps_sensitive", "Dumps stored that are sensitive.", registry=r)
+        self.salvaged = Counter(
+            "core_dump_partials_salvaged", "Abandoned partial dumps taken over.", registry=r
+        )
+        self.dropped = Counter(
+            "core_dump_dumps_dropped", "Dumps the helper refused, by reason.", ["reason"], registry=r
+        )
+        self.retries = Counter("core_dump_retries", "Failed attempts, by reason.", ["reason"], registry=r)
+        self.overflows = Counter(
+            "core_dump_inotify_overflows", "Times the kernel dropped events; a scan followed.", registry=r
+        )
+        self.rebuilds = Counter(
+            "core_dump_pool_rebuilds", "Times a worker died and the pool was restarted.", registry=r
+        )
+        self.watch_losses = Counter(
+            "core_dump_watch_losses", "Times the directory was deleted, moved or remounted.", registry=r
+        )
+        self._add_gauges(r)
+        _preset(self.uploads, Outcome)
+        _preset(self.retries, RetryReason)
+        _preset(self.dropped, DROP_REASONS)
+
+    def _add_gauges(self, r: CollectorRegistry) -> None:
+        self.backlog_files = Gauge("core_dump_backlog_files", "Dumps that wait on disk.", registry=r)
+        self.backlog_bytes = Gauge("core_dump_backlog_bytes", "Their size on disk.", registry=r)
+        self.backlog_oldest = Gauge(
+            "core_dump_backlog_oldest_seconds", "Age of the oldest dump that waits.", registry=r
+        )
+        self.inflight = Gauge("core_dump_inflight_uploads", "Dumps being uploaded.", registry=r)
+        self.free_bytes = Gauge(
+            "core_dump_watch_directory_free_bytes", "Free space of its file system.", registry=r
+        )
+        self.watched = Gauge(
+            "core_dump_watch_directory_watched", "1 while the directory is there and watched.", registry=r
+        )
+        self.insecure = Gauge(
+            "core_dump_watch_directory_insecure", "1 when others than root may write to it.", registry=r
+        )
+        self.quarantined = Gauge("core_dump_quarantined_files", "Dumps that S3 refused for good.", registry=r)
+        self.pattern_ours = Gauge(
+            "core_dump_core_pattern_ours", "1 when the node's core_pattern leads to us.", registry=r
+        )
+        Gauge("core_dump_build_info", "Always 1.", ["version", "python"], registry=r).labels(
+            __version__, platform.python_version()
+        ).set(1)
+
+    def observe(self, result: UploadResult) -> None:
+        """Count one result."""
+        self.uploads.labels(result.outcome).inc()
+        if result.retry_reason is not None:
+            self.retries.labels(result.retry_reason).inc()
+        if result.outcome not in _STORED:
+            return
+        self.upload_bytes.inc(result.stored_bytes if result.outcome is Outcome.UPLOADED else 0)
+        self.upload_seconds.observe(result.seconds)
+        self.dump_bytes.observe(result.read_bytes)
+        self.dumps.labels(_SIGNALS.get(result.signal or 0, "other")).inc()
+        self.truncated.inc(1 if result.truncated else 0)
+        self.sensitive.inc(1 if result.sensitive else 0)
+
+    def observe_disk(self, directory: str) -> None:
+        """Read the free space of the watch directory's file system."""
+        status = os.statvfs(directory)
+        self.free_bytes.set(status.f_bavail * status.f_frsize)
+
+
+def _preset(metric: MetricWrapperBase, values: Iterable[str]) -> None:
+    for value in values:
+        metric.labels(value)
+
+
+def render_markdown() -> str:
+    """Return the table of docs/metrics.md."""
+    rows = ["| metric | type | labels | what |", "|---|---|---|---|"]
+    for value in vars(Metrics()).values():
+        if isinstance(value, (Counter, Gauge, Histogram)):
+            name = value._name + ("_total" if value._type == "counter" else "")  # noqa: SLF001
+            labels = ", ".join(value._labelnames)  # noqa: SLF001
+            rows.append(f"| `{name}` | {value._type} | {labels} | {value._documentation} |")  # noqa: SLF001
+    return "\n".join(rows) + "\n"

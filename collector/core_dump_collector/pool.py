@@ -1,0 +1,143 @@
+"""Owns the worker processes: start, submit, rebuild when one dies, drain, kill.
+
+`ProcessPoolExecutor` and not `multiprocessing.Pool`: the latter's join hangs for ever when a worker was
+SIGKILLed. Workers come from a fork server that has imported boto3 once, so they share its memory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING
+
+from core_dump_collector.jobs import Job, Outcome, RetryReason, UploadResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from core_dump_collector.config import Settings
+
+_PRELOAD = ["__main__", "core_dump_collector.config", "core_dump_collector.upload"]
+_KILL_SECONDS = 5.0
+
+
+def _begin_worker() -> None:
+    """Leave stopping to the daemon, and end with it: an orphan must not go on uploading."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _process(job: Job, settings: Settings) -> UploadResult:
+    from core_dump_collector import upload  # noqa: PLC0415  boto3 stays out of the daemon's memory
+
+    return upload.process(job, settings)
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
+class Pool:
+    """A pool that survives the death of its workers.
+
+    Args:
+        settings: handed to every job.
+        wake: called from another thread whenever a result can be collected.
+    """
+
+    def __init__(self, settings: Settings, wake: Callable[[], None]) -> None:
+        """Prepare; processes start with the first jobs."""
+        self._settings = settings
+        self._wake = wake
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOAD)
+        self._done: queue.SimpleQueue[tuple[Job, Future[UploadResult]]] = queue.SimpleQueue()
+        self._in_flight = 0
+        self._executor = self._start()
+        self.rebuilds = 0
+        """How often a worker died and the pool was started anew."""
+
+    def _start(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self._settings.workers, mp_context=self._context, initializer=_begin_worker
+        )
+
+    @property
+    def has_room(self) -> bool:
+        """Tell whether another job should be submitted: two for each worker keep it busy."""
+        return self._in_flight < 2 * self._settings.workers
+
+    @property
+    def in_flight(self) -> int:
+        """Jobs whose result was not collected yet."""
+        return self._in_flight
+
+    def submit(self, job: Job) -> None:
+        """Hand a job to the next free worker."""
+        try:
+            future = self._executor.submit(_process, job, self._settings)
+        except BrokenProcessPool:
+            self._rebuild()
+            future = self._executor.submit(_process, job, self._settings)
+        self._in_flight += 1
+        future.add_done_callback(lambda done: self._land(job, done))
+
+    def _land(self, job: Job, future: Future[UploadResult]) -> None:
+        self._done.put((job, future))
+        self._wake()
+
+    def collect(self) -> list[UploadResult]:
+        """Return the results that are in, without waiting; a dead worker's jobs come back as retries."""
+        results = []
+        broken = False
+        while True:
+            try:
+                job, future = self._done.get_nowait()
+            except queue.Empty:
+                break
+            self._in_flight -= 1
+            try:
+                results.append(future.result())
+            except BrokenProcessPool:
+                broken = True
+                results.append(_failed(job, RetryReason.WORKER_DIED, "the worker process died"))
+            except Exception as error:  # noqa: BLE001  the boundary to the workers: nothing may end the daemon
+                results.append(_failed(job, RetryReason.INTERNAL, repr(error)))
+        if broken:
+            self._rebuild()
+        return results
+
+    def _rebuild(self) -> None:
+        if self._executor._broken:  # type: ignore[attr-defined]  # noqa: SLF001  a fresh one stays
+            self._executor.shutdown(wait=False)
+            self._executor = self._start()
+            self.rebuilds += 1
+
+    def kill(self) -> None:
+        """End every worker at once; what it was doing is on disk for the next start."""
+        workers = multiprocessing.active_children()
+        for worker in workers:
+            worker.kill()
+        deadline = time.monotonic() + _KILL_SECONDS
+        for worker in workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """End idle workers in good order."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _failed(job: Job, reason: RetryReason, detail: str) -> UploadResult:
+    return UploadResult(job.name, Outcome.RETRY, retry_reason=reason, detail=detail[:500])

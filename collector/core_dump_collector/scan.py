@@ -1,0 +1,74 @@
+"""Owns the look at the directory itself: at start, after lost events, and every SCAN_SECONDS.
+
+Events only say what changed; the disk is the queue, so a scan is what makes sure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from core_dump_collector import corefile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ABANDONED_SECONDS = 10.0
+"""A partial written to more recently is left alone: its helper may not have locked it yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One name that concerns us."""
+
+    name: str
+    size_bytes: int
+    written_at: float
+    """Modification time, Unix seconds."""
+    partial: bool
+    """A `.partial` nobody has written to for a while."""
+
+
+def look(directory: str, name: str, *, patterns: tuple[str, ...]) -> Found | None:
+    """Return what a name is, or None when it does not concern us or is gone. Never opens it."""
+    partial = corefile.is_partial(name)
+    if not partial and not corefile.is_candidate(name, patterns):
+        return None
+    try:
+        status = os.lstat(os.path.join(directory, name))
+    except OSError:
+        return None
+    return Found(name, status.st_size, status.st_mtime, partial)
+
+
+def scan(directory: str, patterns: tuple[str, ...]) -> Iterator[Found]:
+    """Yield every file of the directory that concerns us, in the order of the directory.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                found = look(directory, entry.name, patterns=patterns)
+                if found and not (found.partial and time.time() - found.written_at < ABANDONED_SECONDS):
+                    yield found
+
+
+def count_quarantined(directory: str) -> int:
+    """Return how many files lie in quarantine/."""
+    try:
+        with os.scandir(os.path.join(directory, "quarantine")) as entries:
+            return sum(1 for _ in entries)
+    except OSError:
+        return 0
+
+
+def is_insecure(directory: str) -> bool:
+    """Tell whether users other than root may put files into the directory."""
+    status = os.stat(directory)
+    return status.st_uid != 0 or bool(stat.S_IMODE(status.st_mode) & 0o022)

@@ -1,0 +1,26 @@
+#!/bin/sh
+# Install the Debian packages that tests use, when root; else name them.
+set -eu
+missing=
+need() { # PACKAGE PATH...: missing unless one of the paths exists
+    package=$1
+    shift
+    for path in "$@"; do [ ! -e "$path" ] || return 0; done
+    missing="$missing $package"
+}
+need pigz /usr/bin/pigz
+need gdb /usr/bin/gdb
+need gcc /usr/bin/gcc
+need libc6-dev /usr/include/stdio.h
+need haproxy /usr/sbin/haproxy
+need strace /usr/bin/strace
+need util-linux /usr/bin/unshare
+[ -n "$missing" ] || exit 0
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "installing:$missing"
+    apt-get update -qq
+    # shellcheck disable=SC2086  # a list of words
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+else
+    echo "tests that need these packages are skipped, install them:$missing"
+fi
