@@ -61,6 +61,8 @@ class Watch:
             changes.lost |= bool(mask & _LOST)
             if event.name and mask & (flags.CLOSE_WRITE | flags.MOVED_TO) and not mask & flags.ISDIR:
                 changes.names.append(event.name)
+        if changes.lost:
+            self._identity = (0, 0)
         return changes
 
     def is_current(self) -> bool:

@@ -1,0 +1,123 @@
+import http.client
+import socket
+import threading
+import time
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+
+from core_dump_collector import config
+from core_dump_collector.errors import ConfigError
+from core_dump_collector.health import Health, Server
+
+
+@pytest.fixture
+def served(tmp_path):
+    registry = CollectorRegistry()
+    Counter("things", "Things.", registry=registry).inc(3)
+    settings = config.load(
+        {"bucket_name": "dumps", "metrics_port": "0", "metrics_address": "127.0.0.1", "node_name": "n"}
+    )
+    health = Health(str(tmp_path / "startup"))
+    server = Server(settings, health, registry)
+    yield server, health
+    server.stop()
+
+
+def get(server, path):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def test_metrics_are_served(served):
+    server, _ = served
+    status, body = get(server, "/metrics")
+    assert status == 200
+    assert b"things_total 3.0" in body
+
+
+def test_readiness_follows_the_daemon_and_liveness_its_heartbeat(served, monkeypatch):
+    server, health = served
+    assert [get(server, p)[0] for p in ("/livez", "/readyz")] == [200, 503]
+    health.set_ready(ready=True)
+    assert get(server, "/readyz")[0] == 200
+    later = time.monotonic() + 61
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert [get(server, p)[0] for p in ("/livez", "/readyz")] == [503, 503]
+    health.beat()
+    assert [get(server, p)[0] for p in ("/livez", "/readyz")] == [200, 200]
+
+
+def test_startup_file_tells_the_state(tmp_path):
+    path = tmp_path / "startup"
+    path.write_text("dead\n")
+    health = Health(str(path))
+    assert path.read_text() == "starting\n"
+    health.set_ready(ready=True)
+    assert path.read_text() == "ready\n"
+    health.end()
+    assert path.read_text() == "dead\n"
+
+
+def test_startup_file_that_is_a_symlink_is_refused(tmp_path):
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "startup").symlink_to(tmp_path / "target")
+    with pytest.raises(ConfigError, match="STARTUP_FILE"):
+        Health(str(tmp_path / "startup"))
+    assert (tmp_path / "target").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"\xff\xfe\0\r\n\r\n",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
+        b"POST /metrics HTTP/1.1\r\n\r\n",
+    ],
+)
+def test_malformed_requests_leave_the_server_answering(served, request_bytes):
+    server, _ = served
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+        client.sendall(request_bytes)
+        client.shutdown(socket.SHUT_WR)
+        answer = client.recv(4096)
+    assert b"200 OK" not in answer
+    assert get(server, "/metrics")[0] == 200
+
+
+def test_a_thousand_slow_connections_do_not_stop_a_scrape(served):
+    server, _ = served
+    clients = []
+    try:
+        for _ in range(400):
+            client = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+            client.sendall(b"GET /metrics HT")
+            clients.append(client)
+        started = time.monotonic()
+        assert get(server, "/metrics")[0] == 200
+        assert time.monotonic() - started < 5
+        assert threading.active_count() < 350
+        for client in clients:
+            client.close()
+        clients.clear()
+        for _ in range(600):
+            client = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+            clients.append(client)
+        assert get(server, "/livez")[0] == 200
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_port_that_is_taken_is_bad_configuration(served, tmp_path):
+    server, _ = served
+    settings = config.load(
+        {"bucket_name": "dumps", "metrics_port": str(server.port), "metrics_address": "127.0.0.1"}
+    )
+    with pytest.raises(ConfigError, match=f"METRICS_PORT={server.port}"):
+        Server(settings, Health(None), CollectorRegistry())

@@ -1,0 +1,81 @@
+import os
+import select
+import shutil
+from pathlib import Path
+
+import pytest
+
+from core_dump_collector.watch import Watch
+
+
+def read_all(watch, *, until, seconds=10):
+    """Read until a condition on the changes holds; fails after some seconds."""
+    names, overflow, lost = [], False, False
+    while not until(names, overflow, lost):
+        assert select.select([watch], [], [], seconds)[0], f"no more events: {names} {overflow} {lost}"
+        changes = watch.read()
+        names += changes.names
+        overflow |= changes.overflow
+        lost |= changes.lost
+    return names, overflow, lost
+
+
+def test_rename_into_place_and_close_after_writing_are_seen_and_nothing_else(tmp_path):
+    with Watch(str(tmp_path)) as watch:
+        (tmp_path / "core-a.gz.partial").write_bytes(b"x")
+        os.rename(tmp_path / "core-a.gz.partial", tmp_path / "core-a.gz")
+        (tmp_path / "core-a.gz").read_bytes()
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "core-b").write_bytes(b"y")
+        names, _, _ = read_all(watch, until=lambda n, *_: "core-b" in n)
+    assert names == ["core-a.gz.partial", "core-a.gz", "core-b"]
+
+
+def test_undecodable_name_comes_back_as_the_same_bytes(tmp_path):
+    with Watch(str(tmp_path)) as watch:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/core-\xff\n")).write_bytes(b"x")
+        names, _, _ = read_all(watch, until=lambda n, *_: n)
+    assert os.fsencode(names[0]) == b"core-\xff\n"
+
+
+@pytest.fixture
+def short_queue():
+    path = Path("/proc/sys/fs/inotify/max_queued_events")
+    if not os.access(path, os.W_OK):
+        pytest.skip("run as root to shrink fs.inotify.max_queued_events")
+    old = path.read_text()
+    path.write_text("16")
+    yield
+    path.write_text(old)
+
+
+def test_overflow_is_reported(tmp_path, short_queue):
+    with Watch(str(tmp_path)) as watch:
+        for n in range(40):
+            (tmp_path / f"core-{n}").write_bytes(b"")
+        names, overflow, _ = read_all(watch, until=lambda _, o, __: o)
+    assert overflow
+    assert len(names) < 40
+
+
+def test_replaced_directory_is_noticed_and_can_be_watched_again(tmp_path):
+    directory = tmp_path / "dumps"
+    directory.mkdir()
+    with Watch(str(directory)) as watch:
+        shutil.rmtree(directory)
+        read_all(watch, until=lambda _, __, lost: lost)
+        directory.mkdir()
+        assert not watch.is_current()
+        watch.rearm()
+        assert watch.is_current()
+        (directory / "core-new").write_bytes(b"")
+        names, _, _ = read_all(watch, until=lambda n, *_: n)
+    assert names == ["core-new"]
+
+
+def test_missing_directory_and_file_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Watch(str(tmp_path / "missing"))
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(NotADirectoryError):
+        Watch(str(tmp_path / "file"))
