@@ -11,7 +11,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(DEMO_READY) ## a real crash, from the kernel to an S3 server on this machine, and back
-	@$(BIN)/python tests/support/demo.py
+	@$(BIN)/python demo/demo.py
 
 test: $(READY) packages ## every test tier; kernel tests need root
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

@@ -72,14 +72,14 @@ def test_startup_file_that_is_a_symlink_is_refused(tmp_path):
     assert (tmp_path / "target").read_text() == "precious"
 
 
-@pytest.mark.parametrize(
-    "request_bytes",
-    [
-        b"\xff\xfe\0\r\n\r\n",
-        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
-        b"POST /metrics HTTP/1.1\r\n\r\n",
-    ],
-)
+MALFORMED = [
+    b"\xff\xfe\0\r\n\r\n",
+    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
+    b"POST /metrics HTTP/1.1\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("request_bytes", MALFORMED, ids=["binary", "long", "post"])
 def test_malformed_requests_leave_the_server_answering(served, request_bytes):
     server, _ = served
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:

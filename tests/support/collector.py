@@ -60,7 +60,9 @@ class Collector:
 
         def ready() -> bool:
             if self.process.poll() is not None:
-                raise AssertionError(f"collector exited {self.process.returncode}: {self.log_path.read_text()}")
+                raise AssertionError(
+                    f"collector exited {self.process.returncode}: {self.log_path.read_text()}"
+                )
             return self.startup_file.exists() and self.startup_file.read_text() == "ready\n"
 
         wait_until(ready, seconds, "collector ready")
