@@ -197,16 +197,13 @@ def show_result(client: S3Client, pid: str) -> None:
     say(f"sidecar {key}.json: " + json.dumps({k: sidecar.get(k) for k in ("comm", "signal", "pid", "state")}))
     packed = client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
     core = gzip.decompress(packed)
-    ratio = len(core) / len(packed)
-    say(
-        f"{len(core) / MEBIBYTE:.1f} MiB of core in {len(packed) / MEBIBYTE:.1f} MiB of object ({ratio:.1f} times smaller)"
-    )
+    sizes = f"{len(core) / MEBIBYTE:.1f} MiB of core in {len(packed) / MEBIBYTE:.1f} MiB of object"
+    say(f"{sizes}, {len(core) / len(packed):.1f} times smaller")
     good = core.startswith(b"\x7fELF") and len(core) == sidecar["bytes"] == sidecar["expected_bytes"]
     if not good or str(sidecar["pid"]) != pid or sidecar["state"] != "complete":
         raise SystemExit(f"demo: what came back is not the core of process {pid}: {sidecar}")
-    say(
-        f"fetched back: an ELF core of every byte that its headers promise, sha256 {hashlib.sha256(core).hexdigest()[:16]}…"
-    )
+    digest = hashlib.sha256(core).hexdigest()[:16]
+    say(f"fetched back: an ELF core, every byte that its headers promise, sha256 {digest}…")
 
 
 def main() -> None:

@@ -1,0 +1,41 @@
+"""Fixtures that several tiers share."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from tests.support import s3
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory):
+    """One S3 server for the whole run, over HTTP and TLS."""
+    with s3.seaweedfs(tmp_path_factory.mktemp("weed"), tls=True) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(seaweed):
+    """An admin's client and an empty bucket `dumps`."""
+    with seaweed.client() as client:
+        for key in s3.keys_in(client):
+            client.delete_object(Bucket=s3.BUCKET, Key=key)
+        for upload in client.list_multipart_uploads(Bucket=s3.BUCKET).get("Uploads", []):
+            client.abort_multipart_upload(Bucket=s3.BUCKET, Key=upload["Key"], UploadId=upload["UploadId"])
+        yield client
+
+
+@pytest.fixture
+def watch_dir(tmp_path):
+    """An empty watch directory, as installed: for its owner alone."""
+    directory = tmp_path / "core_dumps"
+    directory.mkdir(mode=0o700)
+    return directory
+
+
+def pytest_report_header():
+    """Say how the kernel tier is run."""
+    if os.geteuid() != 0:
+        return "kernel tier skipped: it crashes real processes and needs root: sudo make test"
+    return None
