@@ -149,6 +149,8 @@ class Daemon:
         if found.partial:
             salvaged = dumpfile.salvage(self._directory, name)
             if salvaged is None:
+                soon = time.monotonic() + dumpfile.ABANDONED_SECONDS + 1
+                self._scan_due = min(self._scan_due, soon)
                 return
             self._metrics.salvaged.inc()
             log.warning("took over an abandoned partial dump", file=salvaged)

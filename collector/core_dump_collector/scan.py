@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,9 +15,6 @@ from core_dump_collector import corefile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-ABANDONED_SECONDS = 10.0
-"""A partial written to more recently is left alone: its helper may not have locked it yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +26,7 @@ class Found:
     written_at: float
     """Modification time, Unix seconds."""
     partial: bool
-    """A `.partial` nobody has written to for a while."""
+    """A `.partial`: the helper's, or one that it left behind."""
 
 
 def look(directory: str, name: str, *, patterns: tuple[str, ...]) -> Found | None:
@@ -55,7 +51,7 @@ def scan(directory: str, patterns: tuple[str, ...]) -> Iterator[Found]:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):
                 found = look(directory, entry.name, patterns=patterns)
-                if found and not (found.partial and time.time() - found.written_at < ABANDONED_SECONDS):
+                if found is not None:
                     yield found
 
 
