@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 DEMO_READY := $(VENV)/.demo-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: help demo test check format torture bench docs wheel clean packages
+.PHONY: help demo run test check format torture bench docs wheel clean packages
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(DEMO_READY) ## a real crash, from the kernel to an S3 server on this machine, and back
 	@$(BIN)/python demo/demo.py
+
+run: $(DEMO_READY) ## BUCKET_NAME=b [WATCH_DIR=/core_dumps]: collect this machine's dumps
+	@BUCKET_NAME='$(BUCKET_NAME)' $(BIN)/core-dump-collector run $(WATCH_DIR)
 
 test: $(READY) packages ## every test tier; kernel tests need root
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -32,6 +35,7 @@ docs: $(READY) ## write the tables that come from code
 bench: $(READY) ## benchmarks beside the peers, under 15 minutes
 	$(BIN)/python -m bench
 
+WATCH_DIR ?= /core_dumps
 ROUNDS ?= 1000
 torture: $(READY) packages ## ROUNDS=n SEED=s: crash, kill and fail at random, then count
 	$(BIN)/python -m tests.torture --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
