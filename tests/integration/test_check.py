@@ -6,7 +6,6 @@ import os
 import subprocess
 
 import pytest
-
 from tests.support import s3
 from tests.support.collector import COMMAND
 

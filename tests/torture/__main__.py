@@ -1,0 +1,214 @@
+"""Crash, kill and fail at random, then count: `python -m tests.torture --rounds N --seed S`.
+
+Each round crashes a process of random name and size through the real kernel, while helper, compressor, worker
+and collector are killed at random moments and the store fails at random. Afterwards every dump that the kernel
+delivered must be in S3 exactly once and hold the process's memory, or say that it was cut short; and nothing may
+be left over: no partial, no unfinished multipart upload, no process, no zombie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.support import s3
+from tests.support.collector import Collector, command_of, running, wait_until
+from tests.support.kernel import core_pattern, install_helper
+from tests.torture.crashes import Crash, compile_crasher, fault_in, unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FAULTS = (
+    ("http-request return status 503 content-type application/xml file {slow} if {{ rand(100) lt 40 }}",),
+    ("http-request return status 500 content-type application/xml file {slow} if {{ method PUT POST }}",),
+    ("http-request reject if {{ rand(100) lt 30 }}",),
+    ("http-response return status 502 if {{ rand(100) lt 30 }}",),
+)
+"""haproxy rules; the last loses the answer of a request that the store has carried out."""
+
+
+@dataclass
+class Torture:
+    """One run."""
+
+    dice: random.Random
+    watch_dir: Path
+    program: Path
+    rounds: int
+    done: list[tuple[int, Crash, bool]] = field(default_factory=list)
+    """Pid, crash, and whether its helper or compressor was killed."""
+    kills: Counter[str] = field(default_factory=Counter)
+
+    def crash_some(self) -> None:
+        """Crash one to three processes at once and maybe kill what handles them."""
+        crashes = [Crash.random(self.dice) for _ in range(self.dice.choice((1, 1, 1, 2, 3)))]
+        processes = [c.start(self.program) for c in crashes]
+        for process in processes:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        harmed = self.dice.random() < 0.15 and self.harm_helpers()
+        for process, crash in zip(processes, crashes, strict=True):
+            process.wait(60)
+            assert process.stdout is not None
+            process.stdout.close()
+            self.done.append((process.pid, crash, harmed))
+
+    def harm_helpers(self) -> bool:
+        """Kill helpers or compressors that run now; True when one was killed."""
+        time.sleep(self.dice.random() * 0.06)
+        what = self.dice.choice(("helper", "pigz"))
+        harmed = False
+        for pid in helper_pids():
+            if (what == "pigz") == ("pigz" in command_of(pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    self.kills[what] += 1
+                    harmed = True
+        return harmed
+
+    def harm_collector(self, collector: Collector) -> bool:
+        """Maybe kill a worker, or the collector itself; True when a new one is needed."""
+        luck = self.dice.random()
+        if luck < 0.05:
+            workers = collector.workers()
+            if workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.dice.choice(workers), signal.SIGKILL)
+                    self.kills["worker"] += 1
+        elif luck < 0.07:
+            collector.kill()
+            self.kills["collector"] += 1
+            return True
+        elif luck < 0.08:
+            collector.stop()
+            self.kills["collector stopped"] += 1
+            return True
+        return False
+
+
+def helper_pids() -> Iterator[int]:
+    """Yield helpers and their compressors: they descend from kernel threads and have no session of ours."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            command = command_of(int(entry.name))
+            if "core-dump-helper" in command or command.startswith(("pigz", "/usr/bin/pigz")):
+                yield int(entry.name)
+
+
+def rage(torture: Torture, proxy: s3.Haproxy, environ: dict[str, str], scratch: Path) -> None:
+    """Do all rounds, then let the collector finish in peace."""
+    slow = proxy.body("slow.xml", s3.SLOW_DOWN)
+    number = 0
+    while number < torture.rounds:
+        with running(torture.watch_dir, environ, scratch, "--retry-seconds", "1") as collector:
+            while number < torture.rounds:
+                if torture.dice.random() < 0.05:
+                    rules = torture.dice.choice((*FAULTS, ()))
+                    proxy.start(*(rule.format(slow=slow) for rule in rules))
+                torture.crash_some()
+                number += 1
+                if torture.harm_collector(collector):
+                    break
+    proxy.start()
+    with running(
+        torture.watch_dir, environ, scratch, "--scan-seconds", "2", "--retry-seconds", "1"
+    ) as collector:
+        wait_until(lambda: not list(torture.watch_dir.glob("core*")), 180, "an empty directory")
+        wait_until(lambda: collector.metric("core_dump_backlog_files") == 0, 10, "an empty backlog")
+        assert collector.stop() == 0
+
+
+def judge(torture: Torture, server: s3.S3Server) -> list[str]:
+    """Compare what crashed with what is in the bucket; return every complaint."""
+    complaints = []
+    found = Counter[str]()
+    with server.client() as client:
+        keys = s3.keys_in(client)
+        dumps: dict[str, list[str]] = {}
+        for key in keys:
+            if key.endswith(".gz"):
+                dumps.setdefault(pid_of(key), []).append(key)
+                if key + ".json" not in keys:
+                    complaints.append(f"{key}: no sidecar")
+        for pid, crash, harmed in torture.done:
+            mine = dumps.pop(str(pid), [])
+            if len(mine) != 1:
+                found["lost with its helper" if harmed and not mine else "WRONG NUMBER"] += 1
+                if not harmed or mine:
+                    complaints.append(f"pid {pid} {crash}: {len(mine)} objects: {mine}")
+                continue
+            sidecar = json.loads(s3.body_of(client, mine[0] + ".json"))
+            core = unpack(s3.body_of(client, mine[0]))
+            found[sidecar["state"] + (f" ({sidecar['truncated']})" if sidecar.get("truncated") else "")] += 1
+            if core is None:
+                complaints.append(f"{mine[0]}: no whole gzip file")
+            elif sidecar["state"] == "complete" and (fault := fault_in(core, crash)):
+                complaints.append(f"{mine[0]}: called complete, but {fault}")
+            elif sidecar["state"] != "complete" and not harmed:
+                complaints.append(f"{mine[0]}: {sidecar['state']} although nobody harmed it")
+        complaints += [f"nobody crashed for {keys}" for keys in dumps.values()]
+        complaints += [f"unfinished multipart upload: {k}" for k in s3.unfinished_multiparts(client)]
+    complaints += [f"left in the directory: {f.name}" for f in torture.watch_dir.glob("core*")]
+    complaints += [f"still running: {pid} {command_of(pid)}" for pid in helper_pids()]
+    sys.stdout.write(
+        f"crashes {len(torture.done)}, killed {dict(torture.kills)}, in the bucket {dict(found)}\n"
+    )
+    return complaints
+
+
+def pid_of(key: str) -> str:
+    """Return the pid in a dump's key: `core-NAME-TIME-PID-SIGNAL[-COPY].gz`."""
+    from core_dump_collector import corefile
+
+    name = corefile.parse(key.rpartition("/")[2])
+    assert name is not None, key
+    return str(name.pid)
+
+
+def torture(rounds: int, seed: int, scratch: Path) -> list[str]:
+    """Run; return every complaint."""
+    watch_dir = scratch / "core_dumps"
+    watch_dir.mkdir(mode=0o700)
+    program = compile_crasher(scratch)
+    run = Torture(random.Random(seed), watch_dir, program, rounds)
+    config = {"WATCH_DIR": str(watch_dir), "RATE_LIMIT": "0", "KEEP_FREE_PERCENT": "1"}
+    (scratch / "weed").mkdir()
+    with s3.seaweedfs(scratch / "weed") as server, s3.haproxy(scratch, server) as proxy:
+        environ = server.environ() | {"AWS_ENDPOINT_URL_S3": proxy.endpoint}
+        with core_pattern(install_helper(scratch, config)):
+            rage(run, proxy, environ, scratch)
+        wait_until(lambda: not list(helper_pids()), 30, "the last helper to end")
+        return judge(run, server)
+
+
+def main() -> int:
+    """Parse, run, report; 1 when anything was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    options = parser.parse_args()
+    started = time.monotonic()
+    sys.stdout.write(f"torture: {options.rounds} rounds, seed {options.seed}\n")
+    with tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp") as directory:
+        complaints = torture(options.rounds, options.seed, Path(directory))
+    sys.stdout.writelines(f"WRONG: {complaint}\n" for complaint in complaints)
+    verdict = "failed" if complaints else "passed"
+    sys.stdout.write(f"torture: {verdict}, seed {options.seed}, {time.monotonic() - started:.0f} s\n")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
