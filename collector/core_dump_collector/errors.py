@@ -15,10 +15,17 @@ class ConfigError(Exception):
 class RetryableError(Exception):
     """The upload failed for a reason that can pass."""
 
-    def __init__(self, reason: RetryReason, detail: str) -> None:
-        """Keep the bounded reason beside the text."""
+    def __init__(self, reason: RetryReason, detail: str, *, outcome_unknown: bool = False) -> None:
+        """Keep the bounded reason beside the text.
+
+        Args:
+            reason: bounded, for the metric.
+            detail: one line for the log.
+            outcome_unknown: the request may have been carried out: its answer was lost or unclear.
+        """
         super().__init__(detail)
         self.reason = reason
+        self.outcome_unknown = outcome_unknown
 
 
 class PermanentError(Exception):

@@ -1,7 +1,7 @@
-"""Real S3 servers for tests: SeaweedFS on loopback, with and without TLS, and haproxy in front of it for faults.
+"""Real S3 servers for tests: SeaweedFS on loopback, with and without TLS, and haproxy in front for faults.
 
-Everything here is a context manager that leaves nothing behind; ports are chosen free at run time and certificates
-are made at run time. Nothing of the product is imported.
+Everything here is a context manager that leaves nothing behind; ports and certificates are chosen and made at
+run time. Nothing of the product is imported.
 """
 
 from __future__ import annotations

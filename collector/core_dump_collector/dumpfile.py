@@ -1,0 +1,329 @@
+"""Owns the file on disk: open it without being fooled, salvage, delete or quarantine exactly that file.
+
+Everything goes through a directory file descriptor, follows no symlink and never waits for a FIFO or a writer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import signal
+import stat
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Self
+
+import structlog
+
+from core_dump_collector import corefile
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+log = structlog.get_logger()
+
+ABANDONED_SECONDS = 10.0
+"""A partial touched more recently is left alone: its helper may not have locked it yet."""
+QUIET_SECONDS = 60.0
+"""Where no lease can be had (NFS, a file of another user without CAP_LEASE), this long without a write is ready."""
+MOST_COPIES = 9999
+SALVAGED = "user.coredump.salvaged"
+"""Set on a salvaged partial: its compressed stream has no end and is repaired while it is uploaded."""
+
+_OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_RENAME_NOREPLACE = 1
+_NO_LEASE_HERE = frozenset({errno.EACCES, errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
+_NO_ATTRIBUTES = frozenset(
+    {errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.E2BIG}
+)
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class Unfit(StrEnum):
+    """Why a file is not uploaded now."""
+
+    VANISHED = "vanished"
+    BUSY = "busy"
+    REFUSED = "refused"
+
+
+class UnfitError(Exception):
+    """The file is not one to upload now."""
+
+    def __init__(self, why: Unfit, detail: str) -> None:
+        """Keep the bounded reason beside the text."""
+        super().__init__(detail)
+        self.why = why
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What must not change between reading a file and deleting it."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Self:
+        """Take the identity from a stat result."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+class DumpFile:
+    """An open dump that nobody writes to; a context manager.
+
+    Raises:
+        UnfitError: it is gone, still being written, or nothing the collector may touch.
+        OSError: the directory or the file cannot be read.
+    """
+
+    def __init__(self, directory: str, name: str) -> None:
+        """Open and check."""
+        if name in {"", ".", ".."} or "/" in name or "\0" in name:
+            raise UnfitError(Unfit.REFUSED, "not a file name")
+        self.name = name
+        with contextlib.ExitStack() as stack:
+            self._directory = _open_directory(directory)
+            stack.callback(os.close, self._directory)
+            self.fd, self._status = _open_regular(self._directory, name)
+            stack.callback(os.close, self.fd)
+            _require_no_writer(self.fd, self._status)
+            self._status = os.fstat(self.fd)
+            self.identity = Identity.of(self._status)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close both descriptors."""
+        self._stack.close()
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of the file."""
+        return self.identity.size_bytes
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes that the file system holds for it; less than the length when it has holes."""
+        return min(self._status.st_blocks * 512, self.size_bytes)
+
+    @property
+    def modified_at(self) -> int:
+        """Unix seconds of the last write."""
+        return int(self._status.st_mtime)
+
+    def attributes(self) -> dict[str, bytes]:
+        """Return the `user.coredump.*` attributes; empty where the file system has none."""
+        try:
+            names = [name for name in os.listxattr(self.fd) if name.startswith(corefile.ATTRIBUTE_PREFIX)]
+            return {name: os.getxattr(self.fd, name) for name in names}
+        except OSError:
+            return {}
+
+    def set_attribute(self, name: str, value: bytes) -> bool:
+        """Set an attribute; False where the file system, or its space, does not allow it."""
+        return _set_attribute(self.fd, name, value)
+
+    def remove_attribute(self, name: str) -> None:
+        """Remove an attribute if it is there and can be removed."""
+        with contextlib.suppress(OSError):
+            os.removexattr(self.fd, name)
+
+    def is_unchanged(self) -> bool:
+        """Tell whether the file has the length and time it had when it was opened, and no writer."""
+        status = os.fstat(self.fd)
+        if Identity.of(status) != self.identity:
+            return False
+        try:
+            _require_no_writer(self.fd, status)
+        except UnfitError:
+            return False
+        return True
+
+    def unlink(self) -> bool:
+        """Delete it; False when the name belongs to another file by now, which is left alone."""
+        if not _is_at(self._directory, self.name, self.identity):
+            return False
+        os.unlink(self.name, dir_fd=self._directory)
+        return True
+
+    def quarantine(self) -> str:
+        """Move it to quarantine/ and return its name there.
+
+        Raises:
+            UnfitError: the name belongs to another file by now.
+            OSError: it cannot be moved.
+        """
+        if not _is_at(self._directory, self.name, self.identity):
+            raise UnfitError(Unfit.VANISHED, "replaced by another file while it was uploaded")
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(corefile.QUARANTINE, 0o700, dir_fd=self._directory)
+        target = os.open(corefile.QUARANTINE, _DIRECTORY_FLAGS | os.O_NOFOLLOW, dir_fd=self._directory)
+        try:
+            return _move(self._directory, self.name, target, self.name)
+        finally:
+            os.close(target)
+
+
+def salvage(directory: str, name: str) -> str | None:
+    """Publish an abandoned partial and return its new name; None when there is nothing to publish.
+
+    A partial is abandoned when nobody has touched it for ABANDONED_SECONDS and its flock is free. One without
+    content is removed. What is published is flagged `truncated=salvaged` unless the helper has flagged it.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            parent = _open_directory(directory)
+            stack.callback(os.close, parent)
+            fd, status = _open_regular(parent, name)
+            stack.callback(os.close, fd)
+            if time.time() - max(status.st_mtime, status.st_ctime) < ABANDONED_SECONDS:
+                return None
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _publish(parent, fd, name)
+    except (UnfitError, BlockingIOError):
+        return None
+    except OSError as error:
+        log.warning("cannot take over a partial dump", file=name, error=error.strerror)
+        return None
+
+
+def _publish(parent: int, fd: int, name: str) -> str | None:
+    """Rename a locked partial; its helper is dead, or has renamed it a moment ago."""
+    identity = Identity.of(os.fstat(fd))
+    if not _is_at(parent, name, identity):
+        return None
+    if identity.size_bytes == 0:
+        os.unlink(name, dir_fd=parent)
+        log.warning("removed an abandoned partial dump: nothing in it", file=name)
+        return None
+    _set_attribute(fd, SALVAGED, b"1")
+    if corefile.ATTRIBUTE_PREFIX + "truncated" not in _attribute_names(fd):
+        _set_attribute(fd, corefile.ATTRIBUTE_PREFIX + "truncated", b"salvaged")
+    published = _move(parent, name, parent, corefile.unpartial(name))
+    os.fsync(parent)
+    return published
+
+
+def _open_directory(directory: str) -> int:
+    try:
+        return os.open(directory, _DIRECTORY_FLAGS)
+    except FileNotFoundError:
+        raise UnfitError(Unfit.VANISHED, "the watch directory is gone") from None
+
+
+def _open_regular(parent: int, name: str) -> tuple[int, os.stat_result]:
+    """Open a regular file with one link; what it is gets looked at before, so no device or FIFO is opened."""
+    try:
+        before = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        _require_regular(before)
+        fd = os.open(name, _OPEN_FLAGS, dir_fd=parent)
+    except FileNotFoundError:
+        raise UnfitError(Unfit.VANISHED, "gone before it was opened") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnfitError(Unfit.REFUSED, "a symbolic link") from None
+        if error.errno == errno.EWOULDBLOCK:
+            raise UnfitError(Unfit.BUSY, "another process holds a lease on it") from None
+        raise
+    try:
+        status = os.fstat(fd)
+        _require_regular(status)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, status
+
+
+def _require_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {
+            stat.S_IFLNK: "symbolic link",
+            stat.S_IFIFO: "FIFO",
+            stat.S_IFSOCK: "socket",
+            stat.S_IFDIR: "directory",
+        }
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "device")
+        raise UnfitError(Unfit.REFUSED, f"a {kind}, not a regular file")
+    if status.st_nlink == 0:
+        raise UnfitError(Unfit.VANISHED, "deleted while it was opened")
+    if status.st_nlink > 1:
+        raise UnfitError(Unfit.REFUSED, f"it has {status.st_nlink} hard links")
+
+
+def _require_no_writer(fd: int, status: os.stat_result) -> None:
+    """Refuse a file that somebody may still write to.
+
+    A read lease is granted only when nobody has the file open for writing, exact even for cores that the kernel
+    writes (fcntl(2), "Leases"). A writer that comes while we hold it gets us a signal, which by default would end
+    the process: SIGURG instead, which is ignored by default.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except BlockingIOError:
+        raise UnfitError(Unfit.BUSY, "somebody has it open for writing") from None
+    except OSError as error:
+        if error.errno not in _NO_LEASE_HERE:
+            raise
+        if time.time() - status.st_mtime < QUIET_SECONDS:
+            raise UnfitError(Unfit.BUSY, "written to less than a minute ago") from None
+
+
+def _is_at(parent: int, name: str, identity: Identity) -> bool:
+    try:
+        status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return (status.st_dev, status.st_ino) == (identity.device, identity.inode)
+
+
+def _attribute_names(fd: int) -> list[str]:
+    try:
+        return os.listxattr(fd)
+    except OSError:
+        return []
+
+
+def _set_attribute(fd: int, name: str, value: bytes) -> bool:
+    try:
+        os.setxattr(fd, name, value)
+    except OSError as error:
+        if error.errno not in _NO_ATTRIBUTES:
+            raise
+        return False
+    return True
+
+
+def _move(parent: int, name: str, target: int, wanted: str) -> str:
+    """Rename without replacing: a taken name gets `-1`, `-2`, ..."""
+    for copy in range(MOST_COPIES):
+        candidate = corefile.with_copy(wanted, copy)
+        with contextlib.suppress(FileExistsError):
+            _rename_new(parent, name, target, candidate)
+            return candidate
+    raise OSError(errno.EEXIST, "every name for it is taken")
+
+
+def _rename_new(parent: int, name: str, target: int, new_name: str) -> None:
+    """Rename unless the new name exists (renameat2(2), RENAME_NOREPLACE; link and unlink where it is unknown)."""
+    if _LIBC.renameat2(parent, os.fsencode(name), target, os.fsencode(new_name), _RENAME_NOREPLACE) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in {errno.EINVAL, errno.ENOSYS}:
+        raise OSError(code, os.strerror(code), new_name)
+    os.link(name, new_name, src_dir_fd=parent, dst_dir_fd=target, follow_symlinks=False)
+    os.unlink(name, dir_fd=parent)

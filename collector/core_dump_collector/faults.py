@@ -1,0 +1,112 @@
+"""Owns what an error of boto3 means: retry and why, or never; and what may be said of it in a log.
+
+What a store answers is hostile: codes are matched against known ones, texts are bounded and made printable.
+"""
+
+from __future__ import annotations
+
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    SSOError,
+    TokenRetrievalError,
+)
+
+from core_dump_collector import corefile
+from core_dump_collector.errors import PermanentError, RetryableError
+from core_dump_collector.jobs import RetryReason
+
+_MOST_DETAIL = 200
+
+_BY_CODE = {
+    RetryReason.THROTTLED: "SlowDown Throttling ThrottlingException RequestLimitExceeded TooManyRequests "
+    "RequestThrottled BandwidthLimitExceeded KMS.ThrottlingException",
+    RetryReason.CREDENTIALS: "ExpiredToken ExpiredTokenException TokenRefreshRequired InvalidToken RequestExpired "
+    "InvalidAccessKeyId SignatureDoesNotMatch InvalidClientTokenId IDPCommunicationError InvalidIdentityToken "
+    # The clock, ours or theirs, is wrong by more than 15 minutes: like an expired credential it passes once mended.
+    "RequestTimeTooSkewed",
+    RetryReason.NO_SUCH_BUCKET: "NoSuchBucket PermanentRedirect AuthorizationHeaderMalformed InvalidBucketName",
+    RetryReason.CHECKSUM: "BadDigest InvalidDigest XAmzContentSHA256Mismatch XAmzContentChecksumMismatch",
+    RetryReason.NETWORK: "RequestTimeout IncompleteBody",
+    RetryReason.SERVER: "ConditionalRequestConflict OperationAborted NoSuchUpload InvalidPart InvalidPartOrder "
+    "InternalError ServiceUnavailable",
+}
+REASON_OF_CODE = {code: reason for reason, codes in _BY_CODE.items() for code in codes.split()}
+"""Amazon S3 API Reference, "Error responses"."""
+
+REFUSED_FOR_GOOD = frozenset({"EntityTooLarge", "KeyTooLongError", "MetadataTooLarge"})
+"""About this object and not about the configuration: no retry and no operator mends it."""
+
+_NOTHING_STORED = frozenset({"SlowDown", "ServiceUnavailable"})
+"""5xx codes by which a store says that it did not even begin."""
+
+_NO_CREDENTIALS = (
+    NoCredentialsError,
+    PartialCredentialsError,
+    CredentialRetrievalError,
+    TokenRetrievalError,
+    SSOError,
+)
+
+
+def status_of(error: ClientError) -> int:
+    """Return the HTTP status, 0 when there is none."""
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status if isinstance(status, int) else 0
+
+
+def code_of(error: ClientError) -> str:
+    """Return the error code."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def translate(error: ClientError | BotoCoreError) -> RetryableError | PermanentError:
+    """Return what an error means for the dump."""
+    if isinstance(error, ClientError):
+        return _translate_answer(error)
+    detail = _shorten(str(error))
+    if isinstance(error, _NO_CREDENTIALS):
+        return RetryableError(RetryReason.CREDENTIALS, f"{detail}; see docs/configuration.md, credentials")
+    if isinstance(error, HTTPClientError):
+        return RetryableError(RetryReason.NETWORK, detail, outcome_unknown=True)
+    # An answer that cannot be parsed, a parameter that boto3 refuses, a profile that does not exist, ...
+    return RetryableError(RetryReason.SERVER, detail, outcome_unknown=True)
+
+
+def _translate_answer(error: ClientError) -> RetryableError | PermanentError:
+    status, code = status_of(error), code_of(error)
+    message = error.response.get("Error", {}).get("Message", "")
+    detail = _shorten(f"{error.operation_name}: {status} {code}: {message}")
+    if code in REFUSED_FOR_GOOD:
+        return PermanentError(detail)
+    reason = REASON_OF_CODE.get(code)
+    if reason is None:
+        reason = _reason_of_status(status)
+    if error.operation_name.startswith("AssumeRole") or error.operation_name == "GetRoleCredentials":
+        reason = RetryReason.CREDENTIALS
+    unknown = status >= 500 and code not in _NOTHING_STORED  # noqa: PLR2004  HTTP's server errors
+    return RetryableError(reason, detail, outcome_unknown=unknown)
+
+
+def _reason_of_status(status: int) -> RetryReason:
+    match status:
+        case 401:
+            return RetryReason.CREDENTIALS
+        case 404:
+            return RetryReason.NO_SUCH_BUCKET
+        case 408:
+            return RetryReason.NETWORK
+        case 429:
+            return RetryReason.THROTTLED
+        case _ if 400 <= status < 500:  # noqa: PLR2004  what is left asks for another policy or setting
+            return RetryReason.FORBIDDEN
+        case _:
+            return RetryReason.SERVER
+
+
+def _shorten(text: str) -> str:
+    return corefile.display(" ".join(text.split()))[:_MOST_DETAIL]

@@ -1,0 +1,179 @@
+"""Owns what is known of a dump and the JSON that goes up beside it (docs/contracts.md, "Object and sidecar")."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Protocol
+
+from core_dump_collector import __version__, corefile
+
+if TYPE_CHECKING:
+    from core_dump_collector.config import Settings
+    from core_dump_collector.dumpfile import DumpFile
+
+MOST_BYTES = 64 * 1024
+_MOST_METADATA_TEXT = 128
+
+
+class Pod(Protocol):
+    """The pod that a dump came from."""
+
+    @property
+    def namespace(self) -> str:
+        """Its namespace."""
+        ...
+
+    @property
+    def pod(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def container(self) -> str | None:
+        """The container in it, where known."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the name, the attributes and the node say about a dump."""
+
+    name: str
+    attributes: dict[str, str | int]
+    node: str
+    timestamp: int
+    """Unix seconds of the crash, or of the last write where nothing says so."""
+    pod: Pod | None
+
+    @property
+    def signal(self) -> int | None:
+        """Signal number."""
+        return _number(self.attributes.get("signal"))
+
+    @property
+    def truncated(self) -> str | None:
+        """Why the dump is not whole; None for a whole one."""
+        reason = self.attributes.get("truncated")
+        return str(reason) if reason is not None else None
+
+    @property
+    def sensitive(self) -> str | None:
+        """Why the dump is sensitive; None when it is not."""
+        reason = self.attributes.get("sensitive")
+        return str(reason) if reason is not None else None
+
+    @property
+    def state(self) -> str:
+        """`complete` or `truncated`."""
+        return "truncated" if self.truncated else "complete"
+
+    def key_fields(self) -> dict[str, str | int | None]:
+        """Return the values of KEY_TEMPLATE."""
+        date, hour = corefile.date_and_hour(self.timestamp)
+        attributes = self.attributes
+        return {
+            "node": self.node,
+            "name": self.name,
+            "namespace": self.pod.namespace if self.pod else None,
+            "pod": self.pod.pod if self.pod else None,
+            "container": self.pod.container if self.pod else None,
+            "comm": attributes.get("comm"),
+            "pid": attributes.get("pid"),
+            "signal": self.signal,
+            "timestamp": self.timestamp,
+            "date": date,
+            "hour": hour,
+        }
+
+    def user_metadata(self) -> dict[str, str]:
+        """Return the S3 user metadata: a few facts for people with only a browser, in ASCII."""
+        values = {name: self.attributes.get(name) for name in ("pid", "signal", "comm")}
+        values |= {"state": self.state, "sensitive": "true" if self.sensitive else "false"}
+        return {name: _ascii(str(value)) for name, value in values.items() if value not in {None, ""}}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """The dump as S3 has it."""
+
+    key: str
+    size_bytes: int
+    crc32: int
+
+
+def gather(dump: DumpFile, raw: dict[str, bytes], settings: Settings) -> Facts:
+    """Put together what is known; attributes win over the name, since the helper wrote them."""
+    attributes = corefile.read_attributes(raw)
+    named = corefile.parse(dump.name)
+    if named is not None:
+        from_name: dict[str, str | int] = {
+            "comm": named.comm,
+            "timestamp": named.timestamp,
+            "pid": named.pid,
+            "signal": named.signal,
+        }
+        attributes = from_name | attributes
+    timestamp = _number(attributes.get("timestamp"))
+    return Facts(
+        name=dump.name,
+        attributes=attributes,
+        node=settings.node_name,
+        timestamp=dump.modified_at if timestamp is None else timestamp,
+        pod=_find_pod(attributes, settings.pod_logs_directory),
+    )
+
+
+def render(facts: Facts, stored: StoredObject, bucket: str) -> bytes:
+    """Return the sidecar of a stored dump: one flat JSON object."""
+    document: dict[str, str | int | bool] = {
+        "schema": 1,
+        "key": stored.key,
+        "bucket": bucket,
+        "size_bytes": stored.size_bytes,
+        "crc32": encode_crc32(stored.crc32),
+        "node": facts.node,
+        "uploaded_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "collector_version": __version__,
+        "state": facts.state,
+    }
+    document |= facts.attributes
+    document["sensitive"] = facts.sensitive is not None
+    if facts.sensitive is not None:
+        document["sensitive_reason"] = facts.sensitive
+    if facts.pod is not None:
+        document |= {"namespace": facts.pod.namespace, "pod": facts.pod.pod}
+        if facts.pod.container:
+            document["container"] = facts.pod.container
+    rendered = json.dumps(document, indent=1).encode()
+    if len(rendered) > MOST_BYTES:
+        raise ValueError("the sidecar is longer than 64 KiB")  # attributes are bounded: cannot be
+    return rendered + b"\n"
+
+
+def encode_crc32(crc: int) -> str:
+    """Return a CRC-32 as S3 writes it: base64 of four bytes, big-endian."""
+    return base64.b64encode(crc.to_bytes(4, "big")).decode()
+
+
+def _find_pod(attributes: dict[str, str | int], pod_logs_directory: str | None) -> Pod | None:
+    if pod_logs_directory is None or "pod_uid" not in attributes:
+        return None
+    try:
+        from core_dump_collector import kubernetes  # type: ignore[attr-defined]  # noqa: PLC0415
+    except ImportError:
+        return None
+    container_id = str(attributes.get("container_id", ""))
+    found: Pod | None = kubernetes.identify(str(attributes["pod_uid"]), container_id, pod_logs_directory)
+    return found
+
+
+def _number(value: str | int | None) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _ascii(text: str) -> str:
+    cleaned = "".join(c if c.isascii() and c.isprintable() else "_" for c in text)
+    return cleaned[:_MOST_METADATA_TEXT].strip() or "_"

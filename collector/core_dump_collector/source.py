@@ -1,0 +1,307 @@
+"""Owns what is read of a dump and how: a `.gz` as it is, a raw core through gzip, a salvaged partial mended.
+
+A piece is a `Part`: its body can be read again and again, for the checksum, the signature and each attempt to send it.
+Memory stays flat: parts of a file are read where they lie, a block at a time; of a stream two parts exist at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import mmap
+import os
+import queue
+from typing import TYPE_CHECKING, Protocol
+
+from isal import isal_zlib
+from isal.igzip_lib import IsalError
+
+from core_dump_collector import corefile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from core_dump_collector.dumpfile import DumpFile
+
+BLOCK_BYTES = 256 * 1024
+MEBIBYTE = 1024 * 1024
+MOST_PARTS = 10_000
+"""Amazon S3 User Guide, "Multipart upload limits"."""
+SMALL_BYTES = 512 * 1024
+"""Up to here a body is sent from memory, which saves the round trip of `Expect: 100-continue`."""
+STREAM_BUFFERS = 2
+"""One part of a stream is filled while the other is sent."""
+GZIP_LEVEL = 1
+_GZIP_WINDOW = 31
+"""zlib's wbits: 15 bits of window, gzip framing; the header holds no time, so the same core gives the same bytes."""
+_DAMAGE_BYTES = 4096
+"""A damaged stream is fed in small pieces: what a piece with an error would have given is lost with it."""
+
+_Buffer = bytes | memoryview
+
+
+class Body(io.RawIOBase):
+    """A part as the file object that botocore sends. Reads give at least a block, however little is asked for.
+
+    http.client and urllib3 ask for 16 KiB at a time, which would cost more CPU than the sending itself.
+    """
+
+    def __init__(self, part: Part) -> None:
+        """Start at the part's first byte."""
+        super().__init__()
+        self._part = part
+        self._position = 0
+
+    def __len__(self) -> int:
+        """Return the part's length."""
+        return self._part.size_bytes
+
+    def __bool__(self) -> bool:
+        """Be true even when empty: `len` is not meant as truth here."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next block; empty at the end."""
+        left = self._part.size_bytes - self._position
+        wanted = left if size < 0 else min(left, max(size, BLOCK_BYTES))
+        block = self._part.block(self._position, wanted)
+        self._position += len(block)
+        return block  # type: ignore[return-value]  # a memoryview is as good for a socket and a hash
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move, as any file."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._part.size_bytes}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def readable(self) -> bool:
+        """Return true."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return true."""
+        return True
+
+
+class Part:
+    """One piece of an object, numbered from 1."""
+
+    def __init__(self, number: int, size_bytes: int, *, last: bool) -> None:
+        """Describe the piece; subclasses know its bytes."""
+        self.number = number
+        self.size_bytes = size_bytes
+        self.last = last
+        self.error: OSError | None = None
+        """What went wrong with reading it: botocore would hide that behind an error of the network."""
+
+    def block(self, offset: int, size: int) -> _Buffer:
+        """Return up to `size` bytes from `offset` of the part."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Say that the part is not needed any more."""
+
+    def body(self) -> bytes | Body:
+        """Return what botocore sends."""
+        return bytes(self.block(0, self.size_bytes)) if self.size_bytes <= SMALL_BYTES else Body(self)
+
+    def blocks(self) -> Iterator[_Buffer]:
+        """Yield the part's bytes."""
+        position = 0
+        while position < self.size_bytes:
+            block = self.block(position, min(MEBIBYTE, self.size_bytes - position))
+            yield block
+            position += len(block)
+
+    def crc32(self) -> int:
+        """Return the CRC-32 of the part."""
+        crc = 0
+        for block in self.blocks():
+            crc = isal_zlib.crc32(block, crc)
+        return crc
+
+    def md5(self) -> str:
+        """Return the MD5 of the part in hex: what most stores give as ETag."""
+        digest = hashlib.md5(usedforsecurity=False)
+        for block in self.blocks():
+            digest.update(block)
+        return digest.hexdigest()
+
+
+class FilePart(Part):
+    """A range of a file."""
+
+    def __init__(self, fd: int, number: int, offset: int, size_bytes: int, *, last: bool) -> None:
+        """Describe the range."""
+        super().__init__(number, size_bytes, last=last)
+        self._fd = fd
+        self._offset = offset
+
+    def block(self, offset: int, size: int) -> bytes:
+        """Read at the offset; a file that ends early is an error, never a shorter part."""
+        try:
+            block = os.pread(self._fd, size, self._offset + offset)
+            if not block and size:
+                raise OSError("the file became shorter while it was read")  # noqa: TRY301
+        except OSError as error:
+            self.error = error
+            raise
+        return block
+
+    def body(self) -> bytes | Body:
+        """Return what botocore sends; small ones from memory."""
+        return b"".join(self.blocks()) if self.size_bytes <= SMALL_BYTES else Body(self)
+
+    def release(self) -> None:
+        """Give the page cache back to the node's own work."""
+        drop_cache(self._fd, self._offset, self.size_bytes)
+
+
+class BufferPart(Part):
+    """A piece of a stream, in memory until it is released."""
+
+    def __init__(self, number: int, view: memoryview, *, last: bool, give_back: Callable[[], None]) -> None:
+        """Take the buffer over until `release`."""
+        super().__init__(number, len(view), last=last)
+        self._view = view
+        self._give_back = give_back
+
+    def block(self, offset: int, size: int) -> memoryview:
+        """Return a view of the buffer."""
+        return self._view[offset : offset + size]
+
+    def release(self) -> None:
+        """Give the buffer back to the stream."""
+        self._view.release()
+        self._give_back()
+
+
+class Source(Protocol):
+    """Where the parts of an object come from."""
+
+    part_bytes: int
+    gzip: bool
+    """Whether the object is gzip, so that its key ends in `.gz`."""
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the parts in order, at least one; each must be released, in any order."""
+        ...
+
+
+class FileSource:
+    """A file that is uploaded as it is."""
+
+    def __init__(self, dump: DumpFile, part_bytes: int) -> None:
+        """Describe the file."""
+        self.gzip = dump.name.endswith(".gz")
+        self.part_bytes = part_size(dump.size_bytes, part_bytes)
+        self._dump = dump
+
+    def parts(self) -> Iterator[Part]:
+        """Yield ranges of the file; an empty file is one empty part."""
+        size = self._dump.size_bytes
+        for number, offset in enumerate(range(0, max(size, 1), self.part_bytes), start=1):
+            length = min(self.part_bytes, size - offset)
+            yield FilePart(self._dump.fd, number, offset, length, last=offset + length >= size)
+
+
+class GzipSource:
+    """Bytes that are compressed while they are uploaded.
+
+    The compressor runs in the thread that asks for parts, so it works while other threads send.
+    """
+
+    gzip = True
+
+    def __init__(self, blocks: Callable[[], Iterator[_Buffer]], bound_bytes: int, part_bytes: int) -> None:
+        """Take what is to be compressed, and an upper bound of what comes out."""
+        self._blocks = blocks
+        self.part_bytes = part_size(bound_bytes, part_bytes)
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the compressed stream in parts."""
+        free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        for _ in range(STREAM_BUFFERS):
+            free.put(mmap.mmap(-1, self.part_bytes))
+        number, buffer, filled = 1, free.get(), 0
+        for piece in _deflate(self._blocks()):
+            rest = memoryview(piece)
+            while rest:
+                if filled == self.part_bytes:
+                    yield _buffer_part(number, buffer, filled, free, last=False)
+                    number, buffer, filled = number + 1, free.get(), 0
+                taken = min(len(rest), self.part_bytes - filled)
+                buffer[filled : filled + taken] = rest[:taken]
+                rest, filled = rest[taken:], filled + taken
+        yield _buffer_part(number, buffer, filled, free, last=True)
+
+
+def _buffer_part(
+    number: int, buffer: mmap.mmap, filled: int, free: queue.SimpleQueue[mmap.mmap], *, last: bool
+) -> BufferPart:
+    view = memoryview(buffer)[:filled]
+    return BufferPart(number, view, last=last, give_back=lambda: free.put(buffer))
+
+
+def open_source(dump: DumpFile, part_bytes: int, *, compress_raw: bool, salvaged: bool) -> Source:
+    """Choose how a dump is read."""
+    compressed = corefile.is_compressed(dump.name)
+    if salvaged and dump.name.endswith(".gz") and _is_gzip(dump.fd):
+        return GzipSource(lambda: _inflate(_read(dump.fd, _DAMAGE_BYTES)), 2 * dump.size_bytes, part_bytes)
+    if compressed or not compress_raw:
+        return FileSource(dump, part_bytes)
+    bound = dump.data_bytes + dump.data_bytes // 64 + dump.size_bytes // 512 + MEBIBYTE
+    return GzipSource(lambda: _read(dump.fd, MEBIBYTE), bound, part_bytes)
+
+
+def part_size(bound_bytes: int, part_bytes: int) -> int:
+    """Return the size of parts, the same for all of an object, that keeps it within 10,000 parts."""
+    least = -(-bound_bytes // MOST_PARTS)
+    return part_bytes if least <= part_bytes else -(-least // MEBIBYTE) * MEBIBYTE
+
+
+def drop_cache(fd: int, offset: int, size: int) -> None:
+    """Tell the kernel that a range is not needed again."""
+    os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+
+
+def _is_gzip(fd: int) -> bool:
+    return os.pread(fd, 2, 0) == b"\x1f\x8b"
+
+
+def _read(fd: int, block_bytes: int) -> Iterator[bytes]:
+    """Yield the file from its start, dropping behind what was read."""
+    offset = dropped = 0
+    while block := os.pread(fd, block_bytes, offset):
+        yield block
+        offset += len(block)
+        if offset - dropped >= 8 * MEBIBYTE:
+            drop_cache(fd, dropped, offset - dropped)
+            dropped = offset
+
+
+def _deflate(blocks: Iterator[_Buffer]) -> Iterator[bytes]:
+    compressor = isal_zlib.compressobj(GZIP_LEVEL, isal_zlib.DEFLATED, _GZIP_WINDOW)
+    for block in blocks:
+        yield compressor.compress(block)
+    yield compressor.flush()
+
+
+def _inflate(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield what decompresses of a gzip file of one or more members, up to the first damage."""
+    stream = isal_zlib.decompressobj(wbits=_GZIP_WINDOW)
+    for block in blocks:
+        rest = block
+        while rest:
+            if stream.eof:
+                stream = isal_zlib.decompressobj(wbits=_GZIP_WINDOW)
+            try:
+                piece = stream.decompress(rest, MEBIBYTE)
+            except IsalError:
+                return
+            yield piece
+            rest = stream.unused_data if stream.eof else stream.unconsumed_tail

@@ -1,0 +1,341 @@
+"""Owns the requests to S3: one method for each, its parameters, and what its answer proves.
+
+Retries of botocore are off: a retry inside it would meet the object that the first try stored and call it a
+collision. Every checksum goes in a header and is known before the body is sent, so no store needs trailers.
+"""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import boto3
+import botocore
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from core_dump_collector import __version__, faults
+from core_dump_collector.errors import RetryableError
+from core_dump_collector.jobs import RetryReason
+from core_dump_collector.sidecar import encode_crc32
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from botocore.loaders import Loader
+    from mypy_boto3_s3 import S3Client
+
+    from core_dump_collector.config import Settings
+    from core_dump_collector.source import Part
+
+SENDERS = 4
+"""Parts of one object that are sent at the same time, at most."""
+_MD5 = re.compile(r"[0-9a-f]{32}")
+_UPLOAD_ID = re.compile(r"[\x21-\x7e]{1,512}")
+_MOST_LIST_PAGES = 20
+
+
+class TakenError(Exception):
+    """The key is taken: If-None-Match was not fulfilled (412)."""
+
+    def __init__(self, *, by_us: bool = False) -> None:
+        """Say whether a request of ours just before, its outcome unknown, may have taken it."""
+        super().__init__("the key is taken")
+        self.by_us = by_us
+
+
+class ConflictError(Exception):
+    """Another conditional request for the key was under way (409): a multipart upload has to begin anew."""
+
+
+class UnconditionalStoreError(Exception):
+    """The store does not know If-None-Match (501, or 412 for the header itself)."""
+
+
+class GoneError(Exception):
+    """The multipart upload does not exist any more: completed, aborted or expired."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lies under a key."""
+
+    size_bytes: int
+    crc32: str | None
+    """As S3 writes it; with `-N` for a checksum of the checksums of N parts."""
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """A part that the store has."""
+
+    etag: str
+    crc32: str | None
+    size_bytes: int
+
+
+def _warm() -> Loader:
+    """Load what every S3 client needs, once, before the workers are forked from this process."""
+    session = botocore.session.Session()
+    unsigned = Config(signature_version=botocore.UNSIGNED)
+    session.create_client("s3", region_name="us-east-1", config=unsigned).close()
+    loader: Loader = session.get_component("data_loader")
+    return loader
+
+
+_LOADER = _warm()
+
+
+def make_client(settings: Settings) -> S3Client:
+    """Return a client. Endpoint, region and credentials come from where boto3 looks for them."""
+    client = _make_client(settings, sign_payload=None)
+    if settings.checksum == "when_required" or not client.meta.endpoint_url.startswith("https:"):
+        return client
+    client.close()
+    # TLS and a checksum header protect the body: hashing it once more for the signature would double the CPU.
+    return _make_client(settings, sign_payload=False)
+
+
+def _make_client(settings: Settings, *, sign_payload: bool | None) -> S3Client:
+    session = botocore.session.Session()
+    session.register_component("data_loader", _LOADER)
+    s3: dict[str, Any] = {"addressing_style": settings.addressing_style}
+    if sign_payload is not None:
+        s3["payload_signing_enabled"] = sign_payload
+    config = Config(
+        s3=s3,  # type: ignore[arg-type]  # a typed dict of botocore's stubs
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        connect_timeout=settings.connect_timeout_seconds,
+        read_timeout=settings.read_timeout_seconds,
+        request_checksum_calculation=settings.checksum,
+        response_checksum_validation=settings.checksum,
+        max_pool_connections=SENDERS,
+        tcp_keepalive=True,
+        user_agent_extra=f"core-dump-handler/{__version__}",
+    )
+    return boto3.Session(botocore_session=session).client("s3", config=config)
+
+
+class Store:
+    """The bucket, as the settings describe it."""
+
+    def __init__(self, client: S3Client, settings: Settings) -> None:
+        """Remember what goes with every request."""
+        self._client = client
+        self._bucket = settings.bucket
+        self.sends_checksums = settings.checksum == "when_supported"
+        self.conditional = True
+        """Whether the store knows If-None-Match, as far as we have seen."""
+        owner = settings.expected_bucket_owner
+        self._owner: dict[str, Any] = {"ExpectedBucketOwner": owner} if owner else {}
+        self._object = self._object_parameters(settings)
+
+    @staticmethod
+    def _object_parameters(settings: Settings) -> dict[str, Any]:
+        parameters: dict[str, Any] = {}
+        if settings.storage_class:
+            parameters["StorageClass"] = settings.storage_class
+        if settings.kms_key_id:
+            parameters |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": settings.kms_key_id}
+        if settings.object_tags:
+            parameters["Tagging"] = urllib.parse.urlencode(settings.object_tags)
+        return parameters
+
+    def put(self, key: str, part: Part, crc32: int, headers: Mapping[str, Any]) -> None:
+        """Store a whole object with one request and check the answer.
+
+        Raises:
+            TakenError, UnconditionalStoreError, RetryableError, PermanentError
+        """
+        answer = self._call(
+            self._client.put_object,
+            part,
+            Key=key,
+            Body=part.body(),
+            **self._checksum(crc32),
+            **self._condition(),
+            **self._object,
+            **headers,
+        )
+        self._check_part(answer, part, crc32)
+
+    def create_multipart(self, key: str, headers: Mapping[str, Any]) -> str:
+        """Begin a multipart upload and return its id."""
+        checksum = (
+            {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"} if self.sends_checksums else {}
+        )
+        call = self._client.create_multipart_upload
+        upload_id = str(self._call(call, None, Key=key, **checksum, **self._object, **headers)["UploadId"])
+        if not _UPLOAD_ID.fullmatch(upload_id):
+            raise RetryableError(RetryReason.SERVER, "the store gave a multipart upload an unusable id")
+        return upload_id
+
+    def put_part(self, key: str, upload_id: str, part: Part, crc32: int) -> str:
+        """Send a part and return its ETag.
+
+        Raises:
+            GoneError, RetryableError, PermanentError
+        """
+        answer = self._call(
+            self._client.upload_part,
+            part,
+            Key=key,
+            UploadId=upload_id,
+            PartNumber=part.number,
+            Body=part.body(),
+            **self._checksum(crc32),
+        )
+        self._check_part(answer, part, crc32)
+        return str(answer["ETag"])
+
+    def list_parts(self, key: str, upload_id: str) -> dict[int, StoredPart]:
+        """Return the parts that the store has, by number.
+
+        Raises:
+            GoneError, RetryableError, PermanentError
+        """
+        parts: dict[int, StoredPart] = {}
+        marker = 0
+        for _ in range(_MOST_LIST_PAGES):
+            call = self._client.list_parts
+            page = self._call(call, None, Key=key, UploadId=upload_id, PartNumberMarker=marker)
+            for part in page.get("Parts", []):
+                etag = str(part["ETag"])
+                parts[part["PartNumber"]] = StoredPart(etag, part.get("ChecksumCRC32"), part["Size"])
+            following = page.get("NextPartNumberMarker", 0)
+            if not page.get("IsTruncated") or following <= marker:
+                break
+            marker = following
+        return parts
+
+    def complete(
+        self, key: str, upload_id: str, parts: list[dict[str, Any]], *, crc32: int, size_bytes: int
+    ) -> dict[str, Any]:
+        """Make the object of the parts; the answer is for the caller to check.
+
+        Raises:
+            TakenError, UnconditionalStoreError, GoneError, RetryableError, PermanentError
+        """
+        checksum: dict[str, Any] = {}
+        if self.sends_checksums:
+            checksum = {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": size_bytes, **self._checksum(crc32)}
+        call = self._client.complete_multipart_upload
+        listed = {"Parts": parts}
+        return self._call(
+            call, None, Key=key, UploadId=upload_id, MultipartUpload=listed, **checksum, **self._condition()
+        )
+
+    def abort(self, key: str, upload_id: str) -> None:
+        """Give a multipart upload up, if the store lets us; a lifecycle rule does it otherwise."""
+        try:
+            self._client.abort_multipart_upload(
+                Bucket=self._bucket, Key=key, UploadId=upload_id, **self._owner
+            )
+        except (ClientError, BotoCoreError):
+            return
+
+    def look(self, key: str) -> Found | None:
+        """Return what lies under a key, None when nothing does.
+
+        Raises:
+            PermissionError: we may not look, which is normal for an identity that may only write.
+            RetryableError: no answer to rely on.
+        """
+        try:
+            answer = self._client.head_object(
+                Bucket=self._bucket, Key=key, ChecksumMode="ENABLED", **self._owner
+            )
+        except ClientError as error:
+            status = faults.status_of(error)
+            if status == 404:  # noqa: PLR2004
+                return None
+            if 400 <= status < 500:  # noqa: PLR2004  a HEAD has no body: 403 is all that it says
+                raise PermissionError(status) from error
+            raise faults.translate(error) from error
+        except BotoCoreError as error:
+            raise faults.translate(error) from error
+        return Found(answer["ContentLength"], answer.get("ChecksumCRC32"), str(answer.get("ETag", "")))
+
+    def put_document(self, key: str, document: bytes) -> None:
+        """Store a small JSON document; one that is there already is ours and stays.
+
+        Raises:
+            RetryableError, PermanentError
+        """
+        try:
+            self._put_document(key, document)
+        except UnconditionalStoreError:
+            self._put_document(key, document)
+        except TakenError:
+            return
+
+    def put_probe(self, key: str, document: bytes) -> None:
+        """Store a document on the condition that the key is free.
+
+        Raises:
+            TakenError, UnconditionalStoreError, RetryableError, PermanentError
+        """
+        self._put_document(key, document)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _put_document(self, key: str, document: bytes) -> None:
+        headers = {"ContentType": "application/json", **self._condition(), **self._object}
+        self._call(self._client.put_object, None, Key=key, Body=document, **headers)
+
+    def delete(self, key: str) -> bool:
+        """Delete an object; False when that is not allowed."""
+        try:
+            self._client.delete_object(Bucket=self._bucket, Key=key, **self._owner)
+        except (ClientError, BotoCoreError):
+            return False
+        return True
+
+    def _checksum(self, crc32: int) -> dict[str, str]:
+        return {"ChecksumCRC32": encode_crc32(crc32)} if self.sends_checksums else {}
+
+    def _condition(self) -> dict[str, str]:
+        return {"IfNoneMatch": "*"} if self.conditional else {}
+
+    def _call(self, call: Callable[..., Any], part: Part | None, **parameters: Any) -> dict[str, Any]:  # noqa: ANN401
+        try:
+            answer: dict[str, Any] = call(Bucket=self._bucket, **self._owner, **parameters)
+        except ClientError as error:
+            raise self._explain(error, parameters) from error
+        except BotoCoreError as error:
+            if part is not None and part.error is not None:
+                raise part.error from error
+            raise faults.translate(error) from error
+        return answer
+
+    def _explain(self, error: ClientError, parameters: Mapping[str, Any]) -> Exception:
+        status, code = faults.status_of(error), faults.code_of(error)
+        if "IfNoneMatch" in parameters:
+            if status == 412 and code == "PreconditionFailed":  # noqa: PLR2004
+                return TakenError()
+            if status == 501 or (status == 412 and code == "InvalidRequest"):  # noqa: PLR2004  Swift says both
+                self.conditional = False
+                return UnconditionalStoreError()
+            if code == "ConditionalRequestConflict":
+                return ConflictError()
+        if code == "NoSuchUpload":
+            return GoneError()
+        return faults.translate(error)
+
+    def _check_part(self, answer: Mapping[str, Any], part: Part, crc32: int) -> None:
+        """Compare what the store says it got with what was sent."""
+        told = answer.get("ChecksumCRC32")
+        if told is not None:
+            if told != encode_crc32(crc32):
+                raise RetryableError(RetryReason.CHECKSUM, "the store reports another CRC32 than was sent")
+            return
+        etag = str(answer.get("ETag", "")).strip('"').lower()
+        encrypted = str(answer.get("ServerSideEncryption", "AES256")) != "AES256"  # then an ETag is no MD5
+        if _MD5.fullmatch(etag) and not encrypted and etag != part.md5():
+            raise RetryableError(RetryReason.CHECKSUM, "the store reports another MD5 than was sent")
