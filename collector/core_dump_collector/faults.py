@@ -8,10 +8,14 @@ from __future__ import annotations
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectionError,  # noqa: A004  botocore's, the base of what goes wrong on the wire
+    ConnectTimeoutError,
     CredentialRetrievalError,
+    EndpointConnectionError,
     HTTPClientError,
     NoCredentialsError,
     PartialCredentialsError,
+    ProxyConnectionError,
     SSOError,
     TokenRetrievalError,
 )
@@ -71,7 +75,9 @@ def translate(error: ClientError | BotoCoreError) -> RetryableError | PermanentE
     detail = _shorten(str(error))
     if isinstance(error, _NO_CREDENTIALS):
         return RetryableError(RetryReason.CREDENTIALS, f"{detail}; see docs/configuration.md, credentials")
-    if isinstance(error, HTTPClientError):
+    if isinstance(error, EndpointConnectionError | ConnectTimeoutError | ProxyConnectionError):
+        return RetryableError(RetryReason.NETWORK, detail)
+    if isinstance(error, HTTPClientError | ConnectionError):
         return RetryableError(RetryReason.NETWORK, detail, outcome_unknown=True)
     # An answer that cannot be parsed, a parameter that boto3 refuses, a profile that does not exist, ...
     return RetryableError(RetryReason.SERVER, detail, outcome_unknown=True)
