@@ -1,0 +1,98 @@
+"""A node whose kernel pipes its dumps into the helper."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tests.support import kernel
+from tests.support.collector import wait_until
+
+
+def pytest_collection_modifyitems(items):
+    """Skip this tier as an ordinary user."""
+    if kernel.can_crash():
+        return
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.skip(reason="crashes real processes, needs root: sudo make test"))
+
+
+@dataclass
+class Node:
+    """A watch directory, an installed helper, and a program that crashes."""
+
+    directory: Path
+    watch_dir: Path
+    program: Path
+
+    @contextlib.contextmanager
+    def installed(self, python=sys.executable, **settings):
+        """Let the kernel start the helper with these settings."""
+        given = {"WATCH_DIR": self.watch_dir, "RATE_LIMIT": 0, "KEEP_FREE_PERCENT": 1} | settings
+        with kernel.core_pattern(kernel.install_helper(self.directory, given, python)):
+            yield self
+
+    def crash(self, signal=11, program=None, **how):
+        """Crash one process and wait until its helper has ended; return the process's pid."""
+        process = kernel.crash(program or self.program, signal, **how)
+        self.settle()
+        return int(process.stdout or 0)
+
+    def settle(self):
+        """Wait until no helper runs."""
+        wait_until(lambda: not self.helpers(), 60, "the helpers to end")
+
+    def helpers(self):
+        """Return the pids of helpers started from this node's directory."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if str(self.directory / "core-dump-helper").encode() in entry.read_bytes():
+                    found.append(int(entry.parent.name))
+        return found
+
+    def names(self):
+        """Return all names in the watch directory except the helper's state."""
+        return sorted(name for name in os.listdir(self.watch_dir) if name != ".helper")
+
+    def dump(self):
+        """Return the path of the only dump."""
+        (name,) = self.names()
+        return self.watch_dir / name
+
+
+def attributes(path):
+    """Return the helper's attributes of a dump."""
+    prefix = "user.coredump."
+    return {n[len(prefix) :]: os.getxattr(path, n) for n in os.listxattr(path) if n.startswith(prefix)}
+
+
+def core_of(path):
+    """Return the core in a dump."""
+    return gzip.decompress(path.read_bytes())
+
+
+def backtrace(program, core):
+    """Return gdb's backtrace of every thread."""
+    command = ["gdb", "-nx", "--batch", "-ex", "thread apply all bt", program, core]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+@pytest.fixture
+def node():
+    """A node in a short path: the kernel takes 127 bytes of pattern."""
+    with tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp") as directory:
+        watch_dir = Path(directory) / "w"
+        watch_dir.mkdir(mode=0o700)
+        node = Node(Path(directory), watch_dir, Path(directory) / "crash")
+        kernel.build(kernel.CRASHER, node.program, "-pthread")
+        yield node
+        node.settle()
