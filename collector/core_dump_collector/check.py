@@ -109,7 +109,7 @@ def _check_pattern(directory: str) -> Finding:
 def _check_store(settings: Settings) -> Finding:
     target = f"s3://{settings.bucket}/{settings.prefix}"
     try:
-        upload.verify_store(settings)
+        shown = upload.verify_store(settings)
     except (ConfigError, RetryableError) as error:
         return Finding(Level.FAIL, f"bucket {target}: {logs.printable(str(error))}")
-    return Finding(Level.GOOD, f"bucket {target}: a probe object was stored once and refused a second time")
+    return Finding(Level.WARN if "WARNING" in shown else Level.GOOD, f"bucket {target}: {shown}")

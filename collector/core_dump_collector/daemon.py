@@ -95,9 +95,9 @@ class Daemon:
             self._begin_scan(now)
         self._advance_scan()
         self._submit()
+        self._gauge()
         for key, _ in self._selector.select(self._pause()):
             key.data()
-        self._gauge()
 
     def _pause(self) -> float:
         if self._scan is not None:

@@ -7,6 +7,7 @@ it is sent `transfer`'s, the requests are `store`'s.
 from __future__ import annotations
 
 import time
+import traceback
 import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ _OUTCOME_OF_UNFIT = {
     dumpfile.Unfit.REFUSED: Outcome.REFUSED,
 }
 _ADVICE = {
-    RetryReason.FORBIDDEN: "allow s3:PutObject on it (docs/security.md has the policy)",
+    RetryReason.FORBIDDEN: "allow s3:PutObject on it (docs/iam.md has the policy)",
     RetryReason.NO_SUCH_BUCKET: "create it, or correct BUCKET_NAME, AWS_REGION or AWS_ENDPOINT_URL_S3",
     RetryReason.CREDENTIALS: "give this process credentials as boto3 expects them, and check the clock",
 }
@@ -46,7 +47,9 @@ def process(job: Job, settings: Settings) -> UploadResult:
     except OSError as error:
         result = _retry(job, RetryReason.LOCAL_IO, error.strerror or str(error))
     except Exception as error:  # noqa: BLE001  the worker's boundary: a fault of ours must not end the pool
-        result = _retry(job, RetryReason.INTERNAL, f"{type(error).__name__}: {error}")
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
+        result = _retry(job, RetryReason.INTERNAL, f"{place}: {type(error).__name__}: {error}")
     return replace(result, seconds=time.monotonic() - started, detail=corefile.display(result.detail))
 
 

@@ -38,7 +38,7 @@ def test_good_bucket_passes_with_the_least_rights(seaweed, bucket, watch_dir, ke
 
 def test_foreign_core_pattern_fails_the_check_and_names_the_remedy(seaweed, bucket, watch_dir):
     code, lines = check(watch_dir, seaweed.environ())
-    line = line_about(lines, "core_pattern")
+    line = line_about(lines, "kernel.core_pattern")
     assert code == 1
     assert line.startswith("FAIL")
     assert "sysctl/install.sh" in line
