@@ -11,6 +11,7 @@ import fcntl
 import gzip
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -63,6 +64,7 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) ->
 @contextlib.contextmanager
 def s3_server() -> Iterator[S3Client]:
     """Serve S3 on a free port of loopback, in this process."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     os.environ |= {
         "AWS_ACCESS_KEY_ID": "demo",
         "AWS_SECRET_ACCESS_KEY": "demo",

@@ -81,10 +81,10 @@ class Backlog:
         self._in_flight += 1
         return name
 
-    def finish(self, name: str, now: float) -> None:
-        """Take a name off: done with. When it was seen again meanwhile, it waits anew."""
+    def finish(self, name: str, now: float, *, gone: bool = False) -> None:
+        """Take a name off: done with. When it was seen again meanwhile, and is not gone, it waits anew."""
         entry = self._land(name)
-        if entry.seen_again:
+        if entry.seen_again and not gone:
             entry.seen_again = False
             entry.attempts = 0
             self._queue(name, entry, now)

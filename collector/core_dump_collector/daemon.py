@@ -205,7 +205,8 @@ class Daemon:
                     "will try again", reason=result.retry_reason, pause_seconds=round(pause, 1), **shown
                 )
             case Outcome.UPLOADED | Outcome.ALREADY_STORED:
-                self._backlog.finish(name, now)
+                gone = not os.path.lexists(os.path.join(self._directory, name))
+                self._backlog.finish(name, now, gone=gone)
                 log.info(
                     result.outcome.value,
                     bytes=result.stored_bytes,

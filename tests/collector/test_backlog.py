@@ -30,6 +30,17 @@ def test_file_seen_again_while_in_flight_is_looked_at_again():
     assert len(backlog) == 0
 
 
+def test_file_seen_again_but_gone_is_done_with():
+    backlog = exact()
+    backlog.add("a", 0.0)
+    backlog.take(0.0)
+    backlog.add("a", 1.0)
+    backlog.finish("a", 2.0, gone=True)
+    assert len(backlog) == 0
+    assert backlog.add("a", 3.0)
+    assert backlog.take(3.0) == "a"
+
+
 def test_pauses_double_up_to_the_longest():
     backlog = exact(longest_pause_seconds=5.0)
     backlog.add("a", 0.0)

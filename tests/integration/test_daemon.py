@@ -46,6 +46,7 @@ def test_dumps_from_before_the_start_and_after_it_all_arrive_once(seaweed, bucke
         wait_until(lambda: uploaded(collector) == 400, 10, "400 counted")
         assert collector.metric("core_dump_backlog_files") == 0
         assert collector.metric("core_dump_inflight_uploads") == 0
+        assert collector.metric('core_dump_uploads_total{result="vanished"}') == 0
         assert collector.metric('core_dump_dumps_total{signal="SIGSEGV"}') == 400
         stored = s3.keys_in(bucket)
         assert collector.metric("core_dump_upload_bytes_total") == sum(
