@@ -49,10 +49,11 @@ TRUNCATED_REASONS = frozenset(
     | {"compressor_failed", "read_error", "not_elf", "salvaged"}
 )
 
-_GRAMMAR = re.compile(
-    r"core-(?P<comm>[A-Za-z0-9._+-]*)-(?P<timestamp>[0-9]{1,20})-(?P<pid>[0-9]{1,10})-(?P<signal>[0-9]{1,3})"
-    r"(-(?P<copy>[0-9]{1,4}))?(\.gz)?"
-)
+_NUMBERS_OF_NAME = r"-(?P<timestamp>[0-9]{1,20})-(?P<pid>[0-9]{1,10})-(?P<signal>[0-9]{1,3})"
+_FIRST = re.compile(r"core-(?P<comm>[A-Za-z0-9._+-]*)" + _NUMBERS_OF_NAME + r"(?P<copy>)(\.gz)?")
+_COPY = re.compile(r"core-(?P<comm>[A-Za-z0-9._+-]*)" + _NUMBERS_OF_NAME + r"-(?P<copy>[0-9]{1,4})(\.gz)?")
+_LEAST_TIMESTAMP = 100_000_000
+"""March 1973: a smaller number in its place is a pid, so what follows the signal is the number of a copy."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+-]")
 _LITERAL = re.compile(r"[A-Za-z0-9!_.*'()=+,@/-]*")
 _LAST_TIMESTAMP = 253_402_300_799
@@ -74,8 +75,14 @@ class CoreName:
 
 def parse(name: str) -> CoreName | None:
     """Read a name of the grammar `core-%e-%t-%p-%s[-N][.gz]`; None for any other."""
-    match = _GRAMMAR.fullmatch(name)
-    if match is None or len(name) > MOST_NAME_BYTES:
+    if len(name) > MOST_NAME_BYTES:
+        return None
+    match = _FIRST.fullmatch(name)
+    if match is None or int(match["timestamp"]) < _LEAST_TIMESTAMP:
+        as_copy = _COPY.fullmatch(name)
+        if as_copy is not None and (match is None or int(as_copy["timestamp"]) >= _LEAST_TIMESTAMP):
+            match = as_copy
+    if match is None:
         return None
     copy = match["copy"]
     return CoreName(

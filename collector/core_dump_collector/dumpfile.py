@@ -267,12 +267,10 @@ def _require_no_writer(fd: int, status: os.stat_result) -> None:
     """Refuse a file that somebody may still write to.
 
     A read lease is granted only when nobody has the file open for writing, exact even for cores that the kernel
-    writes (fcntl(2), "Leases"). A writer that comes while we hold it gets us a signal, which by default would end
-    the process: SIGURG instead, which is ignored by default.
+    writes (fcntl(2), "Leases").
     """
     try:
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        _take_lease(fd)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except BlockingIOError:
         raise UnfitError(Unfit.BUSY, "somebody has it open for writing") from None
@@ -281,6 +279,15 @@ def _require_no_writer(fd: int, status: os.stat_result) -> None:
             raise
         if time.time() - status.st_mtime < QUIET_SECONDS:
             raise UnfitError(Unfit.BUSY, "written to less than a minute ago") from None
+
+
+def _take_lease(fd: int) -> None:
+    """Take a read lease. A writer that comes while we hold it gets us a signal.
+
+    By default that is SIGIO, which ends the process; SIGURG is ignored by default.
+    """
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
 
 
 def _is_at(parent: int, name: str, identity: Identity) -> bool:

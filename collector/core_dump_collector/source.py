@@ -62,7 +62,7 @@ class Body(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """Return the next block; empty at the end."""
-        left = self._part.size_bytes - self._position
+        left = max(0, self._part.size_bytes - self._position)
         wanted = left if size < 0 else min(left, max(size, BLOCK_BYTES))
         block = self._part.block(self._position, wanted)
         self._position += len(block)

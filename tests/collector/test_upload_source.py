@@ -1,0 +1,231 @@
+"""What is read of a dump: parts that make the file again, gzip that any reader takes, a damaged stream mended."""
+
+import gzip
+import hashlib
+import io
+import itertools
+import os
+import random
+import subprocess
+import zlib
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from core_dump_collector import source
+from core_dump_collector.dumpfile import DumpFile
+from core_dump_collector.multipart import SentPart, Whole
+from core_dump_collector.source import MEBIBYTE, Body, part_size
+
+RAW = "core-app-1700000000-42-11"
+on_disk = hypothesis_settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+
+
+def some_core(size, seed=1):
+    """Bytes like a core's: noise, text and zeros."""
+    noise = random.Random(seed)
+    blocks = itertools.cycle([noise.randbytes(4096), b"some text " * 400, bytes(8192)])
+    return b"".join(itertools.islice(blocks, size // 4096 + 3))[:size]
+
+
+def read_all(body):
+    return b"".join(iter(lambda: bytes(body.read(16384)), b""))
+
+
+def parts_of(path, part_bytes, **options):
+    """Return the bodies of a file's parts, read the way botocore reads them."""
+    with DumpFile(str(path.parent), path.name) as dump:
+        read = source.open_source(dump, part_bytes, **({"compress_raw": True, "salvaged": False} | options))
+        bodies = []
+        numbers = []
+        for part in read.parts():
+            body = part.body()
+            data = body if isinstance(body, bytes) else read_all(body)
+            assert len(data) == part.size_bytes
+            assert part.crc32() == zlib.crc32(data)
+            assert part.md5() == hashlib.md5(data).hexdigest()
+            bodies.append(data)
+            numbers.append((part.number, part.last))
+            part.release()
+    assert [number for number, _ in numbers] == list(range(1, len(numbers) + 1))
+    assert [last for _, last in numbers] == [False] * (len(numbers) - 1) + [True]
+    assert all(len(body) == read.part_bytes for body in bodies[:-1])
+    return bodies
+
+
+@given(size=st.integers(0, 5000), part_bytes=st.integers(1, 5000))
+@on_disk
+def test_parts_of_a_compressed_file_are_the_file(tmp_path, size, part_bytes):
+    content = some_core(size)
+    (tmp_path / "core.gz").write_bytes(content)
+    assert b"".join(parts_of(tmp_path / "core.gz", part_bytes)) == content
+
+
+@given(size=st.integers(0, 200_000), part_bytes=st.integers(1000, 100_000))
+@on_disk
+def test_a_raw_core_goes_up_as_gzip_of_itself(tmp_path, size, part_bytes):
+    content = some_core(size)
+    (tmp_path / RAW).write_bytes(content)
+    assert gzip.decompress(b"".join(parts_of(tmp_path / RAW, part_bytes))) == content
+
+
+def test_a_raw_core_gives_the_same_bytes_each_time(tmp_path):
+    (tmp_path / RAW).write_bytes(some_core(3 * MEBIBYTE))
+    first = parts_of(tmp_path / RAW, 100_000)
+    os.utime(tmp_path / RAW, (0, 0))
+    assert parts_of(tmp_path / RAW, 100_000) == first
+
+
+def test_gzip_itself_reads_what_we_write(tmp_path):
+    content = some_core(5 * MEBIBYTE)
+    (tmp_path / RAW).write_bytes(content)
+    compressed = b"".join(parts_of(tmp_path / RAW, MEBIBYTE))
+    done = subprocess.run(["gzip", "-d"], input=compressed, capture_output=True, check=True)
+    assert done.stdout == content
+
+
+def test_a_raw_core_is_left_raw_when_configured(tmp_path):
+    (tmp_path / RAW).write_bytes(b"dump")
+    assert parts_of(tmp_path / RAW, 100, compress_raw=False) == [b"dump"]
+
+
+@pytest.mark.parametrize("name", ["core.gz", "core.zst", "heap.hprof.xz"])
+def test_compressed_files_go_up_as_they_are(tmp_path, name):
+    (tmp_path / name).write_bytes(b"whatever it holds")
+    assert parts_of(tmp_path / name, 100) == [b"whatever it holds"]
+
+
+def test_no_more_than_two_parts_of_a_stream_exist_at_a_time(tmp_path):
+    (tmp_path / RAW).write_bytes(os.urandom(10 * MEBIBYTE))
+    with DumpFile(str(tmp_path), RAW) as dump:
+        parts = source.open_source(dump, MEBIBYTE, compress_raw=True, salvaged=False).parts()
+        first, second = next(parts), next(parts)
+        first.release()
+        third = next(parts)  # would wait for ever if `first` had kept its buffer
+        second.release()
+        third.release()
+        assert sum(part.size_bytes for part in parts if part.release() is None) > 6 * MEBIBYTE
+
+
+def test_a_file_that_becomes_shorter_is_an_error_and_never_a_shorter_part(tmp_path):
+    (tmp_path / "core.gz").write_bytes(b"x" * 1000)
+    with DumpFile(str(tmp_path), "core.gz") as dump:
+        (part,) = source.open_source(dump, MEBIBYTE, compress_raw=True, salvaged=False).parts()
+        os.truncate(tmp_path / "core.gz", 10)
+        with pytest.raises(OSError, match="shorter"):
+            part.crc32()
+        assert part.error is not None
+
+
+# A salvaged partial
+
+DAMAGE = {
+    "ends early": lambda whole: whole[: len(whole) * 2 // 3],
+    "ends in its trailer": lambda whole: whole[:-3],
+    "garbage at the end": lambda whole: whole + b"\0garbage" * 700,
+    "zeros at the end": lambda whole: whole[: len(whole) // 2] + bytes(10_000),
+    "whole after all": lambda whole: whole,
+    "two members": lambda whole: whole + whole[:-20],
+}
+
+
+@pytest.mark.parametrize("compress", [zlib, "pigz"], ids=["zlib", "pigz"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_what_decompresses_of_a_salvaged_dump_goes_up_as_valid_gzip(tmp_path, damage, compress):
+    content = some_core(3 * MEBIBYTE)
+    whole = gzip.compress(content, 1)
+    if compress == "pigz":
+        whole = subprocess.run(["pigz", "-1"], input=content, capture_output=True, check=True).stdout
+    damaged = damage(whole)
+    (tmp_path / "core.gz").write_bytes(damaged)
+    mended = gzip.decompress(b"".join(parts_of(tmp_path / "core.gz", MEBIBYTE, salvaged=True)))
+    pairs = zip(whole + whole, damaged, strict=False)
+    intact = next((n for n, (good, bad) in enumerate(pairs) if good != bad), len(damaged))
+    reader = zlib.decompressobj(wbits=31)
+    best = reader.decompress(damaged[:intact])
+    assert mended.startswith(best[: len(best) - 64 * 1024])
+    if (
+        damage is not DAMAGE["zeros at the end"]
+    ):  # zeros decode to something: deflate has its checksum at the end
+        assert (content + content).startswith(mended)
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_make_the_mending_fail(data):
+    list(source._inflate(iter([data[i : i + 7] for i in range(0, len(data), 7)])))
+    list(source._inflate(iter([b"\x1f\x8b\x08" + data])))
+
+
+def test_a_salvaged_dump_that_was_never_gzip_goes_up_as_it_is(tmp_path):
+    (tmp_path / "core.gz").write_bytes(b"\x7fELF")
+    assert parts_of(tmp_path / "core.gz", 100, salvaged=True) == [b"\x7fELF"]
+
+
+# Sizes and checksums
+
+
+@given(st.integers(0, 2**45), st.integers(5 * MEBIBYTE, 1024 * MEBIBYTE))
+def test_every_object_fits_into_ten_thousand_parts(size, wanted):
+    chosen = part_size(size, wanted)
+    assert chosen >= wanted
+    assert -(-size // chosen) <= 10_000
+    assert chosen == wanted or chosen - size // 10_000 <= MEBIBYTE
+
+
+def test_a_sparse_core_is_not_taken_for_a_huge_one(tmp_path):
+    with (tmp_path / RAW).open("wb") as file:
+        file.truncate(2**40)
+    with DumpFile(str(tmp_path), RAW) as dump:
+        read = source.open_source(dump, 16 * MEBIBYTE, compress_raw=True, salvaged=False)
+        assert read.part_bytes == 16 * MEBIBYTE
+
+
+@given(st.lists(st.binary(max_size=300), min_size=1, max_size=8))
+def test_checksums_of_parts_combine_to_those_of_the_object(bodies):
+    parts = tuple(
+        SentPart(n, len(body), zlib.crc32(body), f'"{hashlib.md5(body).hexdigest()}"')
+        for n, body in enumerate(bodies, 1)
+    )
+    whole = Whole(parts)
+    assert whole.crc32 == zlib.crc32(b"".join(bodies))
+    assert whole.size_bytes == sum(map(len, bodies))
+    md5s = b"".join(hashlib.md5(body).digest() for body in bodies)
+    assert whole.etag == f"{hashlib.md5(md5s).hexdigest()}-{len(bodies)}"
+    assert whole.is_matched_by(None, f'"{whole.etag}"') is True
+    assert whole.is_matched_by("AAAAAB==", f'"{whole.etag}"') is False
+
+
+def test_an_etag_that_is_no_md5_proves_nothing():
+    whole = Whole((SentPart(1, 1, 5, '"opaque"'),))
+    assert whole.is_matched_by(None, '"opaque-1"') is None
+    assert Whole((SentPart(1, 1, 5, "0" * 32),)).is_matched_by(None, "") is None
+
+
+@given(
+    st.binary(max_size=2000),
+    st.lists(
+        st.one_of(st.integers(-1, 500), st.tuples(st.sampled_from([0, 1, 2]), st.integers(-50, 50))),
+        max_size=12,
+    ),
+)
+@on_disk
+def test_a_body_reads_and_seeks_like_a_file(tmp_path, content, acts):
+    (tmp_path / "core.gz").write_bytes(b"before" + content + b"after")
+    with (tmp_path / "core.gz").open("rb") as file:
+        part = source.FilePart(file.fileno(), 1, 6, len(content), last=True)
+        body, like = Body(part), io.BytesIO(content)
+        assert len(body) == len(content)
+        for act in acts:
+            if isinstance(act, tuple):
+                whence, offset = act
+                target = {0: 0, 1: body.tell(), 2: len(content)}[whence] + offset
+                assert body.seek(offset, whence) == like.seek(max(0, target))
+            else:
+                block = body.read(act)
+                assert bytes(block) == like.read(len(block))
+                assert len(block) >= min(act, len(content) - body.tell() + len(block)) or act < 0
+                like.seek(body.tell())
