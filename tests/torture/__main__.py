@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -47,8 +48,10 @@ class Torture:
     watch_dir: Path
     program: Path
     rounds: int
-    done: list[tuple[int, Crash, bool]] = field(default_factory=list)
-    """Pid, crash, and whether its helper or compressor was killed."""
+    done: dict[int, Crash] = field(default_factory=dict)
+    """By pid."""
+    harmed: set[int] = field(default_factory=set)
+    """Pids whose helper or compressor was killed."""
     kills: Counter[str] = field(default_factory=Counter)
 
     def crash_some(self) -> None:
@@ -59,25 +62,24 @@ class Torture:
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
-        harmed = self.dice.random() < 0.15 and self.harm_helpers()
+        if self.dice.random() < 0.15:
+            self.harm_helpers()
         for process, crash in zip(processes, crashes, strict=True):
             process.wait(60)
             assert process.stdout is not None
             process.stdout.close()
-            self.done.append((process.pid, crash, harmed))
+            self.done[process.pid] = crash
 
-    def harm_helpers(self) -> bool:
-        """Kill helpers or compressors that run now; True when one was killed."""
+    def harm_helpers(self) -> None:
+        """Kill helpers or compressors that run now."""
         time.sleep(self.dice.random() * 0.06)
         what = self.dice.choice(("helper", "pigz"))
-        harmed = False
         for pid in helper_pids():
             if (what == "pigz") == ("pigz" in command_of(pid)):
                 with contextlib.suppress(ProcessLookupError):
+                    self.harmed.add(crashed_pid(pid))
                     os.kill(pid, signal.SIGKILL)
                     self.kills[what] += 1
-                    harmed = True
-        return harmed
 
     def harm_collector(self, collector: Collector) -> bool:
         """Maybe kill a worker, or the collector itself; True when a new one is needed."""
@@ -106,6 +108,21 @@ def helper_pids() -> Iterator[int]:
             command = command_of(int(entry.name))
             if "core-dump-helper" in command or command.startswith(("pigz", "/usr/bin/pigz")):
                 yield int(entry.name)
+
+
+def crashed_pid(pid: int) -> int:
+    """Return whose dump a helper, or its compressor, is writing: the helper's `-P`; 0 when it is gone."""
+    for candidate in (pid, parent_of(pid)):
+        if match := re.search(r" -P(\d+) ", command_of(candidate)):
+            return int(match[1])
+    return 0
+
+
+def parent_of(pid: int) -> int:
+    """Return a process's parent, 0 when it is gone."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
+    return 0
 
 
 def rage(torture: Torture, proxy: s3.Haproxy, environ: dict[str, str], scratch: Path) -> None:
@@ -143,7 +160,8 @@ def judge(torture: Torture, server: s3.S3Server) -> list[str]:
                 dumps.setdefault(pid_of(key), []).append(key)
                 if key + ".json" not in keys:
                     complaints.append(f"{key}: no sidecar")
-        for pid, crash, harmed in torture.done:
+        for pid, crash in torture.done.items():
+            harmed = pid in torture.harmed
             mine = dumps.pop(str(pid), [])
             if len(mine) != 1:
                 found["lost with its helper" if harmed and not mine else "WRONG NUMBER"] += 1

@@ -1,0 +1,16 @@
+"""A short seeded run of the torture; `make torture` runs it at length."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from tests.support import kernel
+from tests.torture.__main__ import torture
+
+
+@pytest.mark.timeout(180)
+def test_chain_survives_kills_and_faults_at_random():
+    if not kernel.can_crash():
+        pytest.skip("crashes real processes, needs root: sudo make test")
+    with tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp") as directory:
+        assert torture(rounds=25, seed=20, scratch=Path(directory)) == []
