@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -226,12 +227,7 @@ def main() -> None:
                 say(f"uploaded; left in the watch directory: {left or 'nothing'}")
                 for name, value in samples(port).items():
                     moved = value - before.get(name, 0)
-                    if (
-                        moved
-                        and name.startswith("core_dump_")
-                        and "_created" not in name
-                        and "_bucket" not in name
-                    ):
+                    if moved and not re.search("_bucket|_created|free_bytes", name):
                         say(f"  metric {name} {value:g}")
             show_result(client, pid)
             say("done")
