@@ -1,0 +1,44 @@
+"""Runs what is installed on a host, from this checkout, and names the tools that a tier needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PATTERN = Path("/proc/sys/kernel/core_pattern")
+PATTERN_LIMIT = 127
+
+
+def tool(name: str) -> str:
+    """Return the path of a program, from this Python's environment or the system; else skip the test."""
+    beside = str(Path(sys.executable).parent)
+    found = shutil.which(name, path=os.pathsep.join([beside, os.environ["PATH"], "/usr/sbin", "/sbin"]))
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end and return what it said; it gets no terminal."""
+    texts = [str(word) for word in command]
+    given = {"capture_output": True, "text": True, "timeout": 110, "stdin": subprocess.DEVNULL}
+    return subprocess.run(texts, check=False, **(given | options))  # type: ignore[call-overload]
+
+
+def succeed(*command: object, **options: object) -> str:
+    """Run a program that must succeed; return its standard output."""
+    done = run(*command, **options)
+    assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def sysctl_values(path: Path) -> dict[str, str]:
+    """Return the settings of a sysctl.d file."""
+    lines = [line for line in path.read_text().splitlines() if line and line[0] not in "#;"]
+    return dict(line.split("=", 1) for line in lines)
