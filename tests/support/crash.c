@@ -12,6 +12,7 @@
 
 static int number;
 static char name[16];
+static pthread_barrier_t all_there;
 
 __attribute__((noinline)) void die_here(int signal_number)
 {
@@ -24,6 +25,7 @@ __attribute__((noinline)) void die_here(int signal_number)
 
 static void *wait_for_ever(void *last)
 {
+    pthread_barrier_wait(&all_there);
     if (last)
         die_here(number);
     for (;;)
@@ -49,6 +51,7 @@ int main(int argc, char **argv)
     printf("%d\n", getpid());
     fflush(stdout);
     int threads = atoi(argv[5]);
+    pthread_barrier_init(&all_there, NULL, threads + 1);
     for (int i = 1; i <= threads; i++) {
         pthread_t thread;
         pthread_create(&thread, NULL, wait_for_ever, i == threads ? memory : NULL);
