@@ -97,7 +97,7 @@ class Backlog:
         entry = self._land(name)
         entry.seen_again = False
         first = OPERATOR_PAUSE_SECONDS if needs_operator else FIRST_PAUSE_SECONDS
-        pause = min(first * 2 ** min(entry.attempts, 32), self.longest_pause_seconds) * self.jitter()
+        pause: float = min(first * 2 ** min(entry.attempts, 32), self.longest_pause_seconds) * self.jitter()
         entry.attempts += 1
         self._queue(name, entry, now + pause)
         return pause

@@ -119,7 +119,7 @@ class Pool:
         return results
 
     def _rebuild(self) -> None:
-        if self._executor._broken:  # type: ignore[attr-defined]  # noqa: SLF001  a fresh one stays
+        if self._executor._broken:  # noqa: SLF001  a fresh one stays
             self._executor.shutdown(wait=False)
             self._executor = self._start()
             self.rebuilds += 1

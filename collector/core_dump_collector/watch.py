@@ -50,7 +50,7 @@ class Watch:
 
     def fileno(self) -> int:
         """Return the descriptor to wait on."""
-        return self._inotify.fileno()
+        return int(self._inotify.fileno())
 
     def read(self) -> Changes:
         """Return what changed, without waiting."""

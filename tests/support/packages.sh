@@ -8,6 +8,20 @@ need() { # PACKAGE PATH...: missing unless one of the paths exists
     for path in "$@"; do [ ! -e "$path" ] || return 0; done
     missing="$missing $package"
 }
+install() {
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "installing: $*"
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+    else
+        echo "install these packages first: $*"
+        return 1
+    fi
+}
+if [ "${1:-}" = venv ]; then # Debian ships Python without the module that makes virtual environments
+    install python3-venv
+    exit
+fi
 need pigz /usr/bin/pigz
 need gdb /usr/bin/gdb
 need gcc /usr/bin/gcc
@@ -16,11 +30,5 @@ need haproxy /usr/sbin/haproxy
 need strace /usr/bin/strace
 need util-linux /usr/bin/unshare
 [ -n "$missing" ] || exit 0
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    echo "installing:$missing"
-    apt-get update -qq
-    # shellcheck disable=SC2086  # a list of words
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
-else
-    echo "tests that need these packages are skipped, install them:$missing"
-fi
+# shellcheck disable=SC2086  # a list of words
+install $missing || echo "tests that need them are skipped"
