@@ -37,7 +37,7 @@ class Attempt:
     state: State
     key: str
     modified_ns: int
-    """Of the file, so that a record about older content is void."""
+    """Of the file; a record about older content is void."""
     size: int = 0
     """Of the object, in bytes; 0 while unknown."""
     crc32: int = 0
@@ -50,8 +50,8 @@ class Attempt:
         return self.state != State.SENDING and (self.key, self.size, self.crc32) == (key, size, crc32)
 
 
-def read(dump: DumpFile, raw: dict[str, bytes]) -> Attempt | None:
-    """Return the attempt recorded on a dump; None when there is none, or it is about older content or damaged."""
+def read(raw: dict[str, bytes]) -> Attempt | None:
+    """Return the attempt recorded on a dump; None when there is none or it is damaged."""
     try:
         fields = json.loads(raw.get(ATTRIBUTE, b"null"))
         attempt = Attempt(**(fields | {"state": State(fields["state"])}))
@@ -61,7 +61,7 @@ def read(dump: DumpFile, raw: dict[str, bytes]) -> Attempt | None:
     numbers = (attempt.modified_ns, attempt.size, attempt.crc32, attempt.part_bytes)
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
         return None
-    return attempt if attempt.modified_ns == dump.identity.modified_ns else None
+    return attempt
 
 
 def write(dump: DumpFile, attempt: Attempt) -> None:

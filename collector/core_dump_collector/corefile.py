@@ -26,6 +26,8 @@ COMPRESSED_SUFFIXES = (".gz", ".zst", ".xz", ".lz4", ".bz2", ".zip")
 
 MOST_KEY_BYTES = 1000
 """S3 takes 1,024; the rest is for `-N` and `.json`. (Amazon S3 User Guide, "Creating object key names")"""
+MOST_SEGMENT_BYTES = 240
+"""Between slashes: some stores keep objects as files, whose names have 255 bytes."""
 MOST_NAME_BYTES = 255
 MOST_ATTRIBUTE_BYTES = 1024
 MOST_SHOWN = 300
@@ -172,11 +174,14 @@ def build_key(prefix: str, template: str, fields: Mapping[str, str | int | None]
         suffix: `.gz` where the object is gzip; added unless the key has it already.
     """
     values = {name: clean(str(_or_unknown(fields.get(name)))) for name in TEMPLATE_FIELDS}
-    key = prefix + template.format_map(values).removesuffix(suffix)
-    room = MOST_KEY_BYTES - len(suffix)
-    if len(key) > room:  # only a template that repeats long fields gets here
-        key = f"{key[: room - 9]}-{zlib.crc32(key.encode()):08x}"
-    return key + suffix
+    wanted = template.format_map(values).removesuffix(suffix)
+    segments = [_shorten(segment, MOST_SEGMENT_BYTES - len(suffix)) for segment in wanted.split("/")]
+    return _shorten(prefix + "/".join(segments), MOST_KEY_BYTES - len(suffix)) + suffix
+
+
+def _shorten(text: str, room: int) -> str:
+    """Cut a text that is too long, and keep it different from others that begin alike."""
+    return text if len(text) <= room else f"{text[: room - 9]}-{zlib.crc32(text.encode()):08x}"
 
 
 def _or_unknown(value: str | int | None) -> str | int:

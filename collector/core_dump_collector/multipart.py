@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from isal import isal_zlib
 
+from core_dump_collector.client import SENDERS
 from core_dump_collector.errors import RetryableError
 from core_dump_collector.jobs import RetryReason
 from core_dump_collector.sidecar import encode_crc32
-from core_dump_collector.store import SENDERS, Store, StoredPart, TakenError
+from core_dump_collector.store import ConflictError, Store, StoredPart, TakenError, etag_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,8 +89,7 @@ class Whole:
         """Tell whether a checksum or ETag that a store reports is this object's; None when neither says."""
         if crc32 is not None:
             return crc32 == (self.composite_crc32 if "-" in crc32 else encode_crc32(self.crc32))
-        told, own = etag.strip('"').lower(), self.etag
-        return None if own is None or not told else (told == own or None)
+        return etag.strip('"').lower() == self.etag or None
 
 
 def send_parts(
@@ -158,8 +158,8 @@ def _is_same(part: Part, crc32: int, have: StoredPart) -> bool:
     return have.etag.strip('"').lower() == part.md5()
 
 
-def complete(store: Store, key: str, upload_id: str, whole: Whole) -> None:
-    """Make the object visible, and prove it.
+def complete(store: Store, key: str, upload_id: str, whole: Whole) -> bool:
+    """Make the object visible; tell whether the answer proves that it is whole.
 
     A lost answer is asked for again: the store then repeats it, or says that the upload is gone or the key taken.
 
@@ -172,7 +172,10 @@ def complete(store: Store, key: str, upload_id: str, whole: Whole) -> None:
     for attempt in range(PART_TRIES):
         try:
             answer = store.complete(key, upload_id, listed, crc32=whole.crc32, size_bytes=whole.size_bytes)
+            matched = whole.is_matched_by(answer.get("ChecksumCRC32"), etag_of(answer))
             break
+        except ConflictError:
+            raise
         except TakenError as error:
             raise TakenError(by_us=unknown) from error
         except RetryableError as error:
@@ -180,8 +183,9 @@ def complete(store: Store, key: str, upload_id: str, whole: Whole) -> None:
             if error.reason not in _TRANSIENT or attempt == PART_TRIES - 1:
                 raise RetryableError(error.reason, str(error), outcome_unknown=unknown) from error
         _pause(attempt)
-    if whole.is_matched_by(answer.get("ChecksumCRC32"), str(answer.get("ETag", ""))) is False:
+    if matched is False:
         raise RetryableError(RetryReason.CHECKSUM, "the store reports another checksum for the whole object")
+    return matched is True
 
 
 def _pause(attempt: int) -> None:

@@ -301,7 +301,7 @@ def _inflate(blocks: Iterator[bytes]) -> Iterator[bytes]:
                 stream = isal_zlib.decompressobj(wbits=_GZIP_WINDOW)
             try:
                 piece = stream.decompress(rest, MEBIBYTE)
-            except IsalError:
+            except IsalError:  # type: ignore[misc]  # isal's stubs declare an instance
                 return
             yield piece
             rest = stream.unused_data if stream.eof else stream.unconsumed_tail

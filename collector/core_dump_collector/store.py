@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import re
 import urllib.parse
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import boto3
-import botocore
-import botocore.session
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from core_dump_collector import __version__, faults
+from core_dump_collector import faults
 from core_dump_collector.errors import RetryableError
 from core_dump_collector.jobs import RetryReason
 from core_dump_collector.sidecar import encode_crc32
@@ -25,14 +22,11 @@ from core_dump_collector.sidecar import encode_crc32
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from botocore.loaders import Loader
     from mypy_boto3_s3 import S3Client
 
     from core_dump_collector.config import Settings
     from core_dump_collector.source import Part
 
-SENDERS = 4
-"""Parts of one object that are sent at the same time, at most."""
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _UPLOAD_ID = re.compile(r"[\x21-\x7e]{1,512}")
 _MOST_LIST_PAGES = 20
@@ -47,8 +41,12 @@ class TakenError(Exception):
         self.by_us = by_us
 
 
-class ConflictError(Exception):
+class ConflictError(RetryableError):
     """Another conditional request for the key was under way (409): a multipart upload has to begin anew."""
+
+    def __init__(self) -> None:
+        """Call it the store's."""
+        super().__init__(RetryReason.SERVER, "409 ConditionalRequestConflict: the key is being written to")
 
 
 class UnconditionalStoreError(Exception):
@@ -78,48 +76,6 @@ class StoredPart:
     size_bytes: int
 
 
-def _warm() -> Loader:
-    """Load what every S3 client needs, once, before the workers are forked from this process."""
-    session = botocore.session.Session()
-    unsigned = Config(signature_version=botocore.UNSIGNED)
-    session.create_client("s3", region_name="us-east-1", config=unsigned).close()
-    loader: Loader = session.get_component("data_loader")
-    return loader
-
-
-_LOADER = _warm()
-
-
-def make_client(settings: Settings) -> S3Client:
-    """Return a client. Endpoint, region and credentials come from where boto3 looks for them."""
-    client = _make_client(settings, sign_payload=None)
-    if settings.checksum == "when_required" or not client.meta.endpoint_url.startswith("https:"):
-        return client
-    client.close()
-    # TLS and a checksum header protect the body: hashing it once more for the signature would double the CPU.
-    return _make_client(settings, sign_payload=False)
-
-
-def _make_client(settings: Settings, *, sign_payload: bool | None) -> S3Client:
-    session = botocore.session.Session()
-    session.register_component("data_loader", _LOADER)
-    s3: dict[str, Any] = {"addressing_style": settings.addressing_style}
-    if sign_payload is not None:
-        s3["payload_signing_enabled"] = sign_payload
-    config = Config(
-        s3=s3,  # type: ignore[arg-type]  # a typed dict of botocore's stubs
-        retries={"total_max_attempts": 1, "mode": "standard"},
-        connect_timeout=settings.connect_timeout_seconds,
-        read_timeout=settings.read_timeout_seconds,
-        request_checksum_calculation=settings.checksum,
-        response_checksum_validation=settings.checksum,
-        max_pool_connections=SENDERS,
-        tcp_keepalive=True,
-        user_agent_extra=f"core-dump-handler/{__version__}",
-    )
-    return boto3.Session(botocore_session=session).client("s3", config=config)
-
-
 class Store:
     """The bucket, as the settings describe it."""
 
@@ -145,8 +101,8 @@ class Store:
             parameters["Tagging"] = urllib.parse.urlencode(settings.object_tags)
         return parameters
 
-    def put(self, key: str, part: Part, crc32: int, headers: Mapping[str, Any]) -> None:
-        """Store a whole object with one request and check the answer.
+    def put(self, key: str, part: Part, crc32: int, headers: Mapping[str, Any]) -> bool:
+        """Store a whole object with one request; tell whether the answer proves that it arrived whole.
 
         Raises:
             TakenError, UnconditionalStoreError, RetryableError, PermanentError
@@ -161,7 +117,7 @@ class Store:
             **self._object,
             **headers,
         )
-        self._check_part(answer, part, crc32)
+        return self._is_proven(answer, part, crc32)
 
     def create_multipart(self, key: str, headers: Mapping[str, Any]) -> str:
         """Begin a multipart upload and return its id."""
@@ -169,7 +125,8 @@ class Store:
             {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"} if self.sends_checksums else {}
         )
         call = self._client.create_multipart_upload
-        upload_id = str(self._call(call, None, Key=key, **checksum, **self._object, **headers)["UploadId"])
+        answer = self._call(call, None, Key=key, **checksum, **self._object, **headers)
+        upload_id = str(answer.get("UploadId", ""))
         if not _UPLOAD_ID.fullmatch(upload_id):
             raise RetryableError(RetryReason.SERVER, "the store gave a multipart upload an unusable id")
         return upload_id
@@ -189,7 +146,7 @@ class Store:
             Body=part.body(),
             **self._checksum(crc32),
         )
-        self._check_part(answer, part, crc32)
+        self._is_proven(answer, part, crc32)
         return str(answer["ETag"])
 
     def list_parts(self, key: str, upload_id: str) -> dict[int, StoredPart]:
@@ -287,7 +244,8 @@ class Store:
 
     def _put_document(self, key: str, document: bytes) -> None:
         headers = {"ContentType": "application/json", **self._condition(), **self._object}
-        self._call(self._client.put_object, None, Key=key, Body=document, **headers)
+        checksum = self._checksum(zlib.crc32(document))
+        etag_of(self._call(self._client.put_object, None, Key=key, Body=document, **checksum, **headers))
 
     def delete(self, key: str) -> bool:
         """Delete an object; False when that is not allowed."""
@@ -328,14 +286,33 @@ class Store:
             return GoneError()
         return faults.translate(error)
 
-    def _check_part(self, answer: Mapping[str, Any], part: Part, crc32: int) -> None:
-        """Compare what the store says it got with what was sent."""
+    def _is_proven(self, answer: Mapping[str, Any], part: Part, crc32: int) -> bool:
+        """Compare what the store says it got with what was sent; False when its answer says neither.
+
+        Raises:
+            RetryableError: it got something else, or this is not the answer of a store.
+        """
+        etag = etag_of(answer)
         told = answer.get("ChecksumCRC32")
         if told is not None:
             if told != encode_crc32(crc32):
                 raise RetryableError(RetryReason.CHECKSUM, "the store reports another CRC32 than was sent")
-            return
-        etag = str(answer.get("ETag", "")).strip('"').lower()
+            return True
         encrypted = str(answer.get("ServerSideEncryption", "AES256")) != "AES256"  # then an ETag is no MD5
-        if _MD5.fullmatch(etag) and not encrypted and etag != part.md5():
+        if encrypted or not _MD5.fullmatch(etag):
+            return False
+        if etag != part.md5():
             raise RetryableError(RetryReason.CHECKSUM, "the store reports another MD5 than was sent")
+        return True
+
+
+def etag_of(answer: Mapping[str, Any]) -> str:
+    """Return the bare ETag of an answer, lower-case.
+
+    Raises:
+        RetryableError: there is none, so it is not a store that has answered; a proxy's log-in page, say.
+    """
+    etag = str(answer.get("ETag", "")).strip('"').lower()
+    if not etag:
+        raise RetryableError(RetryReason.SERVER, "the answer has no ETag", outcome_unknown=True)
+    return etag

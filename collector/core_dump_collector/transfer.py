@@ -6,6 +6,7 @@ what lies there is the same, or, where we may not look, when an earlier attempt 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ from core_dump_collector.errors import PermanentError, RetryableError
 from core_dump_collector.jobs import Outcome, RetryReason
 from core_dump_collector.sidecar import StoredObject, encode_crc32
 from core_dump_collector.store import (
-    ConflictError,
     Found,
     GoneError,
     Store,
@@ -42,6 +42,15 @@ class CollisionError(Exception):
     """Other bytes than ours lie under the key."""
 
 
+class BlindError(Exception):
+    """The store knows no If-None-Match, and we may not look: nothing tells whether the key is free."""
+
+    def __init__(self, crc32: int) -> None:
+        """Keep what makes a key that hardly anything else can have."""
+        super().__init__("the key may be taken")
+        self.crc32 = crc32
+
+
 @dataclass(frozen=True, slots=True)
 class Sent:
     """An object that the store may have: what it is, and how to recognise it."""
@@ -63,6 +72,7 @@ class Transfer:
         self._source = source
         self._before = before
         self._headers = headers
+        self._blind = False
 
     def run(self, wanted_key: str) -> tuple[StoredObject, Outcome]:
         """Store the dump under the key, or under `-1`, `-2`, ... where other dumps have taken it.
@@ -71,6 +81,7 @@ class Transfer:
             RetryableError, PermanentError, OSError
         """
         keys = [corefile.with_copy(wanted_key, copy) for copy in range(MOST_COPIES)]
+        self._drop_stale_attempt()
         before = self._before
         if before is not None and before.key in keys:
             if before.state == State.STORED:
@@ -81,7 +92,18 @@ class Transfer:
                 return self._send(key)
             except CollisionError:
                 self._before = None
+            except BlindError as error:
+                self._blind = True
+                return self._send(corefile.with_copy(wanted_key, 1000 + error.crc32 % 9000))
         raise RetryableError(RetryReason.SERVER, f"{len(keys)} keys are taken by other dumps of this name")
+
+    def _drop_stale_attempt(self) -> None:
+        """Forget an attempt at what the file held before it was written to again."""
+        before = self._before
+        if before is not None and before.modified_ns != self._dump.identity.modified_ns:
+            if before.upload_id:
+                self._store.abort(before.key, before.upload_id)
+            self._before = None
 
     def _send(self, key: str) -> tuple[StoredObject, Outcome]:
         parts = self._source.parts()
@@ -99,7 +121,7 @@ class Transfer:
         self._require_unchanged()
         self._record(State.SENT, sent.stored)
         try:
-            self._store.put(key, part, crc32, self._headers)
+            proven = self._store.put(key, part, crc32, self._headers)
         except TakenError:
             return self._recognise(sent, tried=tried)
         except UnconditionalStoreError:
@@ -109,6 +131,8 @@ class Transfer:
             if known and (not tried or _is_checksum(error)):
                 attempt.clear(self._dump)
             raise
+        if not proven:
+            self._check_size(sent.stored)
         return sent.stored, Outcome.UPLOADED
 
     # Many requests
@@ -120,7 +144,11 @@ class Transfer:
             if before is not None and self._was_completed(key, before):
                 return StoredObject(key, before.size, before.crc32), Outcome.ALREADY_STORED
             upload_id = self._store.create_multipart(key, self._headers)
-        if before is None or before.state != State.SENT:  # one whose outcome is unknown stays on record
+        if (
+            before is not None and before.key == key and before.state == State.SENT
+        ):  # its outcome stays unknown
+            self._record(State.SENT, StoredObject(key, before.size, before.crc32), upload_id)
+        else:
             self._record(State.SENDING, StoredObject(key, 0, 0), upload_id)
         try:
             whole = multipart.send_parts(self._store, key, upload_id, parts, have)
@@ -128,10 +156,7 @@ class Transfer:
         except GoneError:
             self._give_up(key, upload_id)
             raise RetryableError(RetryReason.SERVER, "the multipart upload is gone; it begins anew") from None
-        except PermanentError:
-            self._give_up(key, upload_id)
-            raise
-        except OSError:
+        except (PermanentError, OSError):
             self._give_up(key, upload_id)
             raise
         return self._complete(key, upload_id, whole)
@@ -177,39 +202,59 @@ class Transfer:
         tried = before is not None and before.is_same_object(key, whole.size_bytes, whole.crc32)
         self._record(State.SENT, sent.stored, upload_id)
         try:
-            self._complete_somehow(sent, upload_id, whole, tried=tried)
+            proven = self._complete_somehow(sent, upload_id, whole, tried=tried)
+            if not proven:
+                self._check_size(sent.stored)
         except TakenError as error:
             self._store.abort(key, upload_id)
             return self._recognise(sent, tried=tried or error.by_us)
-        except (GoneError, ConflictError) as error:
-            self._store.abort(key, upload_id)
-            if isinstance(error, GoneError) and self._is_there(sent, tried=False):
-                return sent.stored, Outcome.UPLOADED
-            raise RetryableError(RetryReason.SERVER, "the multipart upload has to begin anew") from error
-        except CollisionError:
+        except GoneError as error:  # completed by a request whose answer was lost, or aborted by somebody
+            return self._recognise_completed(sent, error)
+        except (CollisionError, BlindError):
             self._give_up(key, upload_id)
             raise
         except RetryableError as error:
             if not error.outcome_unknown and error.reason in _BEGIN_ANEW:
                 self._give_up(key, upload_id)
+            elif not error.outcome_unknown and not tried:
+                self._record(State.SENDING, StoredObject(key, 0, 0), upload_id)
             raise
         self._record(State.STORED, sent.stored)
         return sent.stored, Outcome.UPLOADED
 
-    def _complete_somehow(self, sent: Sent, upload_id: str, whole: multipart.Whole, *, tried: bool) -> None:
+    def _complete_somehow(self, sent: Sent, upload_id: str, whole: multipart.Whole, *, tried: bool) -> bool:
         """Complete on the condition that the key is free; look first where the store knows no conditions."""
         if self._store.conditional:
-            try:
-                multipart.complete(self._store, sent.stored.key, upload_id, whole)
-            except UnconditionalStoreError:
-                pass
-            else:
-                return
+            with contextlib.suppress(UnconditionalStoreError):
+                return multipart.complete(self._store, sent.stored.key, upload_id, whole)
         if self._is_there(sent, tried=tried):
             raise TakenError(by_us=True)
-        multipart.complete(self._store, sent.stored.key, upload_id, whole)
+        return multipart.complete(self._store, sent.stored.key, upload_id, whole)
 
     # Judgement
+
+    def _check_size(self, stored: StoredObject) -> None:
+        """Look at the object where the answer says nothing of its content, if we may look."""
+        try:
+            found = self._store.look(stored.key)
+        except PermissionError:
+            return
+        if found is None or found.size_bytes != stored.size_bytes:
+            raise RetryableError(
+                RetryReason.CHECKSUM, "the store does not have the object in its full length"
+            )
+
+    def _recognise_completed(self, sent: Sent, error: GoneError) -> tuple[StoredObject, Outcome]:
+        """Tell whether an upload that is gone has become the object."""
+        try:
+            found = self._store.look(sent.stored.key)
+        except PermissionError:
+            found = None
+        if found is None or found.size_bytes != sent.stored.size_bytes or not sent.matches(found):
+            raise RetryableError(
+                RetryReason.SERVER, "the multipart upload is gone; it begins anew"
+            ) from error
+        return sent.stored, Outcome.UPLOADED
 
     def _recognise(self, sent: Sent, *, tried: bool) -> tuple[StoredObject, Outcome]:
         """Tell whose object lies under a key that is taken.
@@ -228,13 +273,18 @@ class Transfer:
 
         Raises:
             CollisionError: it has another.
+            BlindError: nobody can tell.
         """
         try:
             found = self._store.look(sent.stored.key)
         except PermissionError:
             if tried:
                 return True
-            raise CollisionError from None
+            if self._store.conditional:
+                raise CollisionError from None
+            if self._blind:
+                return False
+            raise BlindError(sent.stored.crc32) from None
         if found is None:
             return False
         same = sent.matches(found) if found.size_bytes == sent.stored.size_bytes else False

@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from core_dump_collector import attempt, corefile, dumpfile, sidecar, source
+from core_dump_collector.client import make_client
 from core_dump_collector.errors import ConfigError, PermanentError, RetryableError
 from core_dump_collector.jobs import Job, Outcome, RetryReason, UploadResult
-from core_dump_collector.store import Store, TakenError, UnconditionalStoreError, make_client
+from core_dump_collector.store import Store, TakenError, UnconditionalStoreError
 from core_dump_collector.transfer import Transfer
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _upload(dump: DumpFile, settings: Settings) -> UploadResult:
     suffix = ".gz" if read.gzip else ""
     key = corefile.build_key(settings.prefix, settings.key_template, facts.key_fields(), suffix=suffix)
     store = _CONNECTION.store(settings)
-    transfer = Transfer(store, dump, read, attempt.read(dump, raw), _headers(facts, read))
+    transfer = Transfer(store, dump, read, attempt.read(raw), _headers(facts, read))
     try:
         stored, outcome = transfer.run(key)
         if settings.sidecar:
@@ -143,7 +144,7 @@ def _upload(dump: DumpFile, settings: Settings) -> UploadResult:
     if not dump.is_unchanged():
         attempt.clear(dump)
         raise RetryableError(RetryReason.LOCAL_IO, "the file was written to while it was uploaded")
-    detail = "" if dump.unlink() else "replaced by another file meanwhile, which stays"
+    detail = "" if dump.unlink() else "deleted or replaced by somebody else meanwhile"
     return _result(dump, facts, outcome, detail, stored)
 
 

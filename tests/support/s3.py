@@ -280,12 +280,14 @@ class Haproxy:
     backend_port: int
     port: int = field(default_factory=lambda: free_ports(1)[0])
     timeout: str = "30s"
+    certificate: Path | None = None
+    """A PEM file with certificate and key: clients then speak TLS."""
     _process: subprocess.Popen[bytes] | None = None
 
     @property
     def endpoint(self) -> str:
         """Where clients go."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.certificate else 'http'}://127.0.0.1:{self.port}"
 
     def body(self, name: str, content: bytes) -> Path:
         """Store a response body for `file` in a rule."""
@@ -314,10 +316,11 @@ class Haproxy:
 
     def _config(self, rules: Sequence[str]) -> str:
         times = f"timeout connect 5s\n timeout client {self.timeout}\n timeout server {self.timeout}"
+        tls = f" ssl crt {self.certificate}" if self.certificate else ""
         lines = "".join(f" {rule}\n" for rule in rules)
         return (
             f"global\n maxconn 400\ndefaults\n mode http\n {times}\n option http-no-delay\n"
-            f"frontend f\n bind 127.0.0.1:{self.port}\n{lines} default_backend s3\n"
+            f"frontend f\n bind 127.0.0.1:{self.port}{tls}\n{lines} default_backend s3\n"
             f"backend s3\n server s3 127.0.0.1:{self.backend_port}\n"
         )
 
@@ -332,9 +335,14 @@ def haproxy_program() -> str:
 
 
 @contextlib.contextmanager
-def haproxy(directory: Path, server: S3Server, *rules: str, timeout: str = "30s") -> Iterator[Haproxy]:
-    """Run haproxy in front of a server."""
+def haproxy(
+    directory: Path, server: S3Server, *rules: str, timeout: str = "30s", tls: bool = False
+) -> Iterator[Haproxy]:
+    """Run haproxy in front of a server; with `tls` clients trust `directory / "cert.pem"`."""
     proxy = Haproxy(directory, server.port, timeout=timeout)
+    if tls:
+        certificate, key = make_certificate(directory)
+        proxy.certificate = proxy.body("both.pem", certificate.read_bytes() + key.read_bytes())
     proxy.start(*rules)
     try:
         yield proxy
