@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
-from core_dump_collector import __version__, corefile
+from core_dump_collector import __version__, corefile, kubernetes
 
 if TYPE_CHECKING:
     from core_dump_collector.config import Settings
@@ -161,13 +161,8 @@ def encode_crc32(crc: int) -> str:
 def _find_pod(attributes: dict[str, str | int], pod_logs_directory: str | None) -> Pod | None:
     if pod_logs_directory is None or "pod_uid" not in attributes:
         return None
-    try:
-        from core_dump_collector import kubernetes  # type: ignore[attr-defined]  # noqa: PLC0415
-    except ImportError:
-        return None
     container_id = str(attributes.get("container_id", ""))
-    found: Pod | None = kubernetes.identify(str(attributes["pod_uid"]), container_id, pod_logs_directory)
-    return found
+    return kubernetes.identify(str(attributes["pod_uid"]), container_id, pod_logs_directory)
 
 
 def _number(value: str | int | None) -> int | None:
