@@ -17,10 +17,16 @@ PATTERN_LIMIT = 127
 
 def tool(name: str) -> str:
     """Return the path of a program, from this Python's environment or the system; else skip the test."""
-    beside = str(Path(sys.executable).parent)
-    found = shutil.which(name, path=os.pathsep.join([beside, os.environ["PATH"], "/usr/sbin", "/sbin"]))
+    places = [
+        Path(sys.executable).parent,
+        ROOT / ".venv/checkov/bin",
+        os.environ["PATH"],
+        "/usr/sbin",
+        "/sbin",
+    ]
+    found = shutil.which(name, path=os.pathsep.join(map(str, places)))
     if found is None:
-        pytest.skip(f"{name} is not installed")
+        pytest.skip(f"{name} is not installed: make deploy-tools")
     return found
 
 

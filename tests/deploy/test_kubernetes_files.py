@@ -1,0 +1,145 @@
+"""What kubernetes/ holds, rendered by kubectl, held against schemas, a policy linter and the collector's settings."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tests.support import deploy
+
+from core_dump_collector.config import Settings
+
+FOLDER = deploy.ROOT / "kubernetes"
+OVERLAYS = ["amazon-linux", "bottlerocket-dd", "bottlerocket-file", "configure-host"]
+SOURCES = ["base", *(f"overlays/{name}" for name in OVERLAYS), "example", "components/podmonitor"]
+VERSIONS = ["1.30", "1.37"]
+PRIVILEGED = ["CKV_K8S_16", "CKV_K8S_20", "CKV_K8S_28", "CKV_K8S_37"]
+EXCEPTIONS = {
+    "overlays/bottlerocket-file": ["CKV_K8S_25"],  # two capabilities, explained where they stand
+    "overlays/configure-host": PRIVILEGED,  # its init container changes the host
+    "example": ["CKV_K8S_21", "CKV2_K8S_6"],  # a Job to try out, in whatever namespace
+}
+
+
+@pytest.fixture(scope="session")
+def rendered(tmp_path_factory):
+    """Each kustomization as kubectl renders it, by its folder."""
+    yaml = pytest.importorskip("yaml")
+    directory, found = tmp_path_factory.mktemp("rendered"), {}
+    for source in SOURCES:
+        path = directory / (source.replace("/", "-") + ".yaml")
+        path.write_text(deploy.succeed(deploy.tool("kubectl"), "kustomize", FOLDER / source))
+        found[source] = (path, list(yaml.safe_load_all(path.read_text())))
+    return found
+
+
+def daemonset(rendered, overlay):
+    (found,) = [o for o in rendered[f"overlays/{overlay}"][1] if o["kind"] == "DaemonSet"]
+    return found["spec"]["template"]["spec"]
+
+
+def settings_of(rendered, overlay):
+    (found,) = [o["data"] for o in rendered[f"overlays/{overlay}"][1] if o["kind"] == "ConfigMap"]
+    return found | {
+        e["name"]: e.get("value", "") for e in daemonset(rendered, overlay)["containers"][0]["env"]
+    }
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("source", SOURCES[:-1])  # the schemas do not know the PodMonitor
+def test_objects_are_what_kubernetes_takes(rendered, source, version):
+    deploy.succeed(deploy.tool("kubernetes-validate"), "--strict", "-k", version, rendered[source][0])
+
+
+def test_schemas_find_a_misspelt_field(rendered, tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(rendered["base"][0].read_text().replace("failureThreshold", "failureTreshold"))
+    done = deploy.run(deploy.tool("kubernetes-validate"), "--strict", "-k", VERSIONS[0], wrong)
+    assert done.returncode == 1
+
+
+@pytest.fixture(scope="session")
+def policy_findings(rendered):
+    """What the policy linter finds, by folder; one run, since it takes long to start."""
+    files = [word for source in SOURCES[1:] for word in ("-f", rendered[source][0])]
+    options = ["--config-file", FOLDER / ".checkov.yaml", "--skip-download", "--output", "json"]
+    done = deploy.run(deploy.tool("checkov"), *files, *options, env=os.environ | {"LOG_LEVEL": "ERROR"})
+    report = json.loads(done.stdout)
+    assert report["summary"]["passed"] > 300
+    found = {source: set() for source in SOURCES}
+    names = {rendered[source][0].name: source for source in SOURCES}
+    for check in report["results"]["failed_checks"]:
+        found[names[Path(check["file_path"]).name]].add(check["check_id"])
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES[1:])
+def test_policy_linter_finds_only_what_is_explained(policy_findings, source):
+    assert policy_findings[source] == set(EXCEPTIONS.get(source, []))
+
+
+def test_yaml_is_tidy():
+    deploy.succeed(deploy.tool("yamllint"), "-s", "-c", FOLDER / ".yamllint.yaml", FOLDER)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_variable_is_a_setting_that_the_collector_accepts(rendered, overlay, monkeypatch):
+    given = settings_of(rendered, overlay) | {"NODE_NAME": "ip-10-0-0-1.ec2.internal"}
+    ours = {name.lower(): value for name, value in given.items() if not name.startswith("AWS_")}
+    assert set(ours) <= set(Settings.model_fields)
+    assert Settings(**ours).bucket == "my-core-dumps"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_shutdown_ends_before_the_kubelet_kills(rendered, overlay):
+    seconds = float(settings_of(rendered, overlay)["SHUTDOWN_SECONDS"])
+    assert daemonset(rendered, overlay)["terminationGracePeriodSeconds"] >= seconds + 20
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_watched_directory_is_the_hosts(rendered, overlay):
+    spec = daemonset(rendered, overlay)
+    command, watched = spec["containers"][0]["args"]
+    assert command == "run"
+    (mount,) = [m for m in spec["containers"][0]["volumeMounts"] if m["name"] == "core-dumps"]
+    (volume,) = [v for v in spec["volumes"] if v["name"] == "core-dumps"]
+    assert mount["mountPath"] == volume["hostPath"]["path"] == watched
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_only_configure_host_is_privileged(rendered, overlay):
+    spec = daemonset(rendered, overlay)
+    (collector,) = spec["containers"]
+    context = collector["securityContext"]
+    assert not context.get("privileged")
+    assert context["capabilities"]["drop"] == ["ALL"]
+    assert context["readOnlyRootFilesystem"]
+    assert not any(spec.get(key) for key in ("hostPID", "hostNetwork", "hostIPC"))
+    assert bool(spec.get("initContainers")) is (overlay == "configure-host")
+
+
+def test_probes_ask_where_the_collector_answers(rendered):
+    (collector,) = daemonset(rendered, "amazon-linux")["containers"]
+    (port,) = collector["ports"]
+    assert port["containerPort"] == Settings.model_fields["metrics_port"].default
+    probes = {
+        name: collector[name]["httpGet"] for name in ("startupProbe", "livenessProbe", "readinessProbe")
+    }
+    assert {probe["port"] for probe in probes.values()} == {port["name"]}
+    assert [probe["path"] for probe in probes.values()] == ["/readyz", "/livez", "/readyz"]
+
+
+def test_pod_monitor_selects_the_daemonsets_pods(rendered):
+    (monitor,) = rendered["components/podmonitor"][1]
+    (daemon,) = [o for o in rendered["base"][1] if o["kind"] == "DaemonSet"]
+    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    assert wanted <= daemon["spec"]["template"]["metadata"]["labels"].items()
+    assert monitor["spec"]["podMetricsEndpoints"][0]["port"] == "metrics"
+
+
+def test_one_image_is_used_everywhere():
+    images = {line.split()[-1] for path in FOLDER.rglob("*.yaml") for line in Path(path).read_text().splitlines()
+              if line.strip().startswith("image:") and "example" not in path.parts}  # fmt: skip
+    assert len(images) == 1
