@@ -1,8 +1,8 @@
 #!/usr/bin/python3 -IS
 """Take one core dump from the kernel's pipe, compress it, and publish it whole in the watch directory.
 
-The kernel starts this program at every crash, as root, in the initial namespaces, with no environment and with
-only descriptor 0 (the core) and perhaps 3 (a pidfd) open; see core(5). It imports little because it starts so often.
+The kernel starts this program at every crash, as root, in the initial namespaces, with no environment and with only
+descriptor 0 (the core) and perhaps 3 (a pidfd) open: core(5). It imports little because it starts so often.
 Every argument, and all of /proc/PID, is chosen by whoever crashed. docs/helper.md says more.
 """
 
@@ -29,73 +29,106 @@ HELP = """core-dump-helper: started by the kernel through kernel.core_pattern, o
   core-dump-helper --calibrate [-C<path>]   measure the compressors of this host and remember the fastest
   core-dump-helper --help | --version
 
--C<path> names another configuration file than /etc/core-dump-handler/helper.conf (KEY=value lines):
+-C<path> names another configuration file than /etc/core-dump-handler/helper.conf. Its keys and their defaults:
 """
 CONFIG = "/etc/core-dump-handler/helper.conf"
 CALIBRATION = "/var/lib/core-dump-handler/compressor"
 PIGZ = ("/usr/bin/pigz", "/usr/local/bin/pigz")
 COMPRESSORS = ("auto", "pigz", "isal", "gzip", "none")
-SETTINGS: dict[str, tuple[str | int | bool, str]] = {
-    "WATCH_DIR": ("/core_dumps", "directory that dumps are published in"),
-    "COMPRESSOR": ("auto", "auto, pigz, isal, gzip or none"),
-    "LEVEL": (1, "compression level, 1 to 9 (isal: at most 3)"),
-    "MAX_DUMP_BYTES": (0, "cut a core after so many bytes before compression; 0 = no limit"),
-    "KEEP_FREE_PERCENT": (15, "cut or refuse a dump when less of the file system would be free"),
-    "MAX_TOTAL_BYTES": (0, "refuse a dump when so many bytes wait in WATCH_DIR; 0 = no limit"),
-    "DEADLINE_SECONDS": (300, "let the crashed process go after so long, with what was read until then"),
-    "RATE_LIMIT": ("5/600", "dumps/seconds for each executable, container and signal; 0 = no limit"),
-    "MAX_CONCURRENT": (8, "dumps taken at one time, others wait; 0 = no limit"),
-    "BUFFER_BYTES": (1 << 30, "memory to read ahead of the compressor, at most 1/8 of what is available"),
-    "IGNORE_SIGNALS": ("", "signal numbers whose dumps are not taken, separated by commas"),
-    "RESPECT_RLIMIT": (False, "yes: no dump of a process whose RLIMIT_CORE is 0"),
-    "CGROUP": ("", "prepared cgroup directory to move into"),
-    "PYTHON_PATH": ("", "directory that holds the isal package"),
+BOUNDS = {
+    "LEVEL": (1, 9),
+    "KEEP_FREE_PERCENT": (0, 99),
+    "DEADLINE_SECONDS": (1, 86400),
+    "MAX_CONCURRENT": (0, 256),
 }
+PLAIN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._+-"
+HEX = b"0123456789abcdef"
 CHUNK = 1 << 20
 HEADER_LIMIT = 16 << 20
 LOOK_AROUND = 32 << 20  # bytes between two looks at the disk and the page cache
 ATTRIBUTE_SPACE = 2600  # ext4 has 4 KiB for all attributes; the collector's own needs the rest
 STATE_FILES = 1000
+SET_PIPE_SIZE = 1031
 SYNC_FLUSH = 2
+NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Refused(Exception):  # noqa: N818 - an outcome, not a fault
-    """The dump is not taken; the first argument is the reason."""
+    """The dump is not taken: the reason that is counted (or nothing), and an explanation."""
 
 
 def log(text: str, priority: int = 4) -> None:
     """Write one line to the kernel log, else to syslog, and to descriptor 2 (/dev/null under the kernel)."""
-    line = "core-dump-helper[%d]: %s" % (os.getpid(), text[:900])
+    line = ("core-dump-helper[%d]: %s" % (os.getpid(), text[:900])).encode("ascii", "backslashreplace")
     try:
-        os.write(2, line.encode("utf-8", "backslashreplace") + b"\n")
+        os.write(2, line + b"\n")
     except OSError:
         pass
     try:
-        kmsg = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        try:
-            os.write(kmsg, ("<%d>%s" % (24 + priority, line)).encode("utf-8", "backslashreplace"))
-        finally:
-            os.close(kmsg)
+        write_file("/dev/kmsg", b"<%d>%s" % (24 + priority, line))
     except OSError:
         import syslog
 
-        syslog.syslog(syslog.LOG_DAEMON | priority, line.encode("ascii", "backslashreplace").decode())
+        syslog.syslog(syslog.LOG_DAEMON | priority, line.decode())
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Write to a file of the kernel's."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write every byte."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def read_file(path: str, limit: int, directory: int | None = None) -> bytes:
+    """Read at most `limit` bytes; never waits for a writer, follows no link."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=directory)
+    try:
+        data = block = os.read(descriptor, limit)
+        while block and len(data) < limit:
+            block = os.read(descriptor, limit - len(data))
+            data += block
+        return data
+    finally:
+        os.close(descriptor)
+
+
+def check_owner(path: str) -> None:
+    """Raise PermissionError unless only root (or whoever runs this) can change what is at `path`."""
+    status = os.stat(path)
+    if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
+        raise PermissionError(1, "others than root may change it")
+
+
+def enlarge(pipe: int) -> None:
+    """Let a pipe hold 1 MiB, if it is a pipe: fewer switches between its two ends."""
+    try:
+        fcntl.fcntl(pipe, SET_PIPE_SIZE, CHUNK)
+    except OSError:
+        pass
 
 
 def secure_process() -> int:
     """Give descriptors 0 to 2 a harmless meaning, become undumpable and humble; return the core's descriptor."""
+    os.umask(0o077)
     core = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 10)
     try:
-        null = os.open("/dev/null", os.O_RDWR)
+        null = os.open("/dev/null", os.O_RDWR)  # descriptor 1, when the kernel started us
         os.dup2(null, 0)
         for descriptor in (1, 2):
             try:
                 os.fstat(descriptor)
             except OSError:
                 os.dup2(null, descriptor)
-        if null > 2:
-            os.close(null)
-        os.umask(0o077)
         os.nice(9)
         if os.geteuid() == 0:
             os.setegid(65534)  # a change of the effective gid sets "dumpable" to fs.suid_dumpable: prctl(2)
@@ -106,40 +139,12 @@ def secure_process() -> int:
     return core
 
 
-def write_file(path: str, data: bytes) -> None:
-    """Write to a file of the kernel's."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(descriptor, data)
-    finally:
-        os.close(descriptor)
-
-
-def read_file(path: str, limit: int, directory: int | None = None, trusted: bool = False) -> bytes:
-    """Read at most `limit` bytes; `trusted`: only a regular file that nobody but root (or we) can change."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=directory)
-    try:
-        if trusted:
-            status = os.fstat(descriptor)
-            if status.st_mode & 0o170022 != 0o100000 or status.st_uid not in (0, os.geteuid()):
-                raise PermissionError("%s: not a regular file that only root can write" % path)
-        data = b""
-        while len(data) < limit:
-            block = os.read(descriptor, limit - len(data))
-            if not block:
-                break
-            data += block
-        return data
-    finally:
-        os.close(descriptor)
-
-
 def parse_arguments(argv: list[str]) -> dict[str, str]:
     """Split `-Xvalue` arguments; the first of a kind wins, what follows `-h` belongs to the host name until `--`.
 
     Kernels before 5.3 split after expansion: host name and name may come in pieces, values may be missing.
     """
-    values: dict[str, str] = {}
+    values = {"e": ""}
     for index, argument in enumerate(argv):
         if argument == "--":
             values["e"] = " ".join(argv[index + 1 :])
@@ -151,161 +156,159 @@ def parse_arguments(argv: list[str]) -> dict[str, str]:
     for key in "PpiugstcdF":
         text = values.get(key, "")
         values[key] = text if text.isascii() and text.isdigit() and len(text) <= 20 else ""
-    values["d"] = values["d"] or "2"
+    values["d"] = values["d"] or "2"  # the safest meaning
     return values
 
 
-def parse_setting(key: str, text: str) -> str | int | bool:
-    """Return a setting's value, or raise ValueError that says what is accepted."""
-    default = SETTINGS[key][0]
-    if isinstance(default, bool):
-        if text not in ("yes", "no"):
-            raise ValueError("yes or no")
-        return text == "yes"
-    if isinstance(default, int):
-        low, high = {"LEVEL": (1, 9), "KEEP_FREE_PERCENT": (0, 99), "DEADLINE_SECONDS": (1, 86400)}.get(
-            key, (0, 1 << 60)
-        )
-        if not (text.isascii() and text.isdigit() and len(text) < 20 and low <= int(text) <= high):
-            raise ValueError("a whole number from %d to %d" % (low, high))
-        return int(text)
-    if key == "COMPRESSOR" and text not in COMPRESSORS:
-        raise ValueError("one of " + ", ".join(COMPRESSORS))
-    if key in ("WATCH_DIR", "CGROUP", "PYTHON_PATH") and not (text.startswith("/") or text == default):
-        raise ValueError("an absolute path")
-    numbers = {"RATE_LIMIT": "/", "IGNORE_SIGNALS": ","}.get(key)
-    if numbers and text not in ("", "0"):
-        parts = [part.strip() for part in text.split(numbers)]
-        if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts) or (
-            key == "RATE_LIMIT" and len(parts) != 2
-        ):
-            raise ValueError("like 5/600, or 0" if key == "RATE_LIMIT" else "like 3,24")
-    return text
+class Settings:
+    """What helper.conf may say, and what holds where it says nothing or something wrong."""
 
+    WATCH_DIR = "/core_dumps"
+    COMPRESSOR = "auto"
+    LEVEL = 1
+    MAX_DUMP_BYTES = 0
+    MAX_TOTAL_BYTES = 0
+    KEEP_FREE_PERCENT = 15
+    DEADLINE_SECONDS = 300
+    RATE_LIMIT = "5/600"
+    MAX_CONCURRENT = 8
+    BUFFER_BYTES = 1 << 30
+    IGNORE_SIGNALS = ""
+    RESPECT_RLIMIT = "no"
+    CGROUP = ""
+    PYTHON_PATH = ""
 
-def read_settings(path: str) -> dict[str, str | int | bool]:
-    """Read the configuration; whatever is wrong in it is logged and has its default."""
-    settings = {key: default for key, (default, _) in SETTINGS.items()}
-    try:
-        text = read_file(path, 1 << 16, trusted=True).decode("utf-8", "surrogateescape")
-    except OSError as error:
-        log("%a: %s: every setting has its default" % (path, error.strerror or error))
-        return settings
-    for line in text.splitlines():
-        key, equals, value = (part.strip() for part in line.partition("="))
-        if not key or key.startswith("#"):
-            continue
+    def __init__(self, path: str) -> None:
+        """Read the file; whatever is wrong in it is logged and has its default."""
         try:
-            if not equals or key not in SETTINGS:
-                raise ValueError("one of " + ", ".join(SETTINGS))
-            settings[key] = parse_setting(key, value)
-        except ValueError as error:
-            log("%a: %a is wrong, must be %s: ignored" % (path, line[:100], error))
-    return settings
+            check_owner(path)
+            text = read_file(path, 1 << 16).decode("utf-8", "surrogateescape")
+        except OSError as error:
+            log("%a: %s: every setting has its default" % (path, error.strerror))
+            return
+        for line in text.splitlines():
+            key, _, value = (part.strip() for part in line.partition("="))
+            if key and not key.startswith("#"):
+                try:
+                    setattr(self, key, self.parse(key, value))
+                except ValueError as error:
+                    log("%a: %a is ignored, it must be %s" % (path, line[:100], error))
+
+    @classmethod
+    def defaults(cls) -> dict[str, str | int]:
+        """Return every key and its default."""
+        return {key: value for key, value in vars(cls).items() if key.isupper()}
+
+    @classmethod
+    def parse(cls, key: str, text: str) -> str | int:
+        """Return a setting's value; raises ValueError that says what is accepted."""
+        default = cls.defaults().get(key)
+        if default is None:
+            raise ValueError("one of " + ", ".join(cls.defaults()))
+        if isinstance(default, int):
+            low, high = BOUNDS.get(key, (0, 1 << 60))
+            if not (text.isascii() and text.isdigit() and len(text) < 20 and low <= int(text) <= high):
+                raise ValueError("a whole number from %d to %d" % (low, high))
+            return int(text)
+        parts = text.replace("/" if key == "RATE_LIMIT" else ",", " ").split()
+        numbers = all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts)
+        right, accepted = {
+            "COMPRESSOR": (text in COMPRESSORS, "one of " + ", ".join(COMPRESSORS)),
+            "RESPECT_RLIMIT": (text in ("yes", "no"), "yes or no"),
+            "RATE_LIMIT": (text == "0" or (numbers and len(parts) == 2), "dumps/seconds like 5/600, or 0"),
+            "IGNORE_SIGNALS": (numbers, "signal numbers like 3,24"),
+        }.get(key, (text == default or text.startswith("/"), "an absolute path"))
+        if not right:
+            raise ValueError(accepted)
+        return text
 
 
 def parse_cgroup(text: bytes) -> dict[str, bytes]:
     """Return path, container id and pod uid of /proc/PID/cgroup. The outermost wins: a container makes inner ones."""
-    found: dict[str, bytes] = {}
-    paths = [line.split(b":", 2)[2] for line in text.split(b"\n") if line.count(b":") > 1]
-    unified = [line[3:] for line in text.split(b"\n") if line.startswith(b"0::/") and len(line) > 4]
-    path = unified[0] if unified else max(paths, key=len, default=b"")
-    if path:
-        found["cgroup"] = path
+    lines = [line.split(b":", 2) for line in text.split(b"\n") if line.count(b":") > 1]
+    unified = [path for number, _, path in lines if number == b"0" and path != b"/"]
+    path = unified[0] if unified else max([line[2] for line in lines], key=len, default=b"")
+    found = {"cgroup": path}
     for word in path.translate(bytes.maketrans(b"/.-:", b"    ")).split():
-        if len(word) == 64 and not word.strip(b"0123456789abcdef"):
-            found["container_id"] = word
-            break
+        if len(word) == 64 and not word.strip(HEX):
+            found.setdefault("container_id", word)
     for part in path.replace(b"_", b"-").split(b"/"):
         uid = part[part.rfind(b"pod") + 3 :][:36] if b"pod" in part else b""
-        if [len(word) for word in uid.split(b"-")] == [8, 4, 4, 4, 12] and not uid.strip(
-            b"0123456789abcdef-"
-        ):
-            found["pod_uid"] = uid
-            break
+        if [len(word) for word in uid.split(b"-")] == [8, 4, 4, 4, 12] and not uid.strip(HEX + b"-"):
+            found.setdefault("pod_uid", uid)
     return found
 
 
+def read_fields(path: str, directory: int | None = None) -> dict[bytes, list[bytes]]:
+    """Read a file of `key: value` lines, as /proc/PID/status; the first of a kind wins."""
+    lines = [line.partition(b":") for line in read_file(path, 8192, directory).split(b"\n")]
+    return {key: value.split() for key, _, value in reversed(lines)}
+
+
+def start_time(directory: int | None, path: str) -> int:
+    """Return when a process started, in ticks: field 22, counted after the last `)`, which a name may hold."""
+    return int(read_file(path, 4096, directory).rpartition(b")")[2].split()[19])
+
+
 def read_process(crash: dict[str, str]) -> dict[str, bytes]:
-    """Read what /proc says of the process, through one directory descriptor; `identity` when it is another one."""
+    """Read what /proc says of the process, by one directory descriptor; only `sensitive` when it is another's."""
     process = os.open("/proc/%d" % int(crash["P"]), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        start = int(read_file("stat", 4096, process).rpartition(b")")[2].split()[19])
-        lines = [line.partition(b":") for line in read_file("status", 8192, process).split(b"\n")]
-        status = {key: value.split() for key, _, value in reversed(lines)}
-        thread = status
-        if crash["i"]:
-            lines = [
-                line.partition(b":")
-                for line in read_file("task/%s/status" % crash["i"], 8192, process).split(b"\n")
-            ]
-            thread = {key: value.split() for key, _, value in reversed(lines)}
+        status = read_fields("status", process)
+        thread = read_fields("task/%s/status" % crash["i"], process) if crash["i"] else status
         found = parse_cgroup(read_file("cgroup", 16384, process))
         found["threads"] = status[b"Threads"][0]
-        found["ns_pid"] = status[b"NSpid"][-1] if status.get(b"NSpid") else b""
+        found["ns_pid"] = status.get(b"NSpid", [b""])[-1]
         found["comm"] = read_file("comm", 64, process)[:-1]
         found["cmdline"] = read_file("cmdline", 1024, process).rstrip(b"\0").replace(b"\0", b" ")
         try:
             found["exe"] = os.fsencode(os.readlink("exe", dir_fd=process))
         except OSError:
             pass
+        same = start_time(process, "stat") <= start_time(None, "/proc/self/stat")
     finally:
         os.close(process)
-    own_start = int(read_file("/proc/self/stat", 4096).rpartition(b")")[2].split()[19])
-    same = start <= own_start
     for key, field in (("u", b"Uid"), ("g", b"Gid")):
         same = same and crash[key] in ("", thread[field][0].decode())
-    if not (same and pidfd_agrees(crash)):
-        return {"sensitive": b"identity"}
-    return found
-
-
-def pidfd_agrees(crash: dict[str, str]) -> bool:
-    """Check the process against the kernel's pidfd (%F, since 6.16 and in late 5.10 and 6.1), where there is one."""
-    if not crash["F"]:
-        return True
-    for line in read_file("/proc/self/fdinfo/%d" % int(crash["F"]), 4096).split(b"\n"):
-        if line.startswith(b"Pid:"):
-            return line[4:].strip() == b"%d" % int(crash["P"])
-    return True
+    if crash["F"]:  # the kernel's pidfd, since 6.16 and in late 5.10 and 6.1; -1 when the process is gone
+        pid = read_fields("/proc/self/fdinfo/" + crash["F"]).get(b"Pid")
+        same = same and pid in (None, [crash["P"].encode()])
+    return found if same else {"sensitive": b"identity"}
 
 
 def describe(crash: dict[str, str]) -> dict[str, bytes]:
     """Return the attributes of the dump, most important first. Whatever fails costs metadata, never the dump."""
-    names = {"pid": "P", "signal": "s", "timestamp": "t", "uid": "u", "gid": "g", "tid": "i", "dumpable": "d",
-             "rlimit": "c", "thread": "e", "hostname": "h"}  # fmt: skip
-    known = {name: os.fsencode(crash.get(key, "")) for name, key in names.items()}
+    names = ("pid", "signal", "timestamp", "uid", "gid", "tid", "dumpable", "rlimit", "thread")
+    known = {name: os.fsencode(crash[key]) for name, key in zip(names, "Pstugidce")}  # noqa: B905 - 3.10
+    known["hostname"] = os.fsencode(crash.get("h", ""))
     if crash["d"] != "1":
         known["sensitive"] = b"dumpable=" + crash["d"].encode()
     try:
-        found = read_process(crash)
+        known.update(read_process(crash))
+        if known.get("sensitive") == b"identity":
+            log("pid %s: /proc belongs to another process: metadata dropped" % crash["P"])
     except Exception as error:  # noqa: BLE001 - hostile input must not cost the dump
         log("pid %s: no metadata from /proc: %s: %s" % (crash["P"], type(error).__name__, error))
-        found = {}
-    if "sensitive" in found:
-        log("pid %s: /proc belongs to another process: metadata dropped" % crash["P"])
-    known.update(found)
-    order = ("comm", "ns_pid", "container_id", "pod_uid", "threads", "exe", "cgroup", "cmdline")
+    order = ("hostname", "comm", "ns_pid", "container_id", "pod_uid", "threads", "exe", "cgroup", "cmdline")
     return {name: known[name] for name in ("sensitive", *names, *order) if known.get(name)}
 
 
-def set_attributes(descriptor: int, attributes: dict[str, bytes], space: int = ATTRIBUTE_SPACE) -> None:
-    """Set `user.coredump.*`; what does not fit into `space` is cut. Without support only metadata is lost."""
+def set_attributes(dump: int, attributes: dict[str, bytes], space: int = ATTRIBUTE_SPACE) -> None:
+    """Set `user.coredump.*`; what does not fit into `space` is cut. Where they are not supported they are lost."""
     for name, value in attributes.items():
         room = min(1024, space - len(name) - 40)
-        if room <= 0:
-            break
-        try:
-            os.setxattr(descriptor, "user.coredump." + name, value[:room])
-            space -= len(name) + 40 + len(value[:room])
-        except OSError as error:
-            log("attribute %s: %s" % (name, error.strerror))
+        if room > 0:
+            try:
+                os.setxattr(dump, "user.coredump." + name, value[:room])
+                space -= len(name) + 40 + len(value[:room])
+            except OSError as error:
+                log("attribute %s and what follows: %s" % (name, error.strerror))
+                return
 
 
 def file_name(crash: dict[str, str], copy: int, suffix: str) -> str:
-    """Return `core-%e-%t-%p-%s[-copy]suffix` with every other byte of %e as `_`."""
-    allowed = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._+-"
-    comm = "".join(chr(byte) if byte in allowed else "_" for byte in os.fsencode(crash.get("e", ""))[:180])
+    """Return `core-%e-%t-%p-%s[-copy]suffix`, every byte of %e that is not plain as `_`."""
+    comm = "".join(chr(byte) if byte in PLAIN else "_" for byte in os.fsencode(crash["e"])[:180])
     if comm[:1] in ("", "-", "."):
         comm = "_" + comm[1:]
     when = crash["t"] or str(int(time.time()))
@@ -332,16 +335,15 @@ def create(directory: int, crash: dict[str, str], suffix: str) -> tuple[int, str
 
     Who holds NAME.partial is the only one who may publish NAME, so a look at NAME after O_EXCL needs no lock.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     for copy in range(10000):
         name = file_name(crash, copy, suffix)
         try:
-            dump = os.open(name + ".partial", flags, 0o600, dir_fd=directory)
+            dump = os.open(name + ".partial", NEW_FILE | os.O_EXCL, 0o600, dir_fd=directory)
         except FileExistsError:
             continue
         try:
             fcntl.flock(dump, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not exists(name, directory) and exists(name + ".partial", directory):
+            if not exists(name, directory) and os.fstat(dump).st_nlink == 1:
                 return dump, name
             os.unlink(name + ".partial", dir_fd=directory)
         except OSError:  # somebody took it for abandoned before it was locked
@@ -373,39 +375,36 @@ def elf_length(head: bytes | bytearray) -> tuple[int, int]:
     if head[:4] != b"\x7fELF" or head[4] not in (1, 2) or head[5] not in (1, 2):
         return 0, 0
     order = "<" if head[5] == 1 else ">"
-    if head[4] == 2:
-        (table, sections), layout, at = struct.unpack_from(order + "QQ", head, 32), order + "8xQ16xQ16x", 54
-    else:
-        (table, sections), layout, at = struct.unpack_from(order + "II", head, 28), order + "4xI8xI12x", 42
+    offsets, layout, at = ("QQ", "8xQ16xQ16x", 54) if head[4] == 2 else ("II", "4xI8xI12x", 42)
+    layout = order + layout
+    table, sections = struct.unpack_from(order + offsets, head, 32 if head[4] == 2 else 28)
     size, count, section_size, section_count = struct.unpack_from(order + "HHHH", head, at)
     if size != struct.calcsize(layout) or table > HEADER_LIMIT:
         return 0, 0
-    if len(head) < table + size:
-        return table + size, 0
-    if count == 0xFFFF:  # PN_XNUM
-        count = max(0, struct.unpack_from(layout, head, table)[0] - table) // size
-    end = table + count * size
-    if len(head) < end or end > HEADER_LIMIT:
-        return (end, 0) if end <= HEADER_LIMIT else (0, 0)
-    segments = struct.iter_unpack(layout, head[table:end])
-    length = max([offset + held for offset, held in segments], default=0)
+    end = table + size
+    if len(head) >= end:
+        if count == 0xFFFF:  # PN_XNUM
+            count = max(0, struct.unpack_from(layout, head, table)[0] - table) // size
+        end = table + count * size
+    if end > HEADER_LIMIT:
+        return 0, 0
+    if len(head) < end:
+        return end, 0
+    length = max([offset + held for offset, held in struct.iter_unpack(layout, head[table:end])], default=0)
     return end, max(length, end, sections + section_size * section_count if sections else 0)
 
 
 class Reader:
     """Reads the core in its own thread, ahead of the compressor, so that the crashed process is released early."""
 
-    def __init__(self, descriptor: int, settings: dict[str, str | int | bool], deadline: float) -> None:
-        """Prepare to read `descriptor`, which is closed at the end, when a limit is met, or at `deadline`."""
+    def __init__(self, descriptor: int, settings: Settings, deadline: float) -> None:
+        """Prepare to read `descriptor`, which is closed at the end, at a limit, or at `deadline` (monotonic)."""
         self.reason, self.size, self._descriptor, self._deadline = "", 0, descriptor, deadline
-        self.limit = int(settings["MAX_DUMP_BYTES"]) or sys.maxsize
-        self._buffer_limit, self._allowed, self._allocated = int(settings["BUFFER_BYTES"]) // CHUNK, 4, 0
+        self._limit = settings.MAX_DUMP_BYTES or sys.maxsize
+        self._most, self._allowed, self._allocated = settings.BUFFER_BYTES // CHUNK, 4, 0
         self._full: SimpleQueue[tuple[bytearray, int]] = SimpleQueue()
         self._free: SimpleQueue[bytearray] = SimpleQueue()
-        try:
-            fcntl.fcntl(descriptor, 1031, CHUNK)  # F_SETPIPE_SZ
-        except OSError:
-            pass
+        enlarge(descriptor)
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the core piece by piece; a piece is valid until the next is asked for."""
@@ -437,18 +436,16 @@ class Reader:
     def _fill(self, poll: select.poll) -> bool:
         """Fill one buffer and hand it over; False at the end of the core."""
         buffer, size, count = self._buffer(), 0, 1
-        room = min(CHUNK, self.limit - self.size)
+        room = min(CHUNK, self._limit - self.size)
         if not room:
             self.stop("max_dump_bytes")
         while size < room and count and not self.reason:
             if poll.poll(500):
                 count = os.readv(self._descriptor, [memoryview(buffer)[size:room]])
                 size += count
-            elif time.monotonic() > self._deadline:
+            if time.monotonic() > self._deadline:
                 self.stop("deadline")
         self.size += size
-        if time.monotonic() > self._deadline:
-            self.stop("deadline")
         if size:
             self._full.put((buffer, size))
         return count > 0
@@ -459,27 +456,18 @@ class Reader:
             return self._free.get_nowait()
         except Empty:
             pass
-        if self._allocated == self._allowed < self._buffer_limit:
-            fields = read_file("/proc/meminfo", 4096).partition(b"MemAvailable:")[2].split()
-            eighth = (int(fields[0]) // 1024 + self._allocated) // 8 if fields else 0
-            self._allowed = max(self._allowed, min(self._allowed + 64, self._buffer_limit, eighth))
-        if self._allocated < self._allowed:
-            self._allocated += 1
-            return bytearray(CHUNK)
-        while not self.reason:
+        if self._allocated == self._allowed < self._most:
+            available = int(read_fields("/proc/meminfo")[b"MemAvailable"][0]) // 1024
+            eighth = (available + self._allocated) // 8
+            self._allowed = max(self._allowed, min(self._allowed + 64, self._most, eighth))
+        while self._allocated == self._allowed and not self.reason:
             try:
                 return self._free.get(True, 0.5)
             except Empty:
                 if time.monotonic() > self._deadline:
                     self.stop("deadline")
+        self._allocated += 1
         return bytearray(CHUNK)
-
-
-def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write every byte."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
 
 
 class Raw:
@@ -493,14 +481,12 @@ class Raw:
 
     def write(self, piece: memoryview) -> None:
         """Take the next piece; raises OSError."""
-        if not any(piece[:64]) and piece == bytes(len(piece)):
-            os.lseek(self._dump, len(piece), os.SEEK_CUR)
-        else:
+        if any(piece[:64]) or piece != bytes(len(piece)):
             write_all(self._dump, piece)
-        self.size += len(piece)
+        self.size = os.lseek(self._dump, self.size + len(piece), os.SEEK_SET)
 
     def close(self) -> str:
-        """Set the length; return what went wrong, or nothing."""
+        """End the file; return why it is not valid, or nothing."""
         os.ftruncate(self._dump, self.size)
         return ""
 
@@ -508,21 +494,20 @@ class Raw:
 class Stream:
     """Compresses in this process. Each piece ends on a byte, so that what is on disk can always be ended properly."""
 
-    def __init__(self, dump: int, name: str, settings: dict[str, str | int | bool]) -> None:
-        """Write gzip to the descriptor `dump` with `isal` or the standard library; raises ImportError."""
-        level = int(settings["LEVEL"])
+    def __init__(self, dump: int, name: str, settings: Settings) -> None:
+        """Write gzip to the descriptor `dump` with `isal` or the standard library; raises ImportError, OSError."""
+        level = settings.LEVEL
         if name == "isal":
-            folder = str(settings["PYTHON_PATH"])
-            if folder and folder not in sys.path:
-                sys.path.append(folder)
+            if settings.PYTHON_PATH:
+                check_owner(settings.PYTHON_PATH)
+                sys.path.append(settings.PYTHON_PATH)
             from isal import isal_zlib as codec
 
             level = min(level, 3)
         else:
             import zlib as codec  # type: ignore[no-redef]
-        self.name, self.size, self._dump, self._codec, self._sum = name, 0, dump, codec, 0
+        self.name, self.size, self._dump, self._codec, self._sum, self._end = name, 0, dump, codec, 0, 10
         self._deflate = codec.compressobj(level, 8, -15)
-        self._end = 10
         write_all(dump, b"\x1f\x8b\x08\0\0\0\0\0\0\xff")
 
     def write(self, piece: memoryview) -> None:
@@ -534,7 +519,7 @@ class Stream:
         self._end += len(data)
 
     def close(self) -> str:
-        """End the file after the last whole piece (an empty last block, CRC and length: RFC 1952)."""
+        """End the file after the last whole piece: an empty last block, CRC and length (RFC 1952)."""
         os.ftruncate(self._dump, self._end)
         os.lseek(self._dump, self._end, os.SEEK_SET)
         write_all(self._dump, b"\x03\0" + struct.pack("<II", self._sum, self.size & 0xFFFFFFFF))
@@ -546,38 +531,30 @@ class Child:
 
     name = "pigz"
 
-    def __init__(self, dump: int, settings: dict[str, str | int | bool]) -> None:
+    def __init__(self, dump: int, settings: Settings) -> None:
         """Start pigz; raises OSError when it cannot be."""
-        program = next((path for path in PIGZ if os.access(path, os.X_OK)), "")
-        if not program:
-            raise FileNotFoundError("no pigz in %s" % (PIGZ,))
-        self.size, self._stall_seconds = 0, min(60, int(settings["DEADLINE_SECONDS"]))
+        program = next((path for path in PIGZ if os.access(path, os.X_OK)), "no pigz")
+        self.size, self._patience = 0, min(60, settings.DEADLINE_SECONDS)
         source, self._pipe = os.pipe()
-        failed, failure = os.pipe()
+        told, tell = os.pipe()
         self._pid = os.fork()
         if not self._pid:
             try:
                 os.dup2(source, 0)
                 os.dup2(dump, 1)
-                os.execve(  # noqa: S606 - that there is no shell is the point
-                    program, ["pigz", "-c", "-%d" % int(settings["LEVEL"])], {"PATH": "/usr/bin:/bin"}
-                )
+                os.execve(program, ["pigz", "-c", "-%d" % settings.LEVEL], {"PATH": "/usr/bin:/bin"})  # noqa: S606
             finally:
-                os.write(failure, b"!")
+                os.write(tell, b"!")
                 os._exit(127)
         os.close(source)
-        os.close(failure)
-        try:
-            if os.read(failed, 1):
-                os.close(self._pipe)
-                os.waitpid(self._pid, 0)
-                raise OSError("cannot start %s" % program)
-        finally:
-            os.close(failed)
-        try:
-            fcntl.fcntl(self._pipe, 1031, CHUNK)  # F_SETPIPE_SZ
-        except OSError:
-            pass
+        os.close(tell)
+        failed = os.read(told, 1)  # exec closes the other end
+        os.close(told)
+        if failed:
+            os.close(self._pipe)
+            os.waitpid(self._pid, 0)
+            raise OSError(8, "cannot start %s" % program)
+        enlarge(self._pipe)
         os.set_blocking(self._pipe, False)
         self._poll = select.poll()
         self._poll.register(self._pipe, select.POLLOUT)
@@ -586,36 +563,35 @@ class Child:
         """Hand the next piece to pigz; raises OSError when it died or takes nothing."""
         view = piece
         while len(view):
-            if not self._poll.poll(self._stall_seconds * 1000):
-                raise TimeoutError("pigz takes nothing")
+            if not self._poll.poll(self._patience * 1000):
+                os.kill(self._pid, 9)
+                raise TimeoutError("takes nothing for %d s" % self._patience)
             view = view[os.write(self._pipe, view) :]
         self.size += len(piece)
 
     def close(self) -> str:
         """Wait for pigz to end; return `compressor_failed` unless it said that all is well."""
         os.close(self._pipe)
-        end = time.monotonic() + self._stall_seconds
-        pause = 0.0005
+        end, pause = time.monotonic() + self._patience, 0.0005
         while True:
             done, status = os.waitpid(self._pid, os.WNOHANG)
             if done:
                 return "compressor_failed" if status else ""
             if time.monotonic() > end:
                 os.kill(self._pid, 9)
-                os.waitpid(self._pid, 0)
-                return "compressor_failed"
             time.sleep(pause)
             pause = min(0.05, pause * 2)
 
 
-def choose_sink(dump: int, settings: dict[str, str | int | bool], config: str) -> Raw | Stream | Child:
+def open_sink(dump: int, settings: Settings, config: str) -> Raw | Stream | Child:
     """Start the configured compressor, else the next that works."""
-    choice = str(settings["COMPRESSOR"])
+    choice = settings.COMPRESSOR
     if choice == "none":
         return Raw(dump)
     if choice == "auto":
         try:
-            choice = read_file(calibration_path(config), 64, trusted=True).decode("ascii", "replace").strip()
+            check_owner(calibration_path(config))
+            choice = read_file(calibration_path(config), 64).decode("ascii", "replace").strip()
         except OSError:
             pass
     order = ["pigz", "isal", "gzip"]
@@ -623,8 +599,8 @@ def choose_sink(dump: int, settings: dict[str, str | int | bool], config: str) -
         try:
             return Child(dump, settings) if name == "pigz" else Stream(dump, name, settings)
         except (OSError, ImportError) as error:
-            if name == settings["COMPRESSOR"]:
-                log("%s is configured and does not work: %s" % (name, error))
+            if name == choice:
+                log("%s does not work: %s" % (name, error))
     raise Refused("directory", "no compressor can write")
 
 
@@ -633,269 +609,24 @@ def calibration_path(config: str) -> str:
     return CALIBRATION if config == CONFIG else os.path.join(os.path.dirname(config), "compressor")
 
 
-def lock(descriptor: int, seconds: float) -> bool:
-    """Lock a file within so many seconds."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.005)
-
-
-class State:
-    """The directory `.helper`: what was refused, and the slots. Without it nothing is limited, no dump is lost."""
-
-    def __init__(self, directory: int) -> None:
-        """Open or create it in the watch directory; raises OSError when it is not ours alone."""
-        try:
-            os.mkdir(".helper", 0o700, dir_fd=directory)
-        except FileExistsError:
-            pass
-        self._directory = os.open(
-            ".helper", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory
-        )
-        status = os.fstat(self._directory)
-        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            raise PermissionError(".helper belongs to others, or others may use it")
-
-    def _open(self, name: str, flags: int = 0) -> int:
-        return os.open(
-            name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600, dir_fd=self._directory
-        )
-
-    def slot(self, count: int, seconds: float) -> bool:
-        """Wait so long for one of `count` slots, held until this process ends."""
-        if not count:
-            return True
-        slots = [self._open("slot-%d" % number) for number in range(count)]
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            for descriptor in slots:
-                if lock(descriptor, 0):
-                    return True
-            time.sleep(0.01)
-        return False
-
-    def tally(self, known: dict[str, bytes], reason: str, kept: int, seconds: int) -> bool:
-        """Count a dump in the record of its executable, container and signal; True for the first `kept`."""
-        guard = self._open("lock")
-        try:
-            if not lock(guard, 2):
-                return bool(kept)
-            exe = known.get("exe") or known.get("thread", b"")
-            fields = {"exe": exe, "container_id": known.get("container_id", b""), "pod_uid": known.get("pod_uid", b""),
-                      "signal": known.get("signal", b""), "reason": reason.encode()}  # fmt: skip
-            name = self._record_name(fields, seconds)
-            now = int(time.time())
-            old = self._read(name)
-            if not 0 <= now - old.get("first", -seconds) < seconds:
-                old = {"first": now}
-            take = old.get("kept", 0) < kept
-            counts = {"kept": old.get("kept", 0) + take, "suppressed": old.get("suppressed", 0) + (not take),
-                      "first": old["first"], "last": now}  # fmt: skip
-            lines = ["%s=%s\n" % (key, percent(value)) for key, value in fields.items()]
-            lines += ["%s=%d\n" % item for item in counts.items()]
-            draft = self._open("draft", os.O_TRUNC)
-            try:
-                write_all(draft, "".join(lines).encode())
-            finally:
-                os.close(draft)
-            os.rename("draft", name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-            return take
-        finally:
-            os.close(guard)
-
-    def _record_name(self, fields: dict[str, bytes], seconds: int) -> str:
-        from _blake2 import blake2b
-
-        def name() -> str:
-            return blake2b(b"\0".join(fields.values()), digest_size=12).hexdigest()
-
-        if not exists(name(), self._directory):
-            others = os.listdir(self._directory)
-            if len(others) > STATE_FILES:
-                for other in others:
-                    if os.stat(other, dir_fd=self._directory).st_mtime < time.time() - max(3600, seconds):
-                        os.unlink(other, dir_fd=self._directory)
-                fields["exe"] = b"*"
-        return name()
-
-    def _read(self, name: str) -> dict[str, int]:
-        try:
-            text = read_file(name, 16384, self._directory).decode("ascii", "replace")
-        except FileNotFoundError:
-            return {}
-        pairs = [line.partition("=") for line in text.splitlines()]
-        return {
-            key: int(value)
-            for key, _, value in pairs
-            if key in ("kept", "suppressed", "first", "last") and value.isdigit()
-        }
-
-
-def percent(value: bytes) -> str:
-    """Encode bytes that are not plain as %XX."""
-    return "".join(
-        chr(byte) if (chr(byte).isalnum() and byte < 128) or byte in b"/._-" else "%%%02X" % byte
-        for byte in value
-    )
-
-
-class Handler:
-    """One crash, from its arguments to the published file."""
-
-    def __init__(self, argv: list[str], core: int) -> None:
-        """Read arguments, configuration and metadata; `core` is the descriptor to read from."""
-        self.started = time.monotonic()
-        self.core = core
-        self.crash = parse_arguments(argv)
-        log("pid %(P)s: dump of %(e)a, signal %(s)s, has begun" % {"e": "", **self.crash}, 6)
-        self.config = self.crash.get("C") or CONFIG
-        self.settings = read_settings(self.config)
-        _signal.alarm(int(self.settings["DEADLINE_SECONDS"]) + 30)  # whatever hangs, even in /proc, ends here
-        self.deadline = self.started + int(self.settings["DEADLINE_SECONDS"])
-        self.known = describe(self.crash)
-        self.join_cgroup(str(self.settings["CGROUP"]))
-
-    def join_cgroup(self, path: str) -> None:
-        """Leave the root cgroup for the prepared one, and keep the buffer below half of its memory."""
-        if not path:
-            return
-        try:
-            write_file(path + "/cgroup.procs", b"0")
-            limit = read_file(path + "/memory.max", 32).strip()
-            if limit.isdigit():
-                self.settings["BUFFER_BYTES"] = min(int(self.settings["BUFFER_BYTES"]), int(limit) // 2)
-        except OSError as error:
-            log("CGROUP %a: %s" % (path, error.strerror))
-
-    def run(self) -> None:
-        """Admit, stream, publish; raises Refused, OSError."""
-        ignored = [number.strip() for number in str(self.settings["IGNORE_SIGNALS"]).split(",")]
-        if self.crash["s"] and self.crash["s"] in ignored:
-            raise Refused("", "IGNORE_SIGNALS")
-        directory = os.open(
-            str(self.settings["WATCH_DIR"]), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        )
-        status = os.fstat(directory)
-        if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
-            log("WATCH_DIR %a can be written by others: chmod 0700 it" % self.settings["WATCH_DIR"])
-        state = None
-        try:
-            state = State(directory)
-        except OSError as error:
-            log("no RATE_LIMIT, no MAX_CONCURRENT: .helper: %s" % error)
-        try:
-            self.admit(directory, state)
-        except Refused as refused:
-            if state and refused.args[0] not in ("", "rate_limit"):
-                state.tally(self.known, refused.args[0], 0, 600)
-            raise
-        self.take(directory)
-
-    def admit(self, directory: int, state: State | None) -> None:
-        """Raise Refused when a limit forbids the dump."""
-        if self.settings["RESPECT_RLIMIT"] and self.crash["c"] == "0":
-            raise Refused("rlimit", "RLIMIT_CORE is 0")
-        if self.disk_is_full(directory):
-            raise Refused("keep_free", "less than KEEP_FREE_PERCENT is free")
-        space = os.fstatvfs(directory)
-        if space.f_files and space.f_favail < 100:
-            raise Refused("inodes", "fewer than 100 inodes are free")
-        most = int(self.settings["MAX_TOTAL_BYTES"])
-        if (
-            most
-            and sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(directory))
-            >= most
-        ):
-            raise Refused("max_total_bytes", "MAX_TOTAL_BYTES wait in WATCH_DIR")
-        if not state:
-            return
-        kept, _, seconds = str(self.settings["RATE_LIMIT"]).partition("/")
-        if seconds and not state.tally(self.known, "rate_limit", int(kept), int(seconds)):
-            raise Refused("rate_limit", "RATE_LIMIT of this executable, container and signal")
-        if not state.slot(int(self.settings["MAX_CONCURRENT"]), self.deadline - time.monotonic()):
-            raise Refused("no_slot", "MAX_CONCURRENT dumps ran all the time")
-
-    def disk_is_full(self, directory: int) -> bool:
-        """Say whether less than KEEP_FREE_PERCENT of the file system is free for us."""
-        space = os.fstatvfs(directory)
-        return space.f_bavail * 100 < int(self.settings["KEEP_FREE_PERCENT"]) * space.f_blocks
-
-    def take(self, directory: int) -> None:
-        """Stream the core into the watch directory."""
-        suffix = "" if self.settings["COMPRESSOR"] == "none" else ".gz"
-        dump, name = create(directory, self.crash, suffix)
-        set_attributes(dump, self.known)
-        sink = choose_sink(dump, self.settings, self.config)
-        reader = Reader(self.core, self.settings, self.deadline)
-        reason = self.stream(reader, sink, directory, dump)
-        if not reader.size:
-            os.unlink(name + ".partial", dir_fd=directory)
-            raise Refused("", "the core is empty: its process was killed before the first byte")
-        self.known = {"bytes": b"%d" % sink.size, "compressor": sink.name.encode(), **self.known}
-        if self.expected:
-            self.known["expected_bytes"] = b"%d" % self.expected
-        if reason:
-            self.known["truncated"] = reason.encode()
-        self.known["duration_ms"] = b"%d" % ((time.monotonic() - self.started) * 1000)
-        names = ("bytes", "expected_bytes", "truncated", "compressor", "duration_ms")
-        set_attributes(dump, {key: self.known[key] for key in names if key in self.known}, 600)
-        if reason == "compressor_failed":
-            raise Refused("", "%s failed; %s.partial is left for the collector" % (sink.name, name))
-        name = publish(directory, dump, name, self.crash, suffix)
-        log("pid %s: %s: %d bytes by %s in %s ms%s" % (self.crash["P"], name, sink.size, sink.name,
-            self.known["duration_ms"].decode(), ", truncated: " + reason if reason else ""), 6)  # fmt: skip
-
-    def stream(self, reader: Reader, sink: Raw | Stream | Child, directory: int, dump: int) -> str:
-        """Move the core from reader to sink; return why it is not whole, or nothing."""
-        head, wanted, looked, failure = bytearray(), 64, 0, ""
-        self.expected = 0
-        for piece in reader.chunks():
-            if failure:
-                continue
-            if len(head) < wanted:
-                head += piece
-                wanted, self.expected = elf_length(head)
-            try:
-                sink.write(piece)
-            except OSError as error:
-                log("pid %s: %s: %s" % (self.crash["P"], sink.name, error))
-                failure = "disk_full"
-            if sink.size - looked >= LOOK_AROUND:
-                looked = sink.size
-                os.posix_fadvise(dump, 0, 0, os.POSIX_FADV_DONTNEED)
-                if self.disk_is_full(directory):
-                    failure = "keep_free"
-            if failure:
-                reader.stop(failure)
-        _signal.alarm(int(self.settings["DEADLINE_SECONDS"]) + 30)
-        failed = sink.close()
-        if failed:
-            return failed
-        if self.expected and sink.size >= self.expected:
-            return ""
-        return failure or reader.reason or ("killed" if wanted else "not_elf")
-
-
 def calibrate(config: str) -> int:
     """Measure every compressor on data like a core's and remember the fastest; return the exit code."""
     path = calibration_path(config)
     os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
-    settings = read_settings(config)
-    with open("/proc/self/exe", "rb") as program:
-        code = program.read(4 << 20)
+    settings = Settings(config)
     numbers = b"".join(struct.pack("<QQ", 0x7F0000000000 + 48 * index, index) for index in range(CHUNK // 4))
-    sample = memoryview((code + numbers + os.urandom(CHUNK) + bytes(4 << 20)) * 2)
+    sample = memoryview(
+        (
+            read_file(os.path.realpath("/proc/self/exe"), 4 << 20)
+            + numbers
+            + os.urandom(CHUNK)
+            + bytes(4 * CHUNK)
+        )
+        * 2
+    )
     best, least = "gzip", float("inf")
     for name in ("pigz", "isal", "gzip"):
-        dump = os.open(
-            path + ".new", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644
-        )
+        dump = os.open(path + ".new", NEW_FILE | os.O_TRUNC, 0o644)
         try:
             began = time.monotonic()
             sink = Child(dump, settings) if name == "pigz" else Stream(dump, name, settings)
@@ -907,7 +638,7 @@ def calibrate(config: str) -> int:
             if not failed and took < least:
                 best, least = name, took
         except (OSError, ImportError) as error:
-            print("%s: not usable: %s" % (name, error))
+            print("%s: cannot be used: %s" % (name, error))
         finally:
             os.close(dump)
     dump = os.open(path + ".new", os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
@@ -918,16 +649,241 @@ def calibrate(config: str) -> int:
     return 0
 
 
+def lock(descriptor: int, seconds: float) -> bool:
+    """Lock a file within so many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.005)
+
+
+class State:
+    """The directory `.helper`: what was refused, and the slots."""
+
+    def __init__(self, directory: int) -> None:
+        """Open or create it in the watch directory; raises OSError when it is not ours alone."""
+        try:
+            os.mkdir(".helper", 0o700, dir_fd=directory)
+        except FileExistsError:
+            pass
+        self._directory = os.open(".helper", DIRECTORY, dir_fd=directory)
+        status = os.fstat(self._directory)
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise PermissionError(1, ".helper belongs to others, or others may use it")
+
+    def _open(self, name: str, flags: int = 0) -> int:
+        return os.open(name, NEW_FILE | flags, 0o600, dir_fd=self._directory)
+
+    def take_slot(self, count: int, deadline: float) -> bool:
+        """Wait for one of `count` slots, held until this process ends."""
+        slots = [self._open("slot-%d" % number) for number in range(count)]
+        while time.monotonic() < deadline:
+            if any(lock(descriptor, 0) for descriptor in slots):
+                return True
+            time.sleep(0.01)
+        return False
+
+    def tally(self, known: dict[str, bytes], reason: str, most: int, seconds: int) -> bool:
+        """Count a dump in the record of its executable, container and signal; True for the first `most`."""
+        guard = -1
+        try:
+            guard = self._open("lock")
+            if not lock(guard, 2):
+                return most > 0
+            fields = {key: known.get(key, b"") for key in ("exe", "container_id", "pod_uid", "signal")}
+            fields.update(exe=fields["exe"] or known.get("thread", b""), reason=reason.encode())
+            name, now = self._record_name(fields, seconds), int(time.time())
+            first, kept, suppressed = self._read(name)
+            if not 0 <= now - first < seconds:
+                first, kept, suppressed = now, 0, 0
+            take = kept < most
+            counts = {"kept": kept + take, "suppressed": suppressed + (not take), "first": first, "last": now}
+            fields.update({key: b"%d" % value for key, value in counts.items()})
+            draft = self._open("draft", os.O_TRUNC)
+            try:
+                write_all(draft, "".join("%s=%s\n" % (key, percent(fields[key])) for key in fields).encode())
+            finally:
+                os.close(draft)
+            os.rename("draft", name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            return take
+        except OSError as error:
+            log("%s is not counted: %s" % (reason, error.strerror))
+            return most > 0
+        finally:
+            if guard >= 0:
+                os.close(guard)
+
+    def _record_name(self, fields: dict[str, bytes], seconds: int) -> str:
+        """Return the record's name; where there are too many records, one counts for all executables."""
+        from _blake2 import blake2b
+
+        name = blake2b(b"\0".join(fields.values()), digest_size=12).hexdigest()
+        if exists(name, self._directory):
+            return str(name)
+        records = [other for other in os.listdir(self._directory) if len(other) == len(name)]
+        if len(records) >= STATE_FILES:
+            for other in records:
+                if os.stat(other, dir_fd=self._directory).st_mtime < time.time() - max(3600, seconds):
+                    os.unlink(other, dir_fd=self._directory)
+            fields["exe"] = b"*"
+            name = blake2b(b"\0".join(fields.values()), digest_size=12).hexdigest()
+        return str(name)
+
+    def _read(self, name: str) -> tuple[int, int, int]:
+        """Return first, kept, suppressed."""
+        try:
+            text = read_file(name, 16384, self._directory)
+        except FileNotFoundError:
+            return 0, 0, 0
+        pairs = {key: value for key, _, value in (line.partition(b"=") for line in text.split(b"\n"))}
+        numbers = [pairs.get(key, b"") for key in (b"first", b"kept", b"suppressed")]
+        first, kept, suppressed = (int(number) if number.isdigit() else 0 for number in numbers)
+        return first, kept, suppressed
+
+
+def percent(value: bytes) -> str:
+    """Encode bytes that are not plain as %XX."""
+    return "".join(chr(byte) if byte in PLAIN + b"/" else "%%%02X" % byte for byte in value)
+
+
+class Handler:
+    """One crash, from its arguments to the published file."""
+
+    def __init__(self, argv: list[str], core: int) -> None:
+        """Read arguments, configuration and metadata; `core` is the descriptor to read from."""
+        self.started = time.monotonic()
+        self.core = core
+        self.crash = parse_arguments(argv)
+        log("pid %(P)s: dump of %(e)a, signal %(s)s, has begun" % self.crash, 6)
+        self.config = self.crash.get("C") or CONFIG
+        self.settings = Settings(self.config)
+        _signal.alarm(self.settings.DEADLINE_SECONDS + 30)  # whatever hangs, even in /proc, ends here
+        self.deadline = self.started + self.settings.DEADLINE_SECONDS
+        if self.crash["F"]:
+            os.set_inheritable(int(self.crash["F"]), False)
+        self.known = describe(self.crash)
+        if self.settings.CGROUP:
+            self.join_cgroup(self.settings.CGROUP)
+
+    def join_cgroup(self, path: str) -> None:
+        """Leave the root cgroup for the prepared one, and keep the buffer below half of its memory."""
+        try:
+            write_file(path + "/cgroup.procs", b"0")
+            limit = read_file(path + "/memory.max", 32).strip()
+            if limit.isdigit():
+                self.settings.BUFFER_BYTES = min(self.settings.BUFFER_BYTES, int(limit) // 2)
+        except OSError as error:
+            log("CGROUP %a: %s" % (path, error.strerror))
+
+    def run(self) -> None:
+        """Admit, stream, publish; raises Refused, OSError."""
+        if self.crash["s"] in self.settings.IGNORE_SIGNALS.replace(",", " ").split():
+            raise Refused("", "IGNORE_SIGNALS")
+        directory = os.open(self.settings.WATCH_DIR, DIRECTORY)
+        status = os.fstat(directory)
+        if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
+            log("WATCH_DIR %a can be changed by others: chown root, chmod 0700" % self.settings.WATCH_DIR)
+        state = None
+        try:
+            state = State(directory)
+        except OSError as error:
+            log("neither RATE_LIMIT nor MAX_CONCURRENT hold: .helper: %s" % error.strerror)
+        try:
+            self.admit(directory, state)
+        except Refused as refused:
+            if state and refused.args[0] != "rate_limit":
+                state.tally(self.known, refused.args[0], 0, 600)
+            raise
+        self.take(directory)
+
+    def admit(self, directory: int, state: State | None) -> None:
+        """Raise Refused when a limit forbids the dump."""
+        if self.settings.RESPECT_RLIMIT == "yes" and self.crash["c"] == "0":
+            raise Refused("rlimit", "RLIMIT_CORE is 0")
+        space = os.fstatvfs(directory)
+        reason = self.disk_limit(directory) or ("inodes" if space.f_files and space.f_favail < 100 else "")
+        if reason:
+            raise Refused(reason, "the disk is too full for another dump")
+        most, _, seconds = self.settings.RATE_LIMIT.partition("/")
+        if state and seconds and not state.tally(self.known, "rate_limit", int(most), int(seconds)):
+            raise Refused("rate_limit", "enough of this executable, container and signal")
+        slots = self.settings.MAX_CONCURRENT
+        if state and slots and not state.take_slot(slots, self.deadline):
+            raise Refused("no_slot", "MAX_CONCURRENT others ran all the time")
+
+    def disk_limit(self, directory: int) -> str:
+        """Return which limit of the disk is met, or nothing."""
+        space = os.fstatvfs(directory)
+        if space.f_bavail * 100 < self.settings.KEEP_FREE_PERCENT * space.f_blocks:
+            return "keep_free"
+        held = 0
+        for name in os.listdir(directory) if self.settings.MAX_TOTAL_BYTES else ():
+            try:
+                held += os.stat(name, dir_fd=directory, follow_symlinks=False).st_blocks * 512
+            except FileNotFoundError:  # the collector was faster
+                pass
+        return "max_total_bytes" if held > self.settings.MAX_TOTAL_BYTES else ""
+
+    def take(self, directory: int) -> None:
+        """Stream the core into the watch directory and publish it."""
+        suffix = "" if self.settings.COMPRESSOR == "none" else ".gz"
+        dump, name = create(directory, self.crash, suffix)
+        set_attributes(dump, self.known)
+        sink = open_sink(dump, self.settings, self.config)
+        reason, expected = self.stream(sink, directory, dump)
+        if not sink.size and reason != "compressor_failed":
+            os.unlink(name + ".partial", dir_fd=directory)
+            raise Refused("", "nothing was read: " + reason)
+        took = (time.monotonic() - self.started) * 1000
+        result = {"bytes": sink.size, "expected_bytes": expected or "", "truncated": reason}
+        result.update(compressor=sink.name, duration_ms=int(took))
+        set_attributes(dump, {key: str(value).encode() for key, value in result.items() if value != ""}, 600)
+        if reason == "compressor_failed":
+            raise Refused("", "%s failed; what it wrote is in %s.partial" % (sink.name, name))
+        name = publish(directory, dump, name, self.crash, suffix)
+        told = (self.crash["P"], name, sink.size, sink.name, took, ", truncated: " + reason if reason else "")
+        log("pid %s: %s: %d bytes by %s in %d ms%s" % told, 6)
+
+    def stream(self, sink: Raw | Stream | Child, directory: int, dump: int) -> tuple[str, int]:
+        """Move the core into the sink; return why it is not whole (or nothing) and the length it should have."""
+        reader = Reader(self.core, self.settings, self.deadline)
+        head, wanted, expected, looked, failure = bytearray(), 64, 0, 0, ""
+        for piece in reader.chunks():
+            if failure:
+                continue
+            if len(head) < wanted:
+                head += piece
+                wanted, expected = elf_length(head)
+            try:
+                sink.write(piece)
+            except OSError as error:
+                log("pid %s: %s: %s" % (self.crash["P"], sink.name, error))
+                failure = "disk_full"
+            if sink.size - looked >= LOOK_AROUND:
+                looked = sink.size
+                os.posix_fadvise(dump, 0, 0, os.POSIX_FADV_DONTNEED)
+                failure = failure or self.disk_limit(directory)
+            if failure:
+                reader.stop(failure)
+        _signal.alarm(self.settings.DEADLINE_SECONDS + 30)
+        failed = sink.close()
+        if expected and sink.size >= expected:
+            return failed, expected
+        return failed or failure or reader.reason or ("killed" if wanted else "not_elf"), expected
+
+
 def main() -> int:
-    """Run as the command line says; the kernel ignores the exit code."""
+    """Do what the command line says; the kernel ignores the exit code."""
     argv = sys.argv[1:]
-    if not argv or "--help" in argv[:1]:
-        print(
-            HELP
-            + "".join("  %-18s %-12s %s\n" % (key, value, text) for key, (value, text) in SETTINGS.items())
-        )
+    if not argv or argv[0] == "--help":
+        print(HELP + "".join("  %s=%s\n" % item for item in Settings.defaults().items()), end="")
         return 0 if argv else 2
-    if argv == ["--version"]:
+    if argv[0] == "--version":
         print("core-dump-helper", VERSION)
         return 0
     if argv[0] == "--calibrate":
@@ -938,7 +894,7 @@ def main() -> int:
     except Refused as refused:
         log("no dump: " + ": ".join(filter(None, refused.args)))
         return 1
-    except Exception as error:  # noqa: BLE001 - nobody reads a traceback here; the process is released by our end
+    except Exception as error:  # noqa: BLE001 - nobody reads a traceback here; our end releases the process
         log("no dump: %s: %s" % (type(error).__name__, error), 3)
         return 1
     return 0

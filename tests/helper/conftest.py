@@ -1,0 +1,108 @@
+"""The helper as a process, fed as the kernel feeds it, without a crash."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from tests.support import kernel
+
+
+def elf(payload=b"", *, wide=True, order="<", promised=None, segments=1):
+    """Return a core file of one class and byte order whose headers promise its length, or another one."""
+    header, entry = (64, 56) if wide else (52, 32)
+    start = header + entry * segments
+    filler = b"" if wide else bytes(12)  # an ELF32 header and the shortest table are longer than 64 bytes
+    held = len(filler + payload) if promised is None else promised - start
+    ident = b"\x7fELF" + bytes([2 if wide else 1, 1 if order == "<" else 2, 1]) + bytes(9)
+    word = "Q" if wide else "I"
+    count = min(segments, 0xFFFF)
+    fields = struct.pack(
+        order + "HHI" + word * 3 + "IHHHHHH", 4, 62, 1, 0, header, 0, 0, header, entry, count, 0, 0, 0
+    )
+    if wide:
+        rows = [struct.pack(order + "IIQQQQQQ", 1, 4, start, 0, 0, held, held, 1)] * segments
+    else:
+        rows = [struct.pack(order + "IIIIIIII", 1, start, 0, 0, held, held, 4, 1)] * segments
+    return ident + fields + b"".join(rows) + filler + payload
+
+
+@dataclass
+class Station:
+    """An installed helper with its watch directory."""
+
+    directory: Path
+    watch_dir: Path
+    settings: dict[str, object] = field(default_factory=dict)
+    python: str = sys.executable
+    pigz: tuple[str, ...] | None = None
+
+    def command(self, *arguments, name="app"):
+        """Install; return the command line, as the kernel would make it for this very process."""
+        given = {"WATCH_DIR": self.watch_dir, "RATE_LIMIT": 0, "KEEP_FREE_PERCENT": 0, "COMPRESSOR": "gzip"}
+        kernel.install_helper(self.directory, given | self.settings, self.python)
+        program = self.directory / "core-dump-helper"
+        if self.pigz is not None:
+            text = program.read_text()
+            assert "\nPIGZ = " in text
+            program.write_text(text.replace("\nPIGZ = ", f"\nPIGZ = {self.pigz!r}\nOLD_PIGZ = "))
+        usual = [
+            f"-P{os.getpid()}",
+            "-p7",
+            f"-u{os.getuid()}",
+            f"-g{os.getgid()}",
+            "-s11",
+            "-t1700000000",
+            "-c0",
+        ]
+        return [program, *(arguments or (*usual, "-d1", "-F", "-hnode")), "--", *name.split("\0")]
+
+    def start(self, *arguments, name="app", **how):
+        """Start the helper; feed its `stdin`."""
+        how = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE} | how
+        return subprocess.Popen(self.command(*arguments, name=name), env={}, cwd="/", **how)
+
+    def run(self, core, *arguments, name="app", **how):
+        """Feed a core to the helper; return what it logged."""
+        with self.start(*arguments, name=name, **how) as process:
+            _, logged = process.communicate(core, timeout=60)
+        return logged.decode()
+
+    def names(self):
+        """Return all names in the watch directory except the helper's state."""
+        return sorted(name for name in os.listdir(self.watch_dir) if name != ".helper")
+
+    def dump(self):
+        """Return the path of the only dump."""
+        (name,) = self.names()
+        return self.watch_dir / name
+
+    def core(self):
+        """Return the core in the only dump."""
+        return gzip.decompress(self.dump().read_bytes())
+
+    def attributes(self, path=None):
+        """Return the attributes of a dump, the only one by default."""
+        path, prefix = path or self.dump(), "user.coredump."
+        return {
+            n[len(prefix) :]: os.getxattr(path, n).decode()
+            for n in os.listxattr(path)
+            if n.startswith(prefix)
+        }
+
+    def records(self):
+        """Return the records of what was refused."""
+        files = [path for path in (self.watch_dir / ".helper").iterdir() if len(path.name) == 24]
+        return [dict(line.split("=", 1) for line in path.read_text().splitlines()) for path in files]
+
+
+@pytest.fixture
+def station(tmp_path, watch_dir):
+    """A helper with an empty watch directory."""
+    return Station(tmp_path, watch_dir)

@@ -1,0 +1,74 @@
+"""What the helper costs before it reads the first byte, and what it is in the meantime."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from tests.support import kernel
+
+NEEDED = {
+    "_signal",
+    "fcntl",
+    "select",
+    "_struct",
+    "struct",
+    "_queue",
+    "__future__",
+    "time",
+    "core_dump_helper",
+}
+LIST = """
+import sys
+before = set(sys.modules)
+sys.path.append({folder!r})
+import core_dump_helper
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+@pytest.mark.parametrize("python", kernel.pythons(), ids=lambda path: path.split("/")[-3])
+def test_only_cheap_modules_are_imported(python):
+    script = LIST.format(folder=str(kernel.HELPER.parent))
+    command = [python, "-BIS", "-c", script]
+    found = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert found <= NEEDED
+
+
+def best_of(rounds, command):
+    """Return the least wall time of several runs, in seconds."""
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env={})
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def test_compiled_helper_starts_in_less_than_twice_the_time_of_python_itself(tmp_path):
+    for name in ("core-dump-helper", "core_dump_helper.py"):
+        (tmp_path / name).write_bytes((kernel.HELPER.parent / name).read_bytes())
+    launcher = [sys.executable, "-IS", tmp_path / "core-dump-helper", "--version"]
+    subprocess.run(launcher, check=True, capture_output=True)
+    assert list(tmp_path.glob("__pycache__/*.pyc"))
+    assert best_of(15, launcher) < 2 * best_of(15, [sys.executable, "-IS", "-c", ""])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="asks for what root gets: sudo make test")
+def test_process_cannot_be_dumped_and_gives_way_to_others():
+    script = (
+        "import sys; sys.path.append(sys.argv[1])\n"
+        "import ctypes, os, core_dump_helper as helper\n"
+        "core = helper.secure_process()\n"
+        "dumpable = ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)\n"
+        "score = open('/proc/self/oom_score_adj').read().strip()\n"
+        "mask = os.umask(0)\n"
+        "data = os.read(core, 4)\n"
+        "print(dumpable, os.nice(0), score, mask, data, os.readlink('/proc/self/fd/0'), os.getegid())"
+    )
+    command = [sys.executable, "-IS", "-c", script, str(kernel.HELPER.parent)]
+    done = subprocess.run(command, input=b"core", stdout=subprocess.PIPE, check=True)
+    with open("/proc/sys/fs/suid_dumpable") as setting:
+        dumpable = setting.read().strip()
+    assert done.stdout.decode().split() == [dumpable, "9", "500", "63", "b'core'", "/dev/null", "0"]
