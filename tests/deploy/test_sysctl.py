@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.support import deploy, kernel
 
-from core_dump_helper import SETTINGS
+from core_dump_helper import Settings
 
 SYSCTL = deploy.ROOT / "sysctl"
 PROGRAM = Path("/usr/libexec/core-dump-handler/core-dump-helper")
@@ -59,10 +59,9 @@ def test_pattern_fits_into_the_kernels_limit():
 def test_helper_conf_shows_every_setting_with_its_default():
     lines = [line[1:] for line in (SYSCTL / "helper.conf").read_text().splitlines() if line.startswith("#")]
     pairs = dict(line.split("=", 1) for line in lines if "=" in line)
-    spelled = {"True": "yes", "False": "no"}
-    defaults = {key: str(default) for key, (default, _) in SETTINGS.items()}
+    defaults = {key: str(default) for key, default in Settings.defaults().items()}
     shown = {key: value for key, value in pairs.items() if key.isupper()}
-    assert shown == {key: spelled.get(text, text) for key, text in defaults.items()}
+    assert shown == defaults
 
 
 @needs_root

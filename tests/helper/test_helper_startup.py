@@ -8,7 +8,9 @@ import time
 import pytest
 from tests.support import kernel
 
-NEEDED = {
+OS = {"os", "os.path", "posixpath", "genericpath", "stat", "_stat", "_collections_abc"}
+"""What `import os` loads; with -S Python has not done so itself."""
+NEEDED = OS | {
     "_signal",
     "fcntl",
     "select",
