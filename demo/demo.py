@@ -155,7 +155,9 @@ def crash_through_kernel(scratch: Path, directory: Path) -> str:
 
 def crash_by_hand(scratch: Path, directory: Path) -> str:
     """Without root: let the helper read a core of our own making from a pipe, as the kernel would feed it."""
-    say("kernel.core_pattern is not ours to set (root only): the core comes from this process instead of the kernel")
+    say(
+        "kernel.core_pattern is not ours to set (root only): the core comes from this process instead of the kernel"
+    )
     config = scratch / "c"
     config.write_text(f"WATCH_DIR={directory}\n")
     core = make_core(64 * MEBIBYTE)

@@ -34,6 +34,18 @@ def wait_until(condition: Callable[[], object], seconds: float = 30.0, what: str
         time.sleep(0.02)
 
 
+def flood(directory: Path) -> None:
+    """Cause more events than an inotify queue holds, with a file that is none of the collector's business."""
+    with open("/proc/sys/fs/inotify/max_queued_events") as file:
+        enough = int(file.read()) // 2 + 100
+    one, other = directory / "flood-a", directory / "flood-b"
+    one.write_bytes(b"")
+    for _ in range(enough):
+        one.rename(other)
+        other.rename(one)
+    one.unlink()
+
+
 @dataclass
 class Collector:
     """A running collector."""

@@ -1,0 +1,29 @@
+"""Documentation leads somewhere: every relative link and every named test or make target exists."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    local = [t for t in targets if not re.match(r"[a-z]+:", t)]
+    missing = [t for t in local if not (page.parent / t).exists()]
+    assert missing == []
+
+
+def test_make_targets_that_pages_name_exist():
+    listed = subprocess.run(
+        ["make", "-C", ROOT, "-s", "help"], capture_output=True, text=True, check=True
+    ).stdout
+    targets = {line.split()[0] for line in listed.splitlines()}
+    named = set()
+    for page in PAGES:
+        named |= set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", page.read_text(), re.MULTILINE))
+    assert named <= targets
