@@ -1,0 +1,211 @@
+"""bottlerocket/: its TOML, its bootstrap script, and both ways on this machine's kernel, in namespaces."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
+import tomllib
+from pathlib import Path
+
+import pytest
+from tests.support import collector, deploy, kernel, s3
+
+FOLDER = deploy.ROOT / "bottlerocket"
+PREPARE = FOLDER / "bootstrap/prepare.sh"
+WATCH_DIR = Path("/var/core_dumps")
+WAYS = ["file", "dd", "socket"]
+APPLICATION_UID = 1234
+CONTAINER = """
+set -e
+mount -t tmpfs none /mnt
+mkdir /mnt/dumps
+[ ! -d /var/core_dumps ] || mount --bind /var/core_dumps /mnt/dumps
+mount -t tmpfs none /var
+if [ "$1" = mounted ]; then mkdir /var/core_dumps; mount --move /mnt/dumps /var/core_dumps; fi
+shift
+ulimit -c unlimited
+setpriv --reuid 1234 --regid 1234 --clear-groups "$@" || :
+"""
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes owners, needs root: sudo make test")
+
+
+def rendered(way):
+    return tomllib.loads(deploy.succeed(FOLDER / "render.py", way))["settings"]
+
+
+def pattern_of(way):
+    return rendered(way)["kernel"]["sysctl"]["kernel.core_pattern"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rendered_toml_holds_only_what_the_node_knows(way):
+    settings = rendered(way)
+    (bootstrap,) = settings["bootstrap-containers"].values()
+    assert set(settings) == {"kernel", "bootstrap-containers"}
+    assert set(bootstrap) == {"mode", "essential", "user-data"}
+    assert (bootstrap["mode"], bootstrap["essential"]) == ("always", True)
+    script = base64.b64decode(bootstrap["user-data"], validate=True).decode()
+    assert script.startswith("#!/bin/sh\nset -- " + ("file" if way == "file" else "dd"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pattern_fits_and_needs_no_quoting(way):
+    pattern = pattern_of(way)
+    assert len(pattern.encode()) <= deploy.PATTERN_LIMIT
+    assert not set(pattern) & set("\"'\\{}")
+
+
+def test_every_pattern_in_the_repository_fits_into_the_kernels_limit():
+    found = {}
+    for path in [*deploy.ROOT.glob("*/*"), *deploy.ROOT.glob("*/*/*"), *deploy.ROOT.glob("*.md")]:
+        if path.is_file() and path.suffix in {".conf", ".toml", ".md", ".yaml", ".sh"}:
+            for match in re.finditer(r'core_pattern"? ?= ?"?([|/@][^"\n`]+)', path.read_text()):
+                found[f"{path}: {match[1]}"] = len(match[1].encode())
+    assert len(found) >= 4
+    assert {where: size for where, size in found.items() if size > deploy.PATTERN_LIMIT} == {}
+
+
+@needs_root
+@pytest.mark.parametrize(("way", "mode"), [("file", 0o1733), ("dd", 0o700)])
+def test_bootstrap_script_makes_the_directory_and_mends_it(tmp_path, way, mode):
+    script = tmp_path / "user-data"
+    script.write_bytes(base64.b64decode(rendered(way)["bootstrap-containers"]["core-dumps"]["user-data"]))
+    (tmp_path / "var").mkdir()
+    for _ in range(2):
+        deploy.succeed("sh", script, env={"CORE_DUMP_ROOT": str(tmp_path), "PATH": os.environ["PATH"]})
+        status = (tmp_path / "var/core_dumps").stat()
+        assert (status.st_uid, stat.S_IMODE(status.st_mode)) == (0, mode)
+        (tmp_path / "var/core_dumps").chmod(0o777)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("none", "must be file or dd"),
+        ("var missing", "not a bootstrap container?"),
+        ("link", "is a symbolic link"),
+        ("file", "cannot create"),
+    ],
+)
+def test_bootstrap_script_fails_loudly(tmp_path, damage, said):
+    if damage != "var missing":
+        (tmp_path / "var").mkdir()
+    if damage == "link":
+        (tmp_path / "var/core_dumps").symlink_to("/tmp")
+    if damage == "file":
+        (tmp_path / "var/core_dumps").touch()
+    way = "pipe" if damage == "none" else "dd"
+    environ = {"CORE_DUMP_ROOT": str(tmp_path), "PATH": os.environ["PATH"]}
+    done = deploy.run("sh", PREPARE, way, env=environ)
+    assert (done.returncode, said in done.stderr) == (1, True)
+
+
+def test_bootstrap_script_passes_shellcheck():
+    deploy.succeed(deploy.tool("shellcheck"), PREPARE)
+
+
+@pytest.fixture
+def node():
+    """Give this machine the directory and the pattern of one way, as a Bottlerocket node gets them."""
+    if not kernel.can_crash():
+        pytest.skip("sets kernel.core_pattern, needs root: sudo make test")
+    if WATCH_DIR.exists():
+        pytest.skip(f"{WATCH_DIR} exists: this machine uses what the test would make")
+
+    @contextlib.contextmanager
+    def prepared(way):
+        deploy.succeed(PREPARE, way, env={"CORE_DUMP_ROOT": "/", "PATH": os.environ["PATH"]})
+        with kernel.core_pattern(pattern_of(way)):
+            yield
+
+    yield prepared
+    shutil.rmtree(WATCH_DIR, ignore_errors=True)
+
+
+@pytest.fixture
+def program():
+    """A program that anybody may run, outside /var."""
+    with tempfile.TemporaryDirectory(prefix="cdh-", dir="/tmp") as directory:
+        Path(directory).chmod(0o755)
+        yield kernel.build(kernel.CRASHER, Path(directory) / "crash", "-pthread")
+
+
+def start_in_container(program, *, mounted=True):
+    """Crash an unprivileged process in mounts and pids of its own."""
+    how = "mounted" if mounted else "bare"
+    command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", CONTAINER, "sh", how]
+    command += [program, "11", b"crash".hex(), "1", "mixed", "0"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finish(*processes):
+    for process in processes:
+        _, said = process.communicate(timeout=60)
+        assert b"mount" not in said, said
+
+
+def dumps():
+    return sorted(WATCH_DIR.glob("core-crash-*"))
+
+
+def capabilities(*names):
+    """Run the collector as root with these capabilities only, as its pod has them."""
+    kept = ",".join(["-all", *("+" + name for name in names)])
+    return ["setpriv", f"--bounding-set={kept}", "--inh-caps=-all", *collector.COMMAND]
+
+
+def collect(monkeypatch, seaweed, bucket, scratch, count, *names):
+    """Upload what lies in the directory; return the sidecars of the dumps by key."""
+    monkeypatch.setattr(collector, "COMMAND", capabilities(*names))
+    with collector.running(WATCH_DIR, seaweed.environ(), scratch) as daemon:
+        collector.wait_until(
+            lambda: daemon.metric('core_dump_uploads_total{result="uploaded"}') == count, 60, "uploads"
+        )
+        assert daemon.stop() == 0
+    assert list(WATCH_DIR.glob("core*")) == []
+    keys = [key for key in s3.keys_in(bucket) if key.endswith(".gz")]
+    return {key: json.loads(s3.body_of(bucket, key + ".json")) for key in keys}
+
+
+def test_file_way_keeps_the_dumps_of_containers_that_crash_in_one_second(
+    node, program, monkeypatch, seaweed, bucket, tmp_path
+):
+    with node("file"):
+        finish(*[start_in_container(program) for _ in range(3)])
+        assert len(dumps()) == 3, "one name each: %P is the host's pid"
+        assert {(path.stat().st_uid, stat.S_IMODE(path.stat().st_mode)) for path in dumps()} == {
+            (APPLICATION_UID, 0o600)
+        }
+        sidecars = collect(monkeypatch, seaweed, bucket, tmp_path, 3, "dac_override", "lease")
+    assert len(sidecars) == 3
+    assert {sidecar["signal"] for sidecar in sidecars.values()} == {11}
+
+
+def test_file_way_loses_the_dump_of_a_container_without_the_mount(node, program):
+    with node("file"):
+        finish(start_in_container(program, mounted=False))
+        assert dumps() == []
+
+
+def test_dd_way_takes_dumps_of_containers_without_any_mount(
+    node, program, monkeypatch, seaweed, bucket, tmp_path
+):
+    with node("dd"):
+        finish(*[start_in_container(program, mounted=False) for _ in range(3)])
+        collector.wait_until(lambda: len(dumps()) == 3, 30, "three dumps")
+        assert {path.stat().st_uid for path in dumps()} == {0}
+        sidecars = collect(monkeypatch, seaweed, bucket, tmp_path, 3)
+    assert len(sidecars) == 3
+    for key in sidecars:
+        core = s3.body_of(bucket, key)
+        assert (
+            subprocess.run(["gzip", "-dc"], input=core, capture_output=True, check=True).stdout[:4]
+            == b"\x7fELF"
+        )
