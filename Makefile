@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 DEMO_READY := $(VENV)/.demo-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: help demo run test check format torture bench docs wheel clean packages
+.PHONY: deploy-tools help demo run test check format torture bench docs wheel clean packages
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,12 @@ torture: $(READY) packages ## ROUNDS=n SEED=s: crash, kill and fail at random, t
 
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+deploy-tools: $(VENV)/checkov/bin/checkov ## the policy linter of kubernetes/ and ecs/, 290 MB
+
+$(VENV)/checkov/bin/checkov: $(READY)
+	$(PYTHON) -m venv $(VENV)/checkov
+	$(VENV)/checkov/bin/pip install -q --disable-pip-version-check 'checkov>=3.2'
 
 packages:
 	@sh tests/support/packages.sh
