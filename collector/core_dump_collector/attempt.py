@@ -7,7 +7,7 @@ no record: a restart then begins anew, and an object of unknown origin under the
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from core_dump_collector import corefile
 if TYPE_CHECKING:
     from core_dump_collector.dumpfile import DumpFile
 
-ATTRIBUTE = corefile.ATTRIBUTE_PREFIX + "upload"
+ATTRIBUTE = corefile.ATTEMPT
 
 
 class State(StrEnum):
@@ -50,8 +50,14 @@ class Attempt:
         return self.state != State.SENDING and (self.key, self.size, self.crc32) == (key, size, crc32)
 
 
-def read(raw: dict[str, bytes]) -> Attempt | None:
-    """Return the attempt recorded on a dump; None when there is none or it is damaged."""
+def read(raw: dict[str, bytes], *, trusted: bool) -> Attempt | None:
+    """Return the attempt recorded on a dump; None when there is none or it is damaged.
+
+    Args:
+        raw: the dump's attributes.
+        trusted: nobody else can have written them. Otherwise a record is good for resuming, where every part is
+            compared, and never for taking an object for ours.
+    """
     try:
         fields = json.loads(raw.get(ATTRIBUTE, b"null"))
         attempt = Attempt(**(fields | {"state": State(fields["state"])}))
@@ -61,6 +67,8 @@ def read(raw: dict[str, bytes]) -> Attempt | None:
     numbers = (attempt.modified_ns, attempt.size, attempt.crc32, attempt.part_bytes)
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
         return None
+    if not trusted:
+        return replace(attempt, state=State.SENDING, size=0, crc32=0)
     return attempt
 
 

@@ -46,6 +46,11 @@ TEXTS = frozenset(
     {"hostname", "comm", "exe", "cmdline", "thread", "cgroup", "container_id", "pod_uid"}
     | {"truncated", "sensitive", "compressor"}
 )
+ATTEMPT = ATTRIBUTE_PREFIX + "upload"
+SALVAGED = ATTRIBUTE_PREFIX + "salvaged"
+ATTRIBUTE_NAMES = frozenset(ATTRIBUTE_PREFIX + name for name in NUMBERS | TEXTS) | {ATTEMPT, SALVAGED}
+_FORMS = {"container_id": re.compile(rb"[0-9a-f]{64}"), "pod_uid": re.compile(rb"[0-9a-f-]{36}")}
+"""Attributes that become parts of paths and keys: anything else under these names is left out."""
 TRUNCATED_REASONS = frozenset(
     {"killed", "max_dump_bytes", "keep_free", "max_total_bytes", "deadline", "disk_full"}
     | {"compressor_failed", "read_error", "not_elf", "salvaged"}
@@ -175,6 +180,8 @@ def build_key(prefix: str, template: str, fields: Mapping[str, str | int | None]
     """
     values = {name: clean(str(_or_unknown(fields.get(name)))) for name in TEMPLATE_FIELDS}
     wanted = template.format_map(values).removesuffix(suffix)
+    if not suffix and wanted.endswith(".json"):
+        wanted += "_"  # a dump never takes the key of another dump's sidecar
     segments = [_shorten(segment, MOST_SEGMENT_BYTES - len(suffix)) for segment in wanted.split("/")]
     return _shorten(prefix + "/".join(segments), MOST_KEY_BYTES - len(suffix)) + suffix
 
@@ -209,7 +216,7 @@ def read_attributes(raw: Mapping[str, bytes]) -> dict[str, str | int]:
             continue
         if name in NUMBERS and re.fullmatch(rb"[0-9]{1,20}", value):
             attributes[name] = int(value)
-        elif name in TEXTS:
+        elif name in TEXTS and (name not in _FORMS or _FORMS[name].fullmatch(value)):
             attributes[name] = value.decode("utf-8", "backslashreplace")
     if attributes.get("truncated", "killed") not in TRUNCATED_REASONS:
         attributes["truncated"] = "read_error"

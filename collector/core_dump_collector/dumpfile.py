@@ -6,7 +6,6 @@ Everything goes through a directory file descriptor, follows no symlink and neve
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 import structlog
 
-from core_dump_collector import corefile
+from core_dump_collector import corefile, rename
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -30,18 +29,15 @@ ABANDONED_SECONDS = 10.0
 """A partial touched more recently is left alone: its helper may not have locked it yet."""
 QUIET_SECONDS = 60.0
 """Where no lease can be had (NFS, a file of another user without CAP_LEASE), this long without a write is ready."""
-MOST_COPIES = 9999
-SALVAGED = "user.coredump.salvaged"
+SALVAGED = corefile.SALVAGED
 """Set on a salvaged partial: its compressed stream has no end and is repaired while it is uploaded."""
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_RENAME_NOREPLACE = 1
 _NO_LEASE_HERE = frozenset({errno.EACCES, errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
 _NO_ATTRIBUTES = frozenset(
-    {errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.E2BIG}
+    {errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.E2BIG}
 )
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Unfit(StrEnum):
@@ -124,11 +120,31 @@ class DumpFile:
         """Unix seconds of the last write."""
         return int(self._status.st_mtime)
 
+    @property
+    def is_trusted(self) -> bool:
+        """Tell whether only root, or we, can have written the file and its attributes."""
+        return _is_ours(self._status)
+
+    def require_deletable(self) -> None:
+        """Make sure, before it is uploaded, that it can be deleted afterwards.
+
+        Raises:
+            OSError: the file system is read-only, or the directory not ours to change. Without this check a dump
+                would be uploaded again and again.
+        """
+        if os.fstatvfs(self._directory).f_flag & os.ST_RDONLY:
+            raise OSError(errno.EROFS, "the watch directory is read-only: the dump could not be deleted")
+        if not os.access(".", os.W_OK | os.X_OK, dir_fd=self._directory, effective_ids=True):
+            raise OSError(errno.EACCES, "this user may not delete from the watch directory")
+
     def attributes(self) -> dict[str, bytes]:
-        """Return the `user.coredump.*` attributes; empty where the file system has none."""
+        """Return the `user.coredump.*` attributes; empty where the file system has none.
+
+        Of a file that others can change only the record of our own attempt, which is to be judged with that in mind.
+        """
+        known = corefile.ATTRIBUTE_NAMES if self.is_trusted else {corefile.ATTEMPT}
         try:
-            names = [name for name in os.listxattr(self.fd) if name.startswith(corefile.ATTRIBUTE_PREFIX)]
-            return {name: os.getxattr(self.fd, name) for name in names}
+            return {name: os.getxattr(self.fd, name) for name in os.listxattr(self.fd) if name in known}
         except OSError:
             return {}
 
@@ -172,7 +188,9 @@ class DumpFile:
             os.mkdir(corefile.QUARANTINE, 0o700, dir_fd=self._directory)
         target = os.open(corefile.QUARANTINE, _DIRECTORY_FLAGS | os.O_NOFOLLOW, dir_fd=self._directory)
         try:
-            return _move(self._directory, self.name, target, self.name)
+            if not _is_ours(os.fstat(target)):
+                raise OSError(errno.EPERM, "quarantine/ belongs to others, or others may write to it")
+            return rename.move(self._directory, self.name, target, self.name)
         finally:
             os.close(target)
 
@@ -180,8 +198,9 @@ class DumpFile:
 def salvage(directory: str, name: str) -> str | None:
     """Publish an abandoned partial and return its new name; None when there is nothing to publish.
 
-    A partial is abandoned when nobody has touched it for ABANDONED_SECONDS and its flock is free. One without
-    content is removed. What is published is flagged `truncated=salvaged` unless the helper has flagged it.
+    Only the helper's own are: what another user has put there is left alone. One is abandoned when nobody has
+    touched it for ABANDONED_SECONDS and its flock is free. One without content is removed. What is published is
+    flagged `truncated=salvaged` unless the helper has flagged it.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -189,7 +208,10 @@ def salvage(directory: str, name: str) -> str | None:
             stack.callback(os.close, parent)
             fd, status = _open_regular(parent, name)
             stack.callback(os.close, fd)
-            if time.time() - max(status.st_mtime, status.st_ctime) < ABANDONED_SECONDS:
+            if (
+                not _is_ours(status)
+                or time.time() - max(status.st_mtime, status.st_ctime) < ABANDONED_SECONDS
+            ):
                 return None
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return _publish(parent, fd, name)
@@ -212,9 +234,14 @@ def _publish(parent: int, fd: int, name: str) -> str | None:
     _set_attribute(fd, SALVAGED, b"1")
     if corefile.ATTRIBUTE_PREFIX + "truncated" not in _attribute_names(fd):
         _set_attribute(fd, corefile.ATTRIBUTE_PREFIX + "truncated", b"salvaged")
-    published = _move(parent, name, parent, corefile.unpartial(name))
+    published = rename.move(parent, name, parent, corefile.unpartial(name))
     os.fsync(parent)
     return published
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    """Tell whether nobody but root and this user can have made or changed it."""
+    return status.st_uid in {0, os.geteuid()} and not status.st_mode & 0o022
 
 
 def _open_directory(directory: str) -> int:
@@ -313,24 +340,3 @@ def _set_attribute(fd: int, name: str, value: bytes) -> bool:
             raise
         return False
     return True
-
-
-def _move(parent: int, name: str, target: int, wanted: str) -> str:
-    """Rename without replacing: a taken name gets `-1`, `-2`, ..."""
-    for copy in range(MOST_COPIES):
-        candidate = corefile.with_copy(wanted, copy)
-        with contextlib.suppress(FileExistsError):
-            _rename_new(parent, name, target, candidate)
-            return candidate
-    raise OSError(errno.EEXIST, "every name for it is taken")
-
-
-def _rename_new(parent: int, name: str, target: int, new_name: str) -> None:
-    """Rename unless the new name exists (renameat2(2), RENAME_NOREPLACE; link and unlink where it is unknown)."""
-    if _LIBC.renameat2(parent, os.fsencode(name), target, os.fsencode(new_name), _RENAME_NOREPLACE) == 0:
-        return
-    code = ctypes.get_errno()
-    if code not in {errno.EINVAL, errno.ENOSYS}:
-        raise OSError(code, os.strerror(code), new_name)
-    os.link(name, new_name, src_dir_fd=parent, dst_dir_fd=target, follow_symlinks=False)
-    os.unlink(name, dir_fd=parent)

@@ -32,7 +32,7 @@ class Found:
 def look(directory: str, name: str, *, patterns: tuple[str, ...]) -> Found | None:
     """Return what a name is, or None when it does not concern us or is gone. Never opens it."""
     partial = corefile.is_partial(name)
-    if not partial and not corefile.is_candidate(name, patterns):
+    if not corefile.is_candidate(corefile.unpartial(name) if partial else name, patterns):
         return None
     try:
         status = os.lstat(os.path.join(directory, name))
@@ -58,10 +58,19 @@ def scan(directory: str, patterns: tuple[str, ...]) -> Iterator[Found]:
 def count_quarantined(directory: str) -> int:
     """Return how many files lie in quarantine/."""
     try:
-        with os.scandir(os.path.join(directory, "quarantine")) as entries:
+        fd = os.open(
+            os.path.join(directory, corefile.QUARANTINE),
+            os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
+        )
+    except OSError:
+        return 0
+    try:
+        with os.scandir(fd) as entries:
             return sum(1 for _ in entries)
     except OSError:
         return 0
+    finally:
+        os.close(fd)
 
 
 def is_insecure(directory: str) -> bool:

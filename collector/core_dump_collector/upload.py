@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from core_dump_collector.dumpfile import DumpFile
     from core_dump_collector.sidecar import Facts, StoredObject
 
+MOST_BYTES = 50 << 40
+"""Length of the longest file taken: S3's largest object (48.8 TiB; Amazon S3 User Guide, "Uploading objects"). A sparse
+file of 8 EiB would keep a worker busy for years."""
 _OUTCOME_OF_UNFIT = {
     dumpfile.Unfit.VANISHED: Outcome.VANISHED,
     dumpfile.Unfit.BUSY: Outcome.BUSY,
@@ -126,6 +129,9 @@ def _upload(dump: DumpFile, settings: Settings) -> UploadResult:
     facts = sidecar.gather(dump, raw, settings)
     if facts.sensitive is not None and not settings.upload_sensitive:
         return _result(dump, facts, Outcome.REFUSED, f"sensitive ({facts.sensitive}): left on disk")
+    if dump.size_bytes > MOST_BYTES:
+        return _result(dump, facts, Outcome.REFUSED, "larger than any object of S3: left on disk")
+    dump.require_deletable()
     salvaged = dumpfile.SALVAGED in raw
     read = source.open_source(
         dump, settings.part_bytes, compress_raw=settings.compress_raw, salvaged=salvaged
@@ -133,7 +139,7 @@ def _upload(dump: DumpFile, settings: Settings) -> UploadResult:
     suffix = ".gz" if read.gzip else ""
     key = corefile.build_key(settings.prefix, settings.key_template, facts.key_fields(), suffix=suffix)
     store = _CONNECTION.store(settings)
-    transfer = Transfer(store, dump, read, attempt.read(raw), _headers(facts, read))
+    transfer = Transfer(store, dump, read, attempt.read(raw, trusted=dump.is_trusted), _headers(facts, read))
     try:
         stored, outcome = transfer.run(key)
         if settings.sidecar:
