@@ -68,9 +68,12 @@ def log(text: str, priority: int = 4) -> None:
     try:
         write_file("/dev/kmsg", b"<%d>%s" % (24 + priority, line))
     except OSError:
-        import syslog
+        try:
+            import syslog
 
-        syslog.syslog(syslog.LOG_DAEMON | priority, line.decode())
+            syslog.syslog(syslog.LOG_DAEMON | priority, line.decode())
+        except (ImportError, OSError):  # no descriptor is left for it: the dump matters more than the line
+            pass
 
 
 def write_file(path: str, data: bytes) -> None:
@@ -681,7 +684,14 @@ class State:
 
     def take_slot(self, count: int, deadline: float) -> bool:
         """Wait for one of `count` slots, held until this process ends."""
-        slots = [self._open("slot-%d" % number) for number in range(count)]
+        slots: list[int] = []
+        try:
+            slots.extend(self._open("slot-%d" % number) for number in range(count))
+        except OSError as error:
+            for descriptor in slots:
+                os.close(descriptor)
+            log("MAX_CONCURRENT does not hold: %s" % error.strerror)
+            return True
         while time.monotonic() < deadline:
             if any(lock(descriptor, 0) for descriptor in slots):
                 return True
@@ -711,8 +721,8 @@ class State:
                 os.close(draft)
             os.rename("draft", name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
             return take
-        except OSError as error:
-            log("%s is not counted: %s" % (reason, error.strerror))
+        except (OSError, ValueError) as error:  # ValueError: a damaged record
+            log("%s is not counted: %s" % (reason, error))
             return most > 0
         finally:
             if guard >= 0:
@@ -765,7 +775,10 @@ class Handler:
         _signal.alarm(self.settings.DEADLINE_SECONDS + 30)  # whatever hangs, even in /proc, ends here
         self.deadline = self.started + self.settings.DEADLINE_SECONDS
         if self.crash["F"]:
-            os.set_inheritable(int(self.crash["F"]), False)
+            try:
+                os.set_inheritable(int(self.crash["F"]), False)
+            except (OSError, OverflowError) as error:
+                log("pidfd %s: %s" % (self.crash["F"], error))
         self.known = describe(self.crash)
         if self.settings.CGROUP:
             self.join_cgroup(self.settings.CGROUP)
