@@ -1,0 +1,123 @@
+"""The RPM in a root of its own, and the systemd unit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+
+import pytest
+from core_dump_collector.config import Settings
+from tests.support import deploy
+
+SYSCTL = deploy.ROOT / "sysctl"
+UNIT = SYSCTL / "core-dump-collector.service"
+SOURCES = ("helper", "sysctl")
+HELPER = "usr/libexec/core-dump-handler/core-dump-helper"
+BOOT_FILE = "etc/sysctl.d/69-core-dump.conf"
+INSIDE = """
+set -e
+mount -t overlay none -o lowerdir=/,upperdir="$1/upper",workdir="$1/work" "$1/root"
+shift
+exec "$@"
+"""
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Build a release of the package from a copy of the sources; return its path."""
+
+    def built(release, change=""):
+        source = tmp_path / f"source-{release}"
+        for name in SOURCES:
+            shutil.copytree(deploy.ROOT / name, source / name)
+        with (source / "helper/core_dump_helper.py").open("a") as helper:
+            helper.write(change)
+        spec = source / "sysctl/core-dump-handler.spec"
+        spec.write_text(spec.read_text().replace("Release: 1\n", f"Release: {release}\n"))
+        defines = ["--define", f"_topdir {tmp_path}/top", "--define", f"_sourcedir {source}"]
+        deploy.succeed(deploy.tool("rpmbuild"), "-bb", *defines, spec)
+        return tmp_path / f"top/RPMS/noarch/core-dump-handler-0.1.0-{release}.noarch.rpm"
+
+    return built
+
+
+@pytest.fixture
+def rpm(tmp_path):
+    """Run rpm in a copy-on-write root without /proc: the running kernel is out of its reach."""
+    if os.geteuid() != 0:
+        pytest.skip("mounts a root of its own, needs root: sudo make test")
+    for name in ("upper", "work", "root"):
+        (tmp_path / name).mkdir()
+
+    def run(*arguments):
+        command = [deploy.tool("rpm"), "--root", tmp_path / "root", *arguments]
+        done = deploy.run("unshare", "--mount", "sh", "-c", INSIDE, "sh", tmp_path, *command)
+        if "mount:" in done.stderr:
+            pytest.skip(f"no overlay file system here: {done.stderr.strip()}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
+def exists(upper, path):
+    """Say whether a path was made; a deletion is a character device in the upper directory."""
+    found = upper / path
+    return found.exists() and not stat.S_ISCHR(found.lstat().st_mode)
+
+
+def test_package_installs_upgrades_and_goes(rpm, build, tmp_path):
+    upper = tmp_path / "upper"
+    rpm("--initdb")
+    said = rpm("-i", "--nodeps", build(1))
+    assert "set at the next boot" in said
+    assert (upper / BOOT_FILE).read_text() == (SYSCTL / "69-core-dump.conf").read_text()
+    assert stat.S_IMODE((upper / "core_dumps").stat().st_mode) == 0o700
+    rpm("-V", "--nodeps", "core-dump-handler")
+    conf = upper / "etc/core-dump-handler/helper.conf"
+    conf.write_text("LEVEL=3\n")
+    first = (upper / HELPER).stat().st_ino
+    rpm("-U", "--nodeps", build(2, "# the second release\n"))
+    assert (upper / HELPER).read_text().endswith("# the second release\n")
+    assert (upper / HELPER).stat().st_ino != first
+    assert conf.read_text() == "LEVEL=3\n"
+    assert exists(upper, BOOT_FILE), "an upgrade must not deactivate"
+    rpm("-e", "--nodeps", "core-dump-handler")
+    assert not any(exists(upper, path) for path in (HELPER, BOOT_FILE))
+
+
+def test_package_asks_nothing_that_the_oldest_rpm_lacks(build):
+    needs = deploy.succeed(deploy.tool("rpm"), "-qp", "--requires", build(1)).split("\n")
+    assert {line.split("(")[0] for line in needs if line} == {"/bin/sh", "/usr/bin/python3", "pigz", "rpmlib"}
+    assert max(line.rpartition(" ")[2] for line in needs if line.startswith("rpmlib")) <= "4.6.0-1"
+
+
+@pytest.fixture
+def unit(tmp_path):
+    """The unit with a program that exists here."""
+    path = tmp_path / UNIT.name
+    path.write_text(UNIT.read_text().replace("/opt/core-dump-handler/bin/core-dump-collector", "/bin/true"))
+    return path
+
+
+def test_unit_says_nothing_that_systemd_does_not_know(unit):
+    done = deploy.run(deploy.tool("systemd-analyze"), "verify", "--man=no", unit)
+    ours = [line for line in done.stderr.splitlines() if "core-dump" in line]
+    assert (done.returncode, ours) == (0, [])
+    unit.write_text(unit.read_text().replace("ProtectClock", "ProtectClocks"))
+    assert "ProtectClocks" in deploy.run(deploy.tool("systemd-analyze"), "verify", "--man=no", unit).stderr
+
+
+def test_unit_is_exposed_as_little_as_the_page_says(unit):
+    said = deploy.succeed(deploy.tool("systemd-analyze"), "security", "--offline=true", "--threshold=20", unit)
+    assert "1.6 OK" in said
+    assert "1.6" in (deploy.ROOT / "docs/amazon-linux.md").read_text()
+
+
+def test_unit_gives_settings_that_the_collector_accepts_and_time_to_end():
+    lines = [line.split("=", 1) for line in UNIT.read_text().splitlines() if "=" in line and line[0] != "#"]
+    given = [value.split() for key, value in lines if key == "Environment"]
+    assert {pair.split("=")[0].lower() for pair in [word for words in given for word in words]} <= set(Settings.model_fields)
+    (stop,) = [float(value) for key, value in lines if key == "TimeoutStopSec"]
+    assert stop >= Settings.model_fields["shutdown_seconds"].default + 20
