@@ -44,6 +44,8 @@ BOUNDS = {
 PLAIN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._+-"
 HEX = b"0123456789abcdef"
 CHUNK = 1 << 20
+FEW = 4  # buffers that every dump may have
+MAP_POPULATE = 0x8000  # a third less time for a new buffer than a page fault for each of its pages
 HEADER_LIMIT = 16 << 20
 LOOK_AROUND = 32 << 20  # bytes between two looks at the disk and the page cache
 ATTRIBUTE_SPACE = 2600  # ext4 has 4 KiB for all attributes; the collector's own needs the rest
@@ -132,7 +134,6 @@ def secure_process() -> int:
                 os.fstat(descriptor)
             except OSError:
                 os.dup2(null, descriptor)
-        os.nice(9)
         if os.geteuid() == 0:
             os.setegid(65534)  # a change of the effective gid sets "dumpable" to fs.suid_dumpable: prctl(2)
             os.setegid(0)
@@ -404,19 +405,22 @@ class Reader:
         """Prepare to read `descriptor`, which is closed at the end, at a limit, or at `deadline` (monotonic)."""
         self.reason, self.size, self._descriptor, self._deadline = "", 0, descriptor, deadline
         self._limit = settings.MAX_DUMP_BYTES or sys.maxsize
-        self._most, self._allowed, self._allocated = settings.BUFFER_BYTES // CHUNK, 4, 0
-        self._full: SimpleQueue[tuple[bytearray, int]] = SimpleQueue()
-        self._free: SimpleQueue[bytearray] = SimpleQueue()
+        self._most, self._allowed, self._allocated = settings.BUFFER_BYTES // CHUNK, FEW, 0
+        self._full: SimpleQueue[tuple[memoryview, int]] = SimpleQueue()
+        self._free: SimpleQueue[memoryview] = SimpleQueue()
         enlarge(descriptor)
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the core piece by piece; a piece is valid until the next is asked for."""
         start_new_thread(self._read, ())
+        os.nice(
+            9
+        )  # this thread compresses and gives way to others; the one that reads holds a process and does not
         while True:
             buffer, size = self._full.get()
             if not size:
                 return
-            yield memoryview(buffer)[:size]
+            yield buffer[:size]
             self._free.put(buffer)
 
     def stop(self, reason: str) -> None:
@@ -434,7 +438,7 @@ class Reader:
             self.stop("read_error")
         finally:
             os.close(self._descriptor)
-            self._full.put((bytearray(), 0))
+            self._full.put((memoryview(b""), 0))
 
     def _fill(self, poll: select.poll) -> bool:
         """Fill one buffer and hand it over; False at the end of the core."""
@@ -444,7 +448,7 @@ class Reader:
             self.stop("max_dump_bytes")
         while size < room and count and not self.reason:
             if poll.poll(500):
-                count = os.readv(self._descriptor, [memoryview(buffer)[size:room]])
+                count = os.readv(self._descriptor, [buffer[size:room]])
                 size += count
             if time.monotonic() > self._deadline:
                 self.stop("deadline")
@@ -453,7 +457,7 @@ class Reader:
             self._full.put((buffer, size))
         return count > 0
 
-    def _buffer(self) -> bytearray:
+    def _buffer(self) -> memoryview:
         """Return a buffer: a used one, else a new one while memory allows, else the next one that comes free."""
         try:
             return self._free.get_nowait()
@@ -470,7 +474,11 @@ class Reader:
                 if time.monotonic() > self._deadline:
                     self.stop("deadline")
         self._allocated += 1
-        return bytearray(CHUNK)
+        if self._allocated <= FEW:
+            return memoryview(bytearray(CHUNK))
+        from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+
+        return memoryview(mmap(-1, CHUNK, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE))
 
 
 class Raw:
@@ -543,6 +551,7 @@ class Child:
         self._pid = os.fork()
         if not self._pid:
             try:
+                os.nice(9)
                 os.dup2(source, 0)
                 os.dup2(dump, 1)
                 os.execve(program, ["pigz", "-c", "-%d" % settings.LEVEL], {"PATH": "/usr/bin:/bin"})  # noqa: S606

@@ -552,6 +552,23 @@ def test_buffer_lets_the_kernel_go_before_a_slow_compressor_is_done(station, tmp
     assert station.core() == core
 
 
+def nice(task):
+    """Return the nice value in a `stat` file of /proc."""
+    return int(task.read_text().rpartition(")")[2].split()[16])
+
+
+def test_compressor_gives_way_to_others_and_the_reader_does_not(station):
+    with station.start() as process:
+        process.stdin.write(elf(NOISE, promised=20 * MIB))
+        process.stdin.flush()
+        wait_until(station.names)
+        tasks = Path(f"/proc/{process.pid}/task")
+        wait_until(lambda: nice(tasks / str(process.pid) / "stat") == 9)
+        reader = next(path for path in tasks.iterdir() if path.name != str(process.pid))
+        assert nice(reader / "stat") == os.nice(0)
+        process.communicate()
+
+
 def test_buffer_stays_within_its_limit(station, tmp_path):
     release = tmp_path / "release"
     os.mkfifo(release)
