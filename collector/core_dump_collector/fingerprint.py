@@ -1,0 +1,126 @@
+"""Owns the fingerprint of a crash: the same for the same crash, whichever node, pid or address layout it had.
+
+It is made of the executable's build ID (its name where there is none), the signal, and where the crashing thread was:
+file and offset of its program counter and of the callers that its stack names. Callers come from the chain of frame
+pointers where there is one, else from the words on the stack that point into code; the core holds neither code nor
+unwind tables, so they are evidence for grouping, not a backtrace.
+
+Call it with anything that yields the uncompressed core from its start:
+
+    with open(descriptor, "rb", closefd=False) as file:
+        found = fingerprint(file.read)
+
+It never raises for what is in the core, reads forward only, and stops at `most_bytes` and `seconds`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from core_dump_collector import elfcore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from core_dump_collector.elfcore import Core, Thread
+
+MOST_BYTES = 256 * 1024 * 1024
+SECONDS = 2.0
+FRAMES = 5
+STACK_BYTES = 16 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """A crash, told apart from others."""
+
+    id: str
+    """16 hexadecimal digits."""
+    build_id: str | None
+    """Of the executable."""
+    frames: tuple[str, ...]
+    """`file+0xoffset`, the crashing program counter first."""
+
+    def fields(self) -> dict[str, str]:
+        """Return what the sidecar says of it, flat."""
+        told = {"fingerprint": self.id, "frames": " ".join(self.frames)}
+        return told | ({"build_id": self.build_id} if self.build_id else {})
+
+
+def fingerprint(
+    read: Callable[[int], bytes], *, most_bytes: int = MOST_BYTES, seconds: float = SECONDS
+) -> Fingerprint | None:
+    """Compute the fingerprint of a core; None for what is none, or says nothing of its threads.
+
+    Args:
+        read: `read(n)` returns up to n of the next bytes of the uncompressed core, none at its end. An OSError of
+            its own, or a decompressor's, passes through.
+        most_bytes: how far it is read at most.
+        seconds: how long at most.
+    """
+    source = elfcore.Forward(read, most_bytes, seconds)
+    try:
+        core = elfcore.read_core(source)
+    except elfcore.NotACoreError:
+        return None
+    if not core.threads:
+        return None
+    crashed = core.threads[0]
+    stack_at = (crashed.sp, STACK_BYTES)
+    build_ids, memory = elfcore.build_ids(core, source, [stack_at])
+    frames = tuple(_frames(core, crashed, memory.get(crashed.sp, b"")))
+    executable = core.executable()
+    build_id = build_ids.get(executable) if executable else None
+    program = build_id or (executable or core.comm or "").rpartition("/")[2]
+    signal = core.signal if core.signal is not None else crashed.signal
+    text = "\n".join([program, str(signal), *frames])
+    return Fingerprint(hashlib.sha256(text.encode()).hexdigest()[:16], build_id, frames)
+
+
+def _frames(core: Core, thread: Thread, stack: bytes) -> Iterator[str]:
+    yield _place(core, thread.pc)
+    callers = _chain(core, thread, stack) or _scan(core, stack)
+    for address in callers[: FRAMES - 1]:
+        yield _place(core, address)
+
+
+def _place(core: Core, address: int) -> str:
+    """Name an address in a way that does not depend on where the kernel put the file."""
+    file = core.file_at(address)
+    if file is None:
+        return "?"
+    name = file.path.rpartition("/")[2].replace(" ", "_")[:64]
+    return f"{name}+{address - file.start + file.offset_bytes:#x}"
+
+
+def _chain(core: Core, thread: Thread, stack: bytes) -> list[int]:
+    """Follow saved frame pointers: each points at the next one, with the return address behind it."""
+    found: list[int] = []
+    at = thread.fp
+    while len(found) < FRAMES and thread.sp <= at <= thread.sp + len(stack) - 16 and at % 8 == 0:
+        following, address = struct.unpack_from("<QQ", stack, at - thread.sp)
+        if not _in_file_code(core, address):
+            break
+        found.append(address)
+        if following <= at:
+            break
+        at = following
+    return found
+
+
+def _scan(core: Core, stack: bytes) -> list[int]:
+    """Return the first words of a stack that point into the code of a mapped file."""
+    found: list[int] = []
+    for (word,) in struct.iter_unpack("<Q", stack[: len(stack) // 8 * 8]):
+        if len(found) == FRAMES:
+            break
+        if _in_file_code(core, word):
+            found.append(word)
+    return found
+
+
+def _in_file_code(core: Core, address: int) -> bool:
+    return core.file_at(address) is not None and core.is_code(address)
