@@ -1,0 +1,3 @@
+"""`core-dumps`: what coredumpctl is for one host, for the bucket of a fleet."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,106 @@
+"""Owns what `info` prints of one dump: everything known, then what the core itself tells."""
+
+from __future__ import annotations
+
+import signal as signals
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from core_dumps import show
+from core_dumps.dump import signal_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
+    from core_dump_collector.elfcore import Core
+    from core_dumps.dump import Dump
+    from core_dumps.head import Head
+
+_LABELS = {
+    "pid": "PID", "tid": "TID", "ns_pid": "PID inside", "uid": "UID", "gid": "GID", "comm": "Command",
+    "thread": "Thread", "exe": "Executable", "cmdline": "Command Line", "cgroup": "Control Group",
+    "hostname": "Hostname", "node": "Node", "namespace": "Namespace", "pod": "Pod", "container": "Container",
+    "container_id": "Container ID", "pod_uid": "Pod UID", "threads": "Threads", "bytes": "Core Size",
+    "expected_bytes": "Expected Size", "truncated": "Truncated", "sensitive_reason": "Sensitive",
+    "compressor": "Compressor", "duration_ms": "Dump Took", "uploaded_at": "Uploaded",
+    "build_id": "Build ID", "fingerprint": "Fingerprint", "frames": "Where", "crc32": "CRC-32",
+}  # fmt: skip
+_CODES = {
+    signals.SIGSEGV: {1: "address not mapped", 2: "access not permitted"},
+    signals.SIGBUS: {1: "misaligned address", 2: "no such physical address", 3: "hardware error"},
+    signals.SIGFPE: {1: "integer division by zero", 2: "integer overflow", 3: "float division by zero"},
+    signals.SIGILL: {1: "illegal opcode", 2: "illegal operand"},
+}
+"""sigaction(2), si_code."""
+MOST_SHOWN = 64
+
+
+def print_info(console: Console, bucket: str, dump: Dump, head: Head | None) -> None:
+    """Print one dump."""
+    for label, value in _facts(bucket, dump):
+        console.print(Text.assemble((f"{label:>14}: ", "bold"), value))
+    if head is None:
+        return
+    if head.core is None:
+        console.print(f"{'Core':>14}: {show.safe(head.problem)}")
+        return
+    console.print()
+    for line in _core_lines(head.core, head):
+        console.print(line)
+
+
+def _facts(bucket: str, dump: Dump) -> Iterator[tuple[str, Text]]:
+    if dump.get("signal") is not None:
+        number = dump.number("signal")
+        yield "Signal", Text(f"{number} ({dump.signal_name})")
+    yield "Timestamp", Text(show.moment(dump.timestamp))
+    for field, label in _LABELS.items():
+        value = dump.get(field)
+        if value is not None:
+            unit = " ms" if field == "duration_ms" else ""
+            yield label, Text(show.safe(value, 1100) + unit)
+    yield (
+        "Storage",
+        Text(f"s3://{bucket}/{show.safe(dump.key, 1100)} (")
+        .append_text(show.states(dump.states))
+        .append(")"),
+    )
+    yield "Size on Store", Text(show.size(dump.size_bytes))
+    if dump.damage:
+        yield "Sidecar", Text(show.safe(dump.damage), style="red")
+
+
+def _core_lines(core: Core, head: Head) -> Iterator[str]:
+    if core.signal is not None:
+        yield f"The core says: {signal_name(core.signal)}{_cause(core)}"
+    if core.arguments:
+        yield f"Arguments: {show.safe(core.arguments)}"
+    yield f"A whole core has {core.expected_bytes} bytes"
+    yield f"\n{len(core.threads)} threads, the one that crashed first:"
+    for thread in core.threads[:MOST_SHOWN]:
+        file = core.file_at(thread.pc)
+        where = (
+            f"{show.safe(file.path)}+{thread.pc - file.start + file.offset_bytes:#x}"
+            if file
+            else "not in a file"
+        )
+        yield f"  {thread.tid:>8}  pc {thread.pc:#018x}  sp {thread.sp:#018x}  {where}"
+    if len(core.threads) > MOST_SHOWN:
+        yield f"  … and {len(core.threads) - MOST_SHOWN} more"
+    paths = list(dict.fromkeys(file.path for file in core.files))
+    yield f"\n{len(paths)} mapped files:"
+    for path in paths[: 4 * MOST_SHOWN]:
+        yield f"  {head.build_ids.get(path, '-'):40}  {show.safe(path)}"
+    if len(paths) > 4 * MOST_SHOWN:
+        yield f"  … and {len(paths) - 4 * MOST_SHOWN} more"
+
+
+def _cause(core: Core) -> str:
+    if core.sender_pid is not None:
+        return f", sent by PID {core.sender_pid}"
+    known = _CODES.get(core.signal, {}).get(core.code or 0, "")  # type: ignore[call-overload]
+    at = "" if core.fault_address is None else f" at {core.fault_address:#x}"
+    return f"{at}, {known}" if known else at

@@ -1,0 +1,73 @@
+"""Owns how facts become text: escaped, sized, dated, coloured. All that comes from a bucket goes through here."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from rich.color import ColorSystem
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from core_dump_collector import corefile
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+_STATE_STYLES = {
+    "present": "green",
+    "truncated": "yellow",
+    "sensitive": "magenta",
+    "incomplete": "yellow",
+    "damaged": "red",
+}
+_UNIT = 1024.0
+_SUFFIXES = "BKMGTPE"
+_LAST_TIMESTAMP = 253_402_214_400
+
+
+def safe(text: object, most: int = corefile.MOST_SHOWN) -> str:
+    """Return text that cannot steer a terminal: what does not print is escaped, and its length is bounded."""
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: most + 1]
+    )
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
+
+
+def size(count: int | None) -> str:
+    """Return bytes as coredumpctl does: 1.2M."""
+    if count is None:
+        return "-"
+    amount, unit = float(count), 0
+    while amount >= _UNIT and unit < len(_SUFFIXES) - 1:
+        amount, unit = amount / _UNIT, unit + 1
+    return f"{amount:.1f}{_SUFFIXES[unit]}" if unit else f"{count}B"
+
+
+def moment(timestamp: int) -> str:
+    """Return Unix seconds as local time, as coredumpctl does."""
+    if not 0 <= timestamp < _LAST_TIMESTAMP:
+        return f"@{timestamp}"
+    return datetime.fromtimestamp(timestamp).astimezone().strftime("%a %Y-%m-%d %H:%M:%S %Z")
+
+
+def states(names: list[str]) -> Text:
+    """Return states, coloured."""
+    return Text(",").join(Text(name, style=_STATE_STYLES.get(name, "")) for name in names)
+
+
+def coloured_state(name: str) -> str:
+    """Return a state with the escapes of its colour."""
+    return Style.parse(_STATE_STYLES.get(name, "none")).render(name, color_system=ColorSystem.STANDARD)
+
+
+def console(file: TextIO | None = None) -> Console:
+    """Return a console: colours only on a terminal, none with NO_COLOR, nothing of the content interpreted."""
+    return Console(file=file or sys.stdout, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Tell the user something that is not the answer."""
+    sys.stderr.write(f"core-dumps: {safe(text, 2000)}\n")

@@ -1,0 +1,84 @@
+"""`core-dumps` as a process, a bucket of one's own, and dumps put into it as docs/contracts.md has them."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import os
+import subprocess
+import sys
+import uuid
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from tests.support import s3
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Cli:
+    """`core-dumps` against a prefix of the bucket."""
+
+    server: s3.S3Server
+    prefix: str
+    home: Path
+    environ: dict[str, str] = field(default_factory=dict)
+
+    def variables(self) -> dict[str, str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("AWS_") and k != "NO_COLOR"}
+        sources = os.pathsep.join(str(ROOT / folder) for folder in ("collector", "cli"))
+        mine = {
+            "PYTHONPATH": sources,
+            "BUCKET_NAME": f"s3://{s3.BUCKET}/{self.prefix}",
+            "HOME": str(self.home),
+            "TZ": "UTC",
+        }
+        return (
+            clean
+            | self.server.environ()
+            | {"AWS_EC2_METADATA_DISABLED": "true", "COLUMNS": "200"}
+            | mine
+            | self.environ
+        )
+
+    def run(self, *arguments: object, code: int = 0, **options):
+        """Run it and check its exit code."""
+        options = {"capture_output": True, "text": True, "cwd": self.home, "timeout": 100} | options
+        command = [sys.executable, "-m", "core_dumps.cli", *map(str, arguments)]
+        done = subprocess.run(command, env=self.variables(), check=False, **options)
+        assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+        assert "Traceback" not in (done.stderr or "") + (done.stdout or "")
+        return done
+
+    def json(self, *arguments: object):
+        return json.loads(self.run("list", "--json=short", *arguments).stdout)
+
+    def put(self, key: str, body: bytes, told: dict | None = None, *, sidecar: bool = True) -> str:
+        """Put a dump and its sidecar, as the collector would."""
+        whole = f"{self.prefix}/{key}"
+        crc = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
+        content = {"schema": 1, "key": whole, "bucket": s3.BUCKET, "size_bytes": len(body), "crc32": crc}
+        content |= {"state": "complete", "sensitive": False} | (told or {})
+        with self.server.client() as client:
+            client.put_object(Bucket=s3.BUCKET, Key=whole, Body=body)
+            if sidecar:
+                client.put_object(Bucket=s3.BUCKET, Key=whole + ".json", Body=json.dumps(content).encode())
+        return whole
+
+    def put_raw(self, key: str, body: bytes) -> None:
+        with self.server.client() as client:
+            client.put_object(Bucket=s3.BUCKET, Key=f"{self.prefix}/{key}", Body=body)
+
+
+@pytest.fixture
+def cli(seaweed, tmp_path):
+    return Cli(seaweed, f"t-{uuid.uuid4().hex[:8]}", tmp_path)
+
+
+@pytest.fixture
+def gz():
+    return lambda content: gzip.compress(content, 1, mtime=0)

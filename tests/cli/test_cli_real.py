@@ -1,0 +1,185 @@
+"""`core-dumps` on what the collector itself uploaded of processes that really crashed."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import uuid
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Cli
+from tests.support import kernel, s3
+from tests.support.collector import running, wait_until
+
+pytestmark = pytest.mark.skipif(
+    not kernel.can_crash(), reason="crashes real processes, needs root: sudo make test"
+)
+
+PYTHON_CRASH = "import ctypes; ctypes.string_at(0)"
+
+
+@pytest.fixture(scope="module")
+def fleet(seaweed, tmp_path_factory):
+    """Crash programs in C (twice), C++ and Python, and let the collector bring their dumps to the bucket."""
+    home = tmp_path_factory.mktemp("fleet")
+    prefix = f"fleet-{uuid.uuid4().hex[:8]}"
+    with tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp") as directory:
+        watch_dir = Path(directory, "w")
+        watch_dir.mkdir(mode=0o700)
+        program, throw = Path(directory, "crash"), Path(directory, "throw")
+        kernel.build(kernel.CRASHER, program, "-pthread")
+        subprocess.run(["g++", "-g", "-o", throw, kernel.CRASHER.with_name("throw.cpp")], check=True)
+        settings = {"WATCH_DIR": watch_dir, "RATE_LIMIT": 0, "KEEP_FREE_PERCENT": 1}
+        with kernel.core_pattern(kernel.install_helper(Path(directory), settings)):
+            for _ in range(2):
+                kernel.crash(program, 11, megabytes=20, kind="zero", threads=2)
+            subprocess.run([throw], check=False, capture_output=True)
+            subprocess.run([sys.executable, "-c", PYTHON_CRASH], check=False)
+            wait_until(lambda: len(list(watch_dir.glob("*.gz"))) == 4, 60, "four dumps")
+        kept = home / "kept"
+        kept.mkdir()
+        for path in watch_dir.glob("*.gz"):
+            (kept / path.name.removesuffix(".gz")).write_bytes(gzip.decompress(path.read_bytes()))
+        environ = seaweed.environ() | {"BUCKET_NAME": f"s3://{s3.BUCKET}/{prefix}"}
+        with running(watch_dir, environ, home) as collector:
+            wait_until(
+                lambda: collector.metric('core_dump_uploads_total{result="uploaded"}') >= 4, 60, "uploads"
+            )
+        yield Cli(seaweed, prefix, home), program, kept
+        with seaweed.client() as client, contextlib.suppress(Exception):
+            for key in s3.keys_in(client, prefix=prefix):
+                client.delete_object(Bucket=s3.BUCKET, Key=key)
+
+
+def test_list_shows_every_crash_newest_first(fleet):
+    cli, program, _ = fleet
+    rows = cli.json()
+    assert [row["exe"] for row in rows].count(str(program)) == 2
+    assert {row["comm"] for row in rows} >= {"crash", "throw"}
+    assert {row["sig"] for row in rows} == {6, 11}
+    assert all(
+        row["corefile"] == "present" and row["node"] == "node-1" and row["size"] > 1000 for row in rows
+    )
+    times = [row["time"] for row in rows]
+    assert times == sorted(times, reverse=True)
+    assert [row["time"] for row in cli.json("-r")] == sorted(times)
+
+
+def test_matches_are_those_of_coredumpctl(fleet):
+    cli, program, _ = fleet
+    pid = cli.json("throw")[0]["pid"]
+    assert [row["comm"] for row in cli.json(pid)] == ["throw"]
+    assert len(cli.json(program)) == 2
+    assert len(cli.json("signal=SEGV")) == 3
+    assert len(cli.json("COREDUMP_SIGNAL=6", "comm=throw")) == 1
+    assert len(cli.json("crash", "throw")) == 3, "values of one field are alternatives"
+    assert "no dump matches" in cli.run("list", "nobody", code=1).stderr
+
+
+def test_info_tells_what_the_core_holds_without_downloading_it(fleet):
+    cli, program, _ = fleet
+    text = cli.run("info", "crash").stdout
+    assert "SIGSEGV at 0x8, address not mapped" in text
+    assert "3 threads, the one that crashed first:" in text
+    assert re.search(rf"pc 0x[0-9a-f]+ .*{program}\+0x", text)
+    build_id = re.search(
+        r"Build ID: ([0-9a-f]+)",
+        subprocess.run(["readelf", "-n", program], capture_output=True, text=True, check=True).stdout,
+    )[1]
+    assert f"{build_id}  {program}" in text
+
+
+def test_get_gives_back_the_very_core_sparsely(fleet, tmp_path):
+    cli, _, kept = fleet
+    pid = cli.json("-1", "crash")[0]["pid"]
+    done = cli.run("get", pid, "-o", tmp_path / "core")
+    assert "verified: CRC-32, ELF length" in done.stdout
+    (original,) = kept.glob(f"core-*-{pid}-11")
+    assert (tmp_path / "core").read_bytes() == original.read_bytes()
+    found = (tmp_path / "core").stat()
+    assert found.st_blocks * 512 < found.st_size - 15_000_000, "20 MB of zeros are holes"
+    assert found.st_mode & 0o777 == 0o600
+    assert os.listdir(tmp_path) == ["core"]
+    assert "--force" in cli.run("get", pid, "-o", tmp_path / "core", code=1).stderr
+
+
+def test_kept_compressed_object_is_the_one_in_the_bucket(fleet, tmp_path):
+    cli, _, kept = fleet
+    row = cli.json("-1", "throw")[0]
+    cli.run("get", "throw", "--keep-compressed", cwd=tmp_path)
+    (name,) = os.listdir(tmp_path)
+    assert row["key"].endswith(name)
+    assert gzip.decompress((tmp_path / name).read_bytes()) == (kept / name.removesuffix(".gz")).read_bytes()
+    assert json.loads(cli.run("list", "--json=pretty", f"key={row['key']}").stdout)[0]["pid"] == row["pid"]
+
+
+def gdb_trace(program, core):
+    """Return gdb's own backtrace, without what names the core or differs by nature."""
+    command = ["gdb", "-nx", "-q", "-batch", "-ex", "thread apply all bt", program, core]
+    return frames(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def frames(text):
+    return [line.strip() for line in text.splitlines() if re.match(r"(Thread |#\d)", line)]
+
+
+def test_backtrace_is_that_of_gdb_on_the_original_core(fleet):
+    cli, program, kept = fleet
+    row = cli.json("-1", "crash")[0]
+    (original,) = kept.glob(f"core-*-{row['pid']}-11")
+    found = frames(cli.run("bt", row["pid"]).stdout)
+    assert found == gdb_trace(program, original)
+    assert any("die_here" in line and "crash.c" in line for line in found)
+    assert sum("wait_for_ever" in line for line in found) >= 2
+
+
+def test_debugger_gets_the_executable_and_arguments(fleet):
+    cli, program, _ = fleet
+    done = cli.run("debug", "throw", "-A", "-batch -ex bt -ex 'info files'", stdin=subprocess.DEVNULL)
+    assert "Order::ship" in done.stdout
+    assert str(program.with_name("throw")) in done.stdout
+
+
+def test_missing_executable_is_named_with_its_build_id(fleet, tmp_path):
+    cli, program, _ = fleet
+    hidden = program.rename(program.with_name("hidden"))
+    try:
+        told = cli.run("bt", "crash").stderr
+        assert re.search(f"missing: {program} .build ID [0-9a-f]{{40}}.", told)
+        assert "--sysroot" in told
+        root = tmp_path / "image"
+        (root / "opt").mkdir(parents=True)
+        place = root / str(program).lstrip("/")
+        place.parent.mkdir(parents=True)
+        (root / "opt" / "real").write_bytes(hidden.read_bytes())
+        place.symlink_to("/opt/real")
+        found = cli.run("bt", "crash", "--sysroot", root)
+        assert f"missing: {program} " not in found.stderr
+        assert "die_here" in found.stdout
+    finally:
+        hidden.rename(program)
+
+
+def test_stats_count_each_crash(fleet):
+    cli, program, _ = fleet
+    text = cli.run("stats").stdout
+    assert re.search(rf"^ *2 SIGSEGV {program}$", text, re.MULTILINE)
+    assert re.search(r"█+ 4$", text, re.MULTILINE) or text.count("█") >= 2
+
+
+def test_shared_url_gives_the_object_and_warns(fleet):
+    cli, _, _ = fleet
+    row = cli.json("-1", "throw")[0]
+    done = cli.run("share", "throw", "--expires", "5min")
+    with urllib.request.urlopen(done.stdout.strip(), timeout=10) as answer:
+        assert len(answer.read()) == row["size"]
+    assert "whoever has this URL" in done.stderr
+    assert "--expires" in cli.run("share", "throw", "--expires", "8d", code=2).stderr
