@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from core_dump_collector.config import Settings
 
-SENDERS = 4
-"""Parts of one object that are sent at the same time, at most."""
+SENDERS = 2
+"""Parts of one object that are sent at the same time. A part is read for its checksum and again to be sent, so
+as many parts want to stay in the page cache: with two, a limit of 128 MiB of memory is not even touched."""
 
 
 def _warm() -> Loader:

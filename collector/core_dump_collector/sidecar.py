@@ -6,7 +6,7 @@ import base64
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from core_dump_collector import __version__, corefile, kubernetes
 
@@ -18,25 +18,6 @@ MOST_BYTES = 64 * 1024
 _MOST_METADATA_TEXT = 128
 
 
-class Pod(Protocol):
-    """The pod that a dump came from."""
-
-    @property
-    def namespace(self) -> str:
-        """Its namespace."""
-        ...
-
-    @property
-    def pod(self) -> str:
-        """Its name."""
-        ...
-
-    @property
-    def container(self) -> str | None:
-        """The container in it, where known."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What the name, the attributes and the node say about a dump."""
@@ -46,7 +27,7 @@ class Facts:
     node: str
     timestamp: int
     """Unix seconds of the crash, or of the last write where nothing says so."""
-    pod: Pod | None
+    pod: kubernetes.PodIdentity | None
 
     @property
     def signal(self) -> int | None:
@@ -158,7 +139,9 @@ def encode_crc32(crc: int) -> str:
     return base64.b64encode(crc.to_bytes(4, "big")).decode()
 
 
-def _find_pod(attributes: dict[str, str | int], pod_logs_directory: str | None) -> Pod | None:
+def _find_pod(
+    attributes: dict[str, str | int], pod_logs_directory: str | None
+) -> kubernetes.PodIdentity | None:
     if pod_logs_directory is None or "pod_uid" not in attributes:
         return None
     container_id = str(attributes.get("container_id", ""))

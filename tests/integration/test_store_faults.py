@@ -114,9 +114,7 @@ def test_an_error_keeps_the_file_and_is_called_by_its_name(proxy, bucket, dump, 
 @pytest.mark.parametrize(
     "where", [CREATE, f"{PUT} {{ url_param(partNumber) -m int eq 2 }}", COMPLETE, "{ path_end .json }"]
 )
-@pytest.mark.parametrize(
-    ("status", "code"), [(500, "InternalError"), (403, "AccessDenied"), (503, "SlowDown")]
-)
+@pytest.mark.parametrize(("status", "code"), [(500, "InternalError"), (403, "AccessDenied")])
 def test_a_multipart_that_fails_anywhere_is_finished_later(proxy, bucket, dump, where, status, code):
     proxy.start(answering(proxy, status, code, where))
     assert send(dump(LARGE)).outcome == Outcome.RETRY
