@@ -910,9 +910,8 @@ def main() -> int:
         return 0
     if argv[0] == "--calibrate":
         return calibrate(parse_arguments(argv[1:]).get("C") or CONFIG)
-    core = secure_process()
     try:
-        Handler(argv, core).run()
+        Handler(argv, secure_process()).run()
     except Refused as refused:
         log("no dump: " + ": ".join(filter(None, refused.args)))
         return 1

@@ -619,3 +619,56 @@ def test_help_and_version_speak_and_touch_nothing(station):
     assert version.split()[0] == "core-dump-helper"
     assert subprocess.run([program], capture_output=True, check=False).returncode == 2
     assert station.names() == []
+
+
+@pytest.fixture
+def cgroup():
+    """A cgroup of our own, version 2."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    root = next((Path(fields[1]) for fields in mounts if fields[2] == "cgroup2"), None)
+    if root is None or os.geteuid() != 0:
+        pytest.skip("needs cgroup 2 and root: sudo make test")
+    path = root / f"core-dump-test-{os.getpid()}"
+    path.mkdir()
+    yield path
+    wait_until(lambda: not (path / "cgroup.procs").read_text())
+    path.rmdir()
+
+
+def test_helper_moves_into_the_prepared_cgroup(station, cgroup):
+    station.settings = {"CGROUP": cgroup}
+    with station.start() as process:
+        process.stdin.write(elf(NOISE))
+        process.stdin.flush()
+        wait_until(station.names)
+        assert (cgroup / "cgroup.procs").read_text().split() == [str(process.pid)]
+        process.communicate()
+    assert station.core() == elf(NOISE)
+
+
+def test_missing_cgroup_is_logged_and_the_dump_taken(station):
+    station.settings = {"CGROUP": "/sys/fs/cgroup/no-such"}
+    assert "CGROUP" in station.run(elf(b"core"))
+    assert station.core() == elf(b"core")
+
+
+@pytest.mark.parametrize("compressor", ["isal", "gzip", "none"])
+@pytest.mark.parametrize("buffer_mib", [0, 16])
+def test_memory_is_flat_whatever_the_size(station, compressor, buffer_mib):
+    station.settings = {"COMPRESSOR": compressor, "PYTHON_PATH": ISAL, "BUFFER_BYTES": buffer_mib * MIB}
+    with station.start(stderr=subprocess.DEVNULL) as process:
+        process.stdin.write(elf(NOISE))
+        for _ in range(16):
+            process.stdin.write(NOISE)
+        process.stdin.flush()  # all but what the pipe holds has been read
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        process.communicate()
+    peak_kib = int(status.partition("VmHWM:")[2].split()[0])
+    assert station.attributes()["bytes"] == str(len(elf(NOISE)) + 16 * len(NOISE))
+    assert peak_kib < (32 + buffer_mib) * 1024
+
+
+def test_too_few_descriptors_are_logged_and_hold_nobody(station):
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))}
+    assert "no dump" in station.run(elf(NOISE), **limit)
+    assert station.names() == []
