@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _run(options)
             case "check":
                 return _check(options)
+            case "configure-host":
+                return _configure_host(options)
             case _:
                 return _settings()
     except ConfigError as error:
@@ -58,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
         for field, info in Settings.model_fields.items():
             explained = (info.description or "").replace("`", "").replace("%", "%%")
             command.add_argument("--" + field.replace("_", "-"), metavar="VALUE", help=explained)
+    command = commands.add_parser(
+        "configure-host", help="install the helper on a Kubernetes node (docs/kubernetes.md)", allow_abbrev=False
+    )
+    command.add_argument("root", metavar="ROOT", help="where the host's / is mounted")
+    command.add_argument("--force", action="store_true", help="replace a handler that is not ours")
+    command.add_argument("--restore", action="store_true", help="undo it")
     commands.add_parser("settings", help="print every setting as a Markdown table")
     return parser
 
@@ -90,6 +98,13 @@ def _check(options: argparse.Namespace) -> int:
         sys.stdout.write(f"{finding.level.value:4}  {finding.text}\n")
         sys.stdout.flush()
     return OK if good else FAILED
+
+
+def _configure_host(options: argparse.Namespace) -> int:
+    from core_dump_collector import host  # noqa: PLC0415  likewise
+
+    force = ["--force"] if options.force and not options.restore else []
+    return host.configure(options.root, restore=options.restore, options=force)
 
 
 def _settings() -> int:

@@ -7,8 +7,9 @@ import shutil
 import stat
 
 import pytest
-from core_dump_collector.config import Settings
 from tests.support import deploy
+
+from core_dump_collector.config import Settings
 
 SYSCTL = deploy.ROOT / "sysctl"
 UNIT = SYSCTL / "core-dump-collector.service"
@@ -110,7 +111,9 @@ def test_unit_says_nothing_that_systemd_does_not_know(unit):
 
 
 def test_unit_is_exposed_as_little_as_the_page_says(unit):
-    said = deploy.succeed(deploy.tool("systemd-analyze"), "security", "--offline=true", "--threshold=20", unit)
+    said = deploy.succeed(
+        deploy.tool("systemd-analyze"), "security", "--offline=true", "--threshold=20", unit
+    )
     assert "1.6 OK" in said
     assert "1.6" in (deploy.ROOT / "docs/amazon-linux.md").read_text()
 
@@ -118,6 +121,8 @@ def test_unit_is_exposed_as_little_as_the_page_says(unit):
 def test_unit_gives_settings_that_the_collector_accepts_and_time_to_end():
     lines = [line.split("=", 1) for line in UNIT.read_text().splitlines() if "=" in line and line[0] != "#"]
     given = [value.split() for key, value in lines if key == "Environment"]
-    assert {pair.split("=")[0].lower() for pair in [word for words in given for word in words]} <= set(Settings.model_fields)
+    assert {pair.split("=")[0].lower() for pair in [word for words in given for word in words]} <= set(
+        Settings.model_fields
+    )
     (stop,) = [float(value) for key, value in lines if key == "TimeoutStopSec"]
     assert stop >= Settings.model_fields["shutdown_seconds"].default + 20

@@ -1,0 +1,30 @@
+#!/bin/sh
+# Makes what the heavy tiers run in, below .cache: python-root (base of the image), vm-root and kernel (make vm).
+set -eu
+cd "$(dirname "$0")/../.."
+python=${1:-python3}
+for program in debootstrap dockerd rpmbuild qemu-system-x86_64 cpio containerd runc; do
+    command -v "$program" >/dev/null || missing="${missing:-} $program"
+done
+if [ -n "${missing:-}" ]; then
+    echo "missing:$missing; apt-get install debootstrap docker.io rpm qemu-system-x86 cpio containerd runc containernetworking-plugins" >&2
+    exit 1
+fi
+[ "$(id -u)" = 0 ] || { echo "root is needed to make root file systems: sudo make ..." >&2; exit 1; }
+mkdir -p .cache
+if [ ! -e .cache/python-root/ready ]; then
+    rm -rf .cache/python-root
+    debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates bookworm .cache/python-root >/dev/null
+    "$python" -m pip download -q --only-binary=:all: --python-version 3.11 -d .cache/python-root/wheels \
+        -r collector/requirements.txt 'hatchling>=1.26'
+    touch .cache/python-root/ready
+fi
+if [ "${2:-}" = vm ] && [ ! -e .cache/vm-root/ready ]; then
+    rm -rf .cache/vm-root .cache/kernel
+    cp -a .cache/python-root .cache/vm-root
+    chroot .cache/vm-root apt-get install -y -qq --no-install-recommends systemd systemd-sysv udev dbus pigz procps kmod rpm >/dev/null
+    rm -rf .cache/vm-root/wheels .cache/vm-root/var/lib/apt/lists .cache/vm-root/usr/share/doc .cache/vm-root/var/cache/apt
+    image=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[^ ]*\)/\1/p' | head -n 1)
+    (cd .cache && apt-get download -qq "$image" && dpkg-deb -x "$image"_*.deb kernel && rm "$image"_*.deb)
+    touch .cache/vm-root/ready
+fi

@@ -1,0 +1,95 @@
+"""The container image, built and run by a real Docker: a crash in one container, the collector in another."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from tests.support import collector, deploy, docker, kernel, s3
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("DEPLOY_TIER") != "image", reason="builds an image with Docker: make test-image"
+)
+IMAGE = "core-dump-collector:test"
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """A Docker with the collector's image, on a Debian base since no registry is asked."""
+    if not kernel.can_crash():
+        pytest.skip("runs a Docker daemon, needs root: sudo make test-image")
+    root = deploy.ROOT / ".cache/python-root"
+    with docker.daemon(tmp_path_factory.mktemp("docker")) as engine:
+        archive = tmp_path_factory.mktemp("base") / "base.tar"
+        deploy.succeed("tar", "-C", root, "-cf", archive, ".")
+        engine.run("import", archive, "base:test")
+        options = ["--network=none", "--build-arg", "BASE=base:test"]
+        options += ["--build-arg", "PIP_OPTIONS=--no-index --find-links=/wheels"]
+        engine.run("build", *options, "-f", deploy.ROOT / "collector/Dockerfile", "-t", IMAGE, deploy.ROOT)
+        yield engine
+
+
+@pytest.fixture
+def node():
+    """A watch directory with a helper that the kernel starts."""
+    with tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp") as directory:
+        watch_dir = Path(directory) / "w"
+        watch_dir.mkdir(mode=0o700)
+        pattern = kernel.install_helper(Path(directory), {"WATCH_DIR": watch_dir, "KEEP_FREE_PERCENT": 1})
+        with kernel.core_pattern(pattern):
+            yield watch_dir
+
+
+def test_image_passes_hadolint():
+    deploy.succeed(deploy.tool("hadolint"), deploy.ROOT / "collector/Dockerfile")
+
+
+def test_crash_in_one_container_is_collected_by_another(engine, node, seaweed, bucket):
+    environ = {"BUCKET_NAME": s3.BUCKET, "NODE_NAME": "node-1", "METRICS_PORT": "0", **seaweed.environ()}
+    flags = [word for name, value in environ.items() for word in ("-e", f"{name}={value}")]
+    hardened = ["--read-only", "--tmpfs", "/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
+    name = engine.run("run", "-d", "--network=host", *hardened, *flags, "-v", f"{node}:/core_dumps", IMAGE)
+    try:
+        crash = "sh -c 'kill -SEGV $$'; echo died of $?"
+        said = engine.run("run", "--rm", "--network=none", "--user=1234", "base:test", "sh", "-c", crash)
+        assert said == "died of 139"
+        collector.wait_until(lambda: len(s3.keys_in(bucket)) == 2, 60, "dump and sidecar")
+        (key,) = [key for key in s3.keys_in(bucket) if key.endswith(".gz")]
+        sidecar = json.loads(s3.body_of(bucket, key + ".json"))
+        assert (sidecar["state"], sidecar["uid"], sidecar["signal"]) == ("complete", 1234, 11)
+        assert len(sidecar["container_id"]) == 64
+        engine.run("stop", "-t", "30", name)
+        assert engine.run("inspect", "-f", "{{.State.ExitCode}}", name) == "0"
+        assert [path.name for path in node.iterdir() if path.name != ".helper"] == []
+    finally:
+        engine.run("rm", "-f", name)
+
+
+def test_image_needs_no_shell_and_runs_as_anybody(engine):
+    said = engine.run("run", "--rm", "--user=65534", "--read-only", "--network=none", IMAGE, "--version")
+    assert said.startswith("core-dump-collector 0.")
+    assert json.loads(engine.run("inspect", "-f", "{{json .Config.Entrypoint}}", IMAGE)) == [
+        "core-dump-collector"
+    ]
+
+
+def test_configure_host_installs_on_the_host_and_restores(engine):
+    program = Path("/usr/libexec/core-dump-handler/core-dump-helper")
+    if program.exists() or Path("/core_dumps").exists():
+        pytest.skip(f"{program} or /core_dumps exists: this machine uses what the test would install")
+    # Less than the overlay's `privileged`, which asks for capabilities that a nested machine may not have.
+    command = ["run", "--rm", "--network=none", "-v", "/:/host", IMAGE, "configure-host", "/host"]
+    with kernel.core_pattern("core"):
+        try:
+            assert "its dump arrived" in engine.run(*command)
+            assert str(program) in deploy.PATTERN.read_text()
+            engine.run(*command, "--restore")
+            assert deploy.PATTERN.read_text() == "core\n"
+            assert not program.exists()
+        finally:
+            deploy.run(deploy.ROOT / "sysctl/uninstall.sh", "--purge")
+            shutil.rmtree("/core_dumps", ignore_errors=True)

@@ -1,0 +1,49 @@
+"""Runs a Docker daemon of its own, on a socket in a directory, without touching this machine's network."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support import deploy
+from tests.support.collector import wait_until
+
+
+@dataclass(frozen=True)
+class Docker:
+    """A running daemon."""
+
+    socket: Path
+
+    def run(self, *arguments: object, **options: object) -> str:
+        """Run a docker command that must succeed; return its output."""
+        environ = os.environ | {"DOCKER_BUILDKIT": "0"}
+        command = [deploy.tool("docker"), "-H", f"unix://{self.socket}", *arguments]
+        done = deploy.run(*command, **({"env": environ, "timeout": 600} | options))
+        assert done.returncode == 0, f"docker {arguments}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def daemon(directory: Path) -> Iterator[Docker]:
+    """Run dockerd until the end of the block."""
+    socket = directory / "docker.sock"
+    options = ["--data-root", directory / "data", "--exec-root", directory / "exec", "-p", directory / "pid"]
+    options += ["-H", f"unix://{socket}", "--bridge=none", "--iptables=false", "--ip-forward=false"]
+    with (directory / "dockerd.log").open("wb") as log:
+        command = [deploy.tool("dockerd"), *map(str, options)]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    docker = Docker(socket)
+    try:
+        ping = [deploy.tool("docker"), "-H", f"unix://{socket}", "version"]
+        wait_until(lambda: deploy.run(*ping).returncode == 0, 60, "dockerd")
+        yield docker
+    finally:
+        process.terminate()
+        process.wait(60)
+        shutil.rmtree(directory / "data", ignore_errors=True)
