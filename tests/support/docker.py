@@ -36,7 +36,8 @@ def daemon(directory: Path) -> Iterator[Docker]:
     options = ["--data-root", directory / "data", "--exec-root", directory / "exec", "-p", directory / "pid"]
     options += ["-H", f"unix://{socket}", "--bridge=none", "--iptables=false", "--ip-forward=false"]
     with (directory / "dockerd.log").open("wb") as log:
-        command = [deploy.tool("dockerd"), *map(str, options)]
+        # In mounts of its own: whatever it leaves mounted goes with it.
+        command = [deploy.tool("unshare"), "--mount", deploy.tool("dockerd"), *map(str, options)]
         process = subprocess.Popen(command, stdout=log, stderr=log)
     docker = Docker(socket)
     try:
@@ -46,4 +47,5 @@ def daemon(directory: Path) -> Iterator[Docker]:
     finally:
         process.terminate()
         process.wait(60)
-        shutil.rmtree(directory / "data", ignore_errors=True)
+        for name in ("data", "exec"):
+            shutil.rmtree(directory / name, ignore_errors=True)
