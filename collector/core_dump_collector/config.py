@@ -62,6 +62,10 @@ class Settings(BaseSettings):
         description="Upload dumps flagged sensitive (set-uid programs, say); false leaves them on disk.",
     )
     sidecar: bool = Field(default=True, description="Put `KEY.json`, the metadata, beside each dump.")
+    fingerprint: bool = Field(
+        default=True,
+        description="Read each core once for what tells its crash apart from others (at most 2 s a dump).",
+    )
     checksum: Literal["when_supported", "when_required"] = Field(
         "when_supported",
         description="`when_required` for S3-compatible stores without checksum trailers (Ceph, Swift).",
@@ -85,7 +89,7 @@ class Settings(BaseSettings):
         16 * MEBIBYTE,
         ge=5 * MEBIBYTE,
         le=1024 * MEBIBYTE,
-        description="Size of the first 1,000 parts of a multipart upload; doubles every 1,000 parts.",
+        description="Size of a part of a multipart upload; larger for a dump that would need over 10,000.",
     )
     connect_timeout_seconds: float = Field(10, gt=0, le=300, description="To connect to S3.")
     read_timeout_seconds: float = Field(60, gt=0, le=3600, description="For S3 to answer.")

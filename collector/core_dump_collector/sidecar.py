@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from core_dump_collector import __version__, corefile, kubernetes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from core_dump_collector.config import Settings
     from core_dump_collector.dumpfile import DumpFile
 
@@ -107,8 +109,15 @@ def gather(dump: DumpFile, raw: dict[str, bytes], settings: Settings) -> Facts:
     )
 
 
-def render(facts: Facts, stored: StoredObject, bucket: str) -> bytes:
-    """Return the sidecar of a stored dump: one flat JSON object."""
+def render(facts: Facts, stored: StoredObject, bucket: str, crash: Mapping[str, str] | None = None) -> bytes:
+    """Return the sidecar of a stored dump: one flat JSON object.
+
+    Args:
+        facts: of the dump.
+        stored: its object.
+        bucket: where that is.
+        crash: what the core says: fingerprint, frames, build ID.
+    """
     document: dict[str, str | int | bool] = {
         "schema": 1,
         "key": stored.key,
@@ -128,6 +137,7 @@ def render(facts: Facts, stored: StoredObject, bucket: str) -> bytes:
         document |= {"namespace": facts.pod.namespace, "pod": facts.pod.pod}
         if facts.pod.container:
             document["container"] = facts.pod.container
+    document |= crash or {}
     rendered = json.dumps(document, indent=1).encode()
     if len(rendered) > MOST_BYTES:
         raise ValueError("the sidecar is longer than 64 KiB")  # attributes are bounded: cannot be

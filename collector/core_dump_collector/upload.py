@@ -6,13 +6,16 @@ it is sent `transfer`'s, the requests are `store`'s.
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 import uuid
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from core_dump_collector import attempt, corefile, dumpfile, sidecar, source
+from isal import igzip
+
+from core_dump_collector import attempt, corefile, dumpfile, fingerprint, sidecar, source
 from core_dump_collector.client import make_client
 from core_dump_collector.errors import ConfigError, PermanentError, RetryableError
 from core_dump_collector.jobs import Job, Outcome, RetryReason, UploadResult
@@ -143,7 +146,8 @@ def _upload(dump: DumpFile, settings: Settings) -> UploadResult:
     try:
         stored, outcome = transfer.run(key)
         if settings.sidecar:
-            store.put_document(stored.key + ".json", sidecar.render(facts, stored, settings.bucket))
+            crash = _fingerprint(dump) if settings.fingerprint else {}
+            store.put_document(stored.key + ".json", sidecar.render(facts, stored, settings.bucket, crash))
     except PermanentError as error:
         name = dump.quarantine()
         return _result(dump, facts, Outcome.QUARANTINED, f"{error}; moved to quarantine/{name}")
@@ -152,6 +156,22 @@ def _upload(dump: DumpFile, settings: Settings) -> UploadResult:
         raise RetryableError(RetryReason.LOCAL_IO, "the file was written to while it was uploaded")
     detail = "" if dump.unlink() else "deleted or replaced by somebody else meanwhile"
     return _result(dump, facts, outcome, detail, stored)
+
+
+def _fingerprint(dump: DumpFile) -> dict[str, str]:
+    """Return what tells this crash apart from others; nothing where the core does not say."""
+    try:
+        with os.fdopen(os.dup(dump.fd), "rb") as file:
+            compressed = os.pread(dump.fd, 2, 0) == b"\x1f\x8b"
+            file.seek(0)
+            found = fingerprint.fingerprint((_unpacked(file) if compressed else file).read)
+    except Exception:  # noqa: BLE001  hostile bytes may cost the metadata, never the dump
+        return {}
+    return found.fields() if found else {}
+
+
+def _unpacked(file: BinaryIO) -> BinaryIO:
+    return cast("BinaryIO", igzip.open(file))  # type: ignore[no-untyped-call]  # isal has no types here
 
 
 def _headers(facts: Facts, read: source.Source) -> dict[str, Any]:

@@ -27,6 +27,7 @@ need gdb /usr/bin/gdb
 need gcc /usr/bin/gcc
 need libc6-dev /usr/include/stdio.h
 need haproxy /usr/sbin/haproxy
+need openssl /usr/bin/openssl
 need strace /usr/bin/strace
 need util-linux /usr/bin/unshare
 [ -n "$missing" ] || exit 0
