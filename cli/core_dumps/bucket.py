@@ -139,7 +139,7 @@ class Bucket:
         return [f for each in below for f in each if not last or f.split("/")[-2] <= last]
 
     def _folders(self, folder: str, first: str) -> list[str]:
-        after = {"StartAfter": folder + first} if first else {}
+        after = {"StartAfter": f"{folder}{first}~"} if first else {}
         pages = self._pages(Prefix=folder, Delimiter="/", **after)
         return [row["Prefix"] for page in pages for row in page.get("CommonPrefixes", [])]
 
@@ -263,8 +263,13 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def _dates(query: Query) -> tuple[str, str]:
-    """Return the first and last `YYYY-MM-DD` that a query can mean."""
-    first = datetime.fromtimestamp(query.since, UTC).strftime("%Y-%m-%d") if query.since > 0 else ""
+    """Return the day before the first, and the last, that a query can mean, as `YYYY-MM-DD`; empty for any.
+
+    The day before with a `~` is what to start after: some stores take a folder's bare name for the folder itself.
+    """
+    first = (
+        datetime.fromtimestamp(query.since - 86400, UTC).strftime("%Y-%m-%d") if query.since > 86400 else ""
+    )  # noqa: PLR2004  a day
     last = (
         datetime.fromtimestamp(query.until, UTC).strftime("%Y-%m-%d")
         if query.until < 10**11

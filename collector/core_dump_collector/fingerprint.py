@@ -5,10 +5,8 @@ file and offset of its program counter and of the callers that its stack names. 
 pointers where there is one, else from the words on the stack that point into code; the core holds neither code nor
 unwind tables, so they are evidence for grouping, not a backtrace.
 
-Call it with anything that yields the uncompressed core from its start:
-
-    with open(descriptor, "rb", closefd=False) as file:
-        found = fingerprint(file.read)
+`fingerprint_of_file(descriptor)` takes a dump as it lies on disk, gzip or raw, and leaves the descriptor's position
+alone; `fingerprint(read)` anything that yields the uncompressed core from its start.
 
 It never raises for what is in the core, reads forward only, and stops at `most_bytes` and `seconds`.
 """
@@ -16,9 +14,13 @@ It never raises for what is in the core, reads forward only, and stops at `most_
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from isal import isal_zlib
+from isal.igzip_lib import IsalError
 
 from core_dump_collector import elfcore
 
@@ -31,6 +33,11 @@ MOST_BYTES = 256 * 1024 * 1024
 SECONDS = 2.0
 FRAMES = 5
 STACK_BYTES = 16 * 1024
+BLOCK_BYTES = 64 * 1024
+PIECE_BYTES = 256 * 1024
+_GZIP_MAGIC = b"\x1f\x8b"
+_GZIP_WINDOW = 31
+"""zlib's wbits: 15 bits of window, gzip framing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,39 @@ def fingerprint(
     signal = core.signal if core.signal is not None else crashed.signal
     text = "\n".join([program, str(signal), *frames])
     return Fingerprint(hashlib.sha256(text.encode()).hexdigest()[:16], build_id, frames)
+
+
+def fingerprint_of_file(
+    descriptor: int, *, most_bytes: int = MOST_BYTES, seconds: float = SECONDS
+) -> Fingerprint | None:
+    """Compute the fingerprint of a dump on disk, gzip or raw. An OSError of reading it passes through."""
+    blocks = _read(descriptor)
+    pieces = _inflate(blocks) if os.pread(descriptor, 2, 0) == _GZIP_MAGIC else blocks
+    return fingerprint(lambda _: next(pieces, b""), most_bytes=most_bytes, seconds=seconds)
+
+
+def _read(descriptor: int) -> Iterator[bytes]:
+    at = 0
+    while block := os.pread(descriptor, BLOCK_BYTES, at):
+        at += len(block)
+        yield block
+
+
+def _inflate(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield what comes out of a gzip file, in pieces of bounded size, up to the first damage."""
+    stream = isal_zlib.decompressobj(wbits=_GZIP_WINDOW)
+    for block in blocks:
+        rest = block
+        while rest:
+            if stream.eof:
+                stream = isal_zlib.decompressobj(wbits=_GZIP_WINDOW)
+            try:
+                piece = stream.decompress(rest, PIECE_BYTES)
+            except IsalError:  # type: ignore[misc,unused-ignore]  # no stubs
+                return
+            if piece:
+                yield piece
+            rest = stream.unused_data if stream.eof else stream.unconsumed_tail
 
 
 def _frames(core: Core, thread: Thread, stack: bytes) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -103,6 +104,29 @@ def test_filters_and_requests(filled):
     assert [(row["count"], row["fingerprint"]) for row in grouped] == [(6, f"{1:016x}"), (6, f"{0:016x}")]
 
 
+def test_dates_in_keys_spare_listings_and_threads_are_prefixes(cli, gz):
+    first = int(datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp())
+    for day in range(5):
+        for name in ("app", "other"):
+            at = first + day * 86400
+            key = f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d}/n1/core-{name}-{at}-{day}-11.gz"
+            cli.put(key, gz(b"x"), {"pid": day, "comm": name})
+    cli.environ["KEY_TEMPLATE"] = "{date}/{node}/{name}"
+    told = cli.run("list", "-v", "--json=short", "-S", "2026-03-04")
+    assert [row["pid"] for row in json.loads(told.stdout)] == [4, 4, 3, 3]
+    assert "5 ListObjectsV2" in told.stderr, "the dates from the 4th on, the nodes of two, their dumps"
+    told = cli.run("list", "-v", "--json=short", "--node", "n1", "-U", "2026-03-02", "thread=app")
+    assert [row["pid"] for row in json.loads(told.stdout)] == [0]
+
+
+def test_thread_and_time_make_a_key_to_start_after(cli, gz):
+    for number in range(6):
+        cli.put(f"n1/core-app-{1772000000 + number}-{number}-11.gz", gz(b"x"), {"pid": number})
+    cli.put("n1/core-app-x-1772000003-9-11.gz", gz(b"x"), {"pid": 9})
+    rows = cli.json("thread=app", "-S", "@1772000003", "--node", "n1")
+    assert [row["pid"] for row in rows] == [5, 4, 3]
+
+
 def test_rm_deletes_what_was_named_and_only_after_a_yes(filled):
     assert "say which" in filled.run("rm", code=2).stderr
     assert "--yes" in filled.run("rm", "--node", "n1", code=2, stdin=subprocess.DEVNULL).stderr
@@ -168,6 +192,12 @@ def test_manual_page_is_the_one_of_this_code(cli):
     assert cli.run("man").stdout == page.read_text(), "core-dumps man > docs/core-dumps.1"
 
 
-def test_completion_script_is_given(cli):
-    done = cli.run("--show-completion", "bash")
-    assert "_CORE_DUMPS_COMPLETE=complete_bash" in done.stdout
+def test_completion_knows_commands_and_options(cli):
+    assert "_CORE_DUMPS_COMPLETE=complete_bash" in cli.run("--show-completion", "bash").stdout
+    for words, expected in (("core-dumps l", "list"), ("core-dumps list --nam", "--namespace")):
+        cli.environ |= {
+            "_CORE_DUMPS_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+        }
+        assert cli.run().stdout.split() == [expected]

@@ -19,6 +19,8 @@ from tests.cli.conftest import Cli
 from tests.support import kernel, s3
 from tests.support.collector import running, wait_until
 
+from core_dump_collector.fingerprint import fingerprint
+
 pytestmark = pytest.mark.skipif(
     not kernel.can_crash(), reason="crashes real processes, needs root: sudo make test"
 )
@@ -183,3 +185,15 @@ def test_shared_url_gives_the_object_and_warns(fleet):
         assert len(answer.read()) == row["size"]
     assert "whoever has this URL" in done.stderr
     assert "--expires" in cli.run("share", "throw", "--expires", "8d", code=2).stderr
+
+
+def test_fingerprint_is_equal_for_the_same_crash_alone(fleet):
+    _, _, kept = fleet
+    found = {}
+    for path in kept.iterdir():
+        with path.open("rb") as file:
+            found.setdefault(path.name.split("-")[1], []).append(fingerprint(file.read))
+    assert len(found["crash"]) == 2
+    assert found["crash"][0] == found["crash"][1]
+    assert re.match(r"crash\+0x", found["crash"][0].frames[0])
+    assert len({each[0].id for each in found.values()}) == 3

@@ -1,0 +1,148 @@
+"""Fingerprints: pure, bounded, never an exception for what is in a core."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import os
+import struct
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from core_dump_collector import elfcore
+from core_dump_collector.fingerprint import fingerprint, fingerprint_of_file
+
+EXE, LIB, STACK = 0x5000_0000_0000, 0x7000_0000_0000, 0x7FFF_0000_0000
+BUILD_ID = bytes(range(20))
+
+
+def note(kind, content):
+    return (
+        struct.pack("<III", 5, len(content), kind)
+        + b"CORE\0\0\0\0"
+        + content.ljust(-(-len(content) // 4) * 4, b"\0")
+    )
+
+
+def first_page():
+    """Return an ELF header page with a build ID."""
+    told = struct.pack("<III", 4, len(BUILD_ID), 3) + b"GNU\0" + BUILD_ID
+    head = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01", 3, 62, 1, 0, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    return (head + struct.pack("<IIQQQQQQ", 4, 4, 120, 120, 120, len(told), len(told), 4) + told).ljust(
+        4096, b"\0"
+    )
+
+
+def core(*, slide=0, pc=0x1234, signal=11, stack=(), fp=0, tid=7, gap=0):
+    """Return a core of one thread; `slide` moves everything, as address space randomisation does."""
+    exe, lib, sp = EXE + slide, LIB + slide, STACK + slide
+    registers = [0] * 27
+    registers[16], registers[19], registers[4] = exe + pc, sp, fp and sp + fp
+    status = struct.pack("<iiihxx", signal, 0, 0, signal) + bytes(16) + struct.pack("<I", tid) + bytes(76)
+    status += struct.pack("<27Q", *registers)
+    files = struct.pack("<QQ", 2, 4096) + struct.pack("<6Q", exe, exe + 0x4000, 0, lib, lib + 0x4000, 0)
+    notes = note(1, status) + note(6, struct.pack("<4Q", 9, exe + 0x1000, 0, 0))
+    notes += note(0x46494C45, files + b"/usr/bin/app\0/usr/lib/libc.so.6\0")
+    notes += note(0x53494749, struct.pack("<iiiiQ", signal, 0, 1, 0, 0))
+    words = b"".join(
+        struct.pack("<Q", {"exe": exe, "lib": lib, "sp": sp, "": 0}[base] + value) for base, value in stack
+    )
+    segments = [(exe, first_page(), 5, 0x4000), (lib, b"", 5, 0x4000), (sp, words, 6, 0x10000)]
+    offset = 4096
+    rows = struct.pack("<IIQQQQQQ", 4, 0, 64 + 56 * 4, 0, 0, len(notes), 0, 4)
+    body = b""
+    for address, content, flags, size in segments:
+        rows += struct.pack("<IIQQQQQQ", 1, flags, offset + len(body), address, 0, len(content), size, 4096)
+        body += content + (bytes(gap) if flags == 5 else b"")
+    head = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01", 4, 62, 1, 0, 64, 0, 0, 64, 56, 4, 0, 0, 0)
+    return (head + rows + notes).ljust(4096, b"\0") + body
+
+
+def of(content, **bounds):
+    return fingerprint(io.BytesIO(content).read, **bounds)
+
+
+CALLERS = [("exe", 0x2000), ("", 5), ("lib", 0x3000), ("sp", 8)]
+
+
+def test_same_crash_has_the_same_fingerprint_at_other_addresses():
+    found = of(core(stack=CALLERS))
+    assert found.build_id == BUILD_ID.hex()
+    assert found.frames == ("app+0x1234", "app+0x2000", "libc.so.6+0x3000")
+    assert of(core(stack=CALLERS, slide=0x7654_3000, tid=99)) == found
+
+
+def test_another_place_signal_or_caller_is_another_crash():
+    crashes = [
+        core(stack=CALLERS),
+        core(stack=CALLERS, pc=0x1238),
+        core(stack=CALLERS, signal=6),
+        core(stack=CALLERS[2:]),
+    ]
+    assert len({of(crash).id for crash in crashes}) == len(crashes)
+
+
+def test_frame_pointers_win_over_words_that_lie_about():
+    chain = [("exe", 0x3F00), ("sp", 32), ("exe", 0x2222), ("", 0), ("", 0), ("lib", 0x1111)]
+    assert of(core(stack=chain, fp=8)).frames == ("app+0x1234", "app+0x2222", "libc.so.6+0x1111")
+
+
+def test_bound_costs_frames_and_not_the_fingerprint():
+    far = core(stack=CALLERS, gap=1_000_000)
+    assert of(far, most_bytes=500_000).frames == ("app+0x1234",)
+    assert of(far).frames[1:] == ("app+0x2000", "libc.so.6+0x3000")
+
+
+@pytest.mark.parametrize("compress", [lambda content: content, gzip.compress], ids=["raw", "gzip"])
+def test_dump_on_disk_is_read_without_moving_the_descriptor(tmp_path, compress):
+    content = core(stack=CALLERS, gap=3_000_000)
+    path = tmp_path / "dump"
+    path.write_bytes(compress(content))
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        assert fingerprint_of_file(descriptor) == of(content)
+        assert os.lseek(descriptor, 0, os.SEEK_CUR) == 0
+    finally:
+        os.close(descriptor)
+
+
+def test_damaged_gzip_gives_what_lies_before_the_damage(tmp_path):
+    packed = gzip.compress(core(stack=CALLERS) + os.urandom(2_000_000))
+    path = tmp_path / "dump.gz"
+    path.write_bytes(packed[: len(packed) // 2])
+    with path.open("rb") as file:
+        assert fingerprint_of_file(file.fileno()) == of(core(stack=CALLERS))
+
+
+def test_deadline_holds_against_a_stream_without_end():
+    began = time.monotonic()
+    endless = io.BytesIO(core(gap=1 << 20)[:-1])
+    assert fingerprint(lambda n: endless.read(n) or bytes(4096), seconds=0.2, most_bytes=1 << 60) is not None
+    assert time.monotonic() - began < 5
+
+
+def test_what_is_no_core_has_none():
+    assert of(b"") is None
+    assert of(b"\x7fELF") is None
+    assert of(b"no core at all" * 100) is None
+    assert of(core()[:300]) is None
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_lying_cores_never_raise(data):
+    content = bytearray(core(stack=CALLERS))
+    for _ in range(data.draw(st.integers(1, 8))):
+        at = data.draw(st.integers(0, min(len(content), 1400) - 8))
+        content[at : at + 8] = data.draw(
+            st.sampled_from([b"\xff" * 8, bytes(8), b"\x7f" * 8]) | st.binary(min_size=8, max_size=8)
+        )
+    cut = data.draw(st.integers(0, len(content)))
+    of(bytes(content[:cut]))
+    source = elfcore.Forward(io.BytesIO(bytes(content)).read, 1 << 30)
+    with contextlib.suppress(elfcore.NotACoreError):
+        elfcore.build_ids(elfcore.read_core(source), source)
