@@ -721,7 +721,8 @@ class State:
             if not 0 <= now - first < seconds:
                 first, kept, suppressed = now, 0, 0
             take = kept < most
-            counts = {"kept": kept + take, "suppressed": suppressed + (not take), "first": first, "last": now}
+            counts = {"kept": kept + take, "suppressed": suppressed + (not take), "first": first, "last": now,
+                      "seconds": seconds}  # fmt: skip
             fields.update({key: b"%d" % value for key, value in counts.items()})
             draft = self._open("draft", os.O_TRUNC)
             try:

@@ -173,6 +173,10 @@ class Daemon:
     # What goes out
 
     def _submit(self) -> None:
+        if self._pool.has_room:
+            document = self._drops.next_document(time.time(), time.monotonic())
+            if document is not None:
+                self._pool.submit(document)
         while self._pool.has_room:
             name = self._backlog.take(time.monotonic())
             if name is None:
@@ -193,9 +197,12 @@ class Daemon:
             os.write(self._wake_write, b"\0")
 
     def _settle(self, result: UploadResult) -> None:
-        self._metrics.observe(result)
         now = time.monotonic()
         name = result.name
+        if self._drops.settle(name, now, stored=result.outcome is Outcome.UPLOADED):
+            log.info("record of refused dumps", file=name, result=result.outcome, detail=result.detail)
+            return
+        self._metrics.observe(result)
         shown = {"file": name, "key": result.key, "detail": result.detail or None}
         shown = {k: v for k, v in shown.items() if v is not None}
         match result.outcome:

@@ -1,15 +1,174 @@
-"""Owns the reading of what the helper refused: its records in `.helper/`, see docs/contracts.md."""
+"""Owns the reading of what the helper refused: its records in `.helper/` (docs/contracts.md, "Storm and drop records").
+
+Each record counts one window of one workload. What is new in it is counted; once the window is over, one document
+says what was suppressed. Its name comes from the record, so that it is stored once however often we start.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+from urllib.parse import unquote_to_bytes
+
+from core_dump_collector import corefile
+from core_dump_collector.jobs import Document
+from core_dump_collector.metrics import DROP_REASONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+STATE = ".helper"
+MOST_RECORDS = 2000
+"""The helper keeps about 1,000."""
+MOST_BYTES = 16 * 1024
+GRACE_SECONDS = 5
+RETRY_SECONDS = 60.0
+_NAME = re.compile(r"[0-9a-f]{24}")
+_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_COUNTS = ("kept", "suppressed", "first", "last", "seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One window of one workload: what was kept and what refused, and why."""
+
+    name: str
+    reason: str
+    kept: int
+    suppressed: int
+    first: int
+    """Unix seconds, as `last`."""
+    last: int
+    seconds: int
+    """Length of the window."""
+    workload: tuple[tuple[str, str | int], ...]
+    """Executable, container, pod and signal, as far as known."""
+
+    def as_document(self) -> Document:
+        """Return what is stored of it. A slash keeps its name apart from every file's."""
+        facts: dict[str, str | int] = {
+            "reason": self.reason,
+            "kept": self.kept,
+            "suppressed": self.suppressed,
+        }
+        facts |= {"first": self.first, "last": self.last, "timestamp": self.first}
+        return Document(f"{STATE}/storm-{self.name}-{self.first}.json", (*self.workload, *facts.items()))
 
 
 class DropRecords:
     """Counts what the helper refused since this daemon started."""
 
     def __init__(self, directory: str) -> None:
-        """Remember the directory; nothing is read yet."""
+        """Take what is there now as counted before."""
         self._directory = directory
+        self._seen = {record.name: record for record in _read_records(directory)}
+        self._over: dict[str, Document] = {}
+        self._done: set[str] = set()
+        self._in_flight = ""
+        self._due = 0.0
 
     def read_new(self) -> dict[str, int]:
         """Return how many dumps were refused since the last call, by reason."""
-        return {}
+        new: dict[str, int] = {}
+        records = {record.name: record for record in _read_records(self._directory)}
+        for name, record in records.items():
+            before = self._seen.get(name)
+            same = before is not None and before.first == record.first
+            if before is not None and not same:
+                self._finish(before)
+            more = record.suppressed - (before.suppressed if before is not None and same else 0)
+            if more > 0:
+                new[record.reason] = new.get(record.reason, 0) + more
+        self._seen = records
+        return new
+
+    def next_document(self, wall_clock: float, now: float) -> Document | None:
+        """Return a document to store, or None; one at a time, until `settle` tells of it.
+
+        Args:
+            wall_clock: Unix seconds, to tell which windows are over.
+            now: monotonic seconds, to pause after a failure.
+        """
+        if self._in_flight or now < self._due:
+            return None
+        for record in self._seen.values():
+            if wall_clock > record.first + record.seconds + GRACE_SECONDS:
+                self._finish(record)
+        if not self._over:
+            self._due = now + GRACE_SECONDS
+            return None
+        self._in_flight = next(iter(self._over))
+        return self._over[self._in_flight]
+
+    def settle(self, name: str, now: float, *, stored: bool) -> bool:
+        """Take a result; False when it is not that of a document."""
+        if not name or name != self._in_flight:
+            return False
+        self._in_flight = ""
+        self._due = now if stored else now + RETRY_SECONDS
+        if stored:
+            del self._over[name]
+            self._done.add(name)
+            living = {record.as_document().name for record in self._seen.values()}
+            self._done &= living
+        return True
+
+    def _finish(self, record: Record) -> None:
+        document = record.as_document()
+        if record.suppressed and document.name not in self._done and len(self._over) < MOST_RECORDS:
+            self._over[document.name] = document
+
+
+def _read_records(directory: str) -> Iterator[Record]:
+    """Yield the records that only root, or we, can have written; whatever else lies there is left out."""
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, parent)
+        state = os.open(STATE, _FLAGS | os.O_DIRECTORY, dir_fd=parent)
+        stack.callback(os.close, state)
+        if not _is_private(os.fstat(state)):
+            return
+        entries = stack.enter_context(os.scandir(state))
+        for entry in islice((entry for entry in entries if _NAME.fullmatch(entry.name)), MOST_RECORDS):
+            record = _parse(entry.name, _read(state, entry.name))
+            if record is not None:
+                yield record
+
+
+def _is_private(status: os.stat_result) -> bool:
+    return status.st_uid in {0, os.geteuid()} and not status.st_mode & 0o077
+
+
+def _read(state: int, name: str) -> bytes:
+    try:
+        fd = os.open(name, _FLAGS, dir_fd=state)
+    except OSError:
+        return b""
+    try:
+        status = os.fstat(fd)
+        fit = stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size <= MOST_BYTES
+        return os.read(fd, MOST_BYTES) if fit and _is_private(status) else b""
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
+
+
+def _parse(name: str, text: bytes) -> Record | None:
+    """Return a record; None for one that is damaged or of a reason we do not know."""
+    pairs = {key: unquote_to_bytes(value) for key, _, value in (x.partition(b"=") for x in text.split(b"\n"))}
+    reason = pairs.get(b"reason", b"").decode("ascii", "replace")
+    counts = [pairs.get(key.encode(), b"") for key in _COUNTS]
+    if reason not in DROP_REASONS or not all(re.fullmatch(rb"[0-9]{1,15}", count) for count in counts):
+        return None
+    told = {key: pairs.get(key.encode(), b"") for key in ("exe", "container_id", "pod_uid", "signal")}
+    workload = corefile.read_attributes(
+        {corefile.ATTRIBUTE_PREFIX + key: value for key, value in told.items() if value}
+    )
+    kept, suppressed, first, last, seconds = map(int, counts)
+    return Record(name, reason, kept, suppressed, first, last, seconds, tuple(workload.items()))

@@ -53,6 +53,15 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Document:
+    """A record without a dump: what the helper refused."""
+
+    name: str
+    """`.helper/` and the last segment of the key."""
+    facts: tuple[tuple[str, str | int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class UploadResult:
     """What became of one job."""
 

@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
-from core_dump_collector.jobs import Job, Outcome, RetryReason, UploadResult
+from core_dump_collector.jobs import Document, Job, Outcome, RetryReason, UploadResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,7 @@ def _begin_worker() -> None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
 
-def _process(job: Job, settings: Settings) -> UploadResult:
+def _process(job: Job | Document, settings: Settings) -> UploadResult:
     from core_dump_collector import upload  # noqa: PLC0415  boto3 stays out of the daemon's memory
 
     return upload.process(job, settings)
@@ -62,7 +62,7 @@ class Pool:
         self._wake = wake
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(_PRELOAD)
-        self._done: queue.SimpleQueue[tuple[Job, Future[UploadResult]]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[Job | Document, Future[UploadResult]]] = queue.SimpleQueue()
         self._in_flight = 0
         self._executor = self._start()
         self.rebuilds = 0
@@ -83,7 +83,7 @@ class Pool:
         """Jobs whose result was not collected yet."""
         return self._in_flight
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job | Document) -> None:
         """Hand a job to the next free worker."""
         try:
             future = self._executor.submit(_process, job, self._settings)
@@ -93,7 +93,7 @@ class Pool:
         self._in_flight += 1
         future.add_done_callback(lambda done: self._land(job, done))
 
-    def _land(self, job: Job, future: Future[UploadResult]) -> None:
+    def _land(self, job: Job | Document, future: Future[UploadResult]) -> None:
         self._done.put((job, future))
         self._wake()
 
@@ -139,5 +139,5 @@ class Pool:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _failed(job: Job, reason: RetryReason, detail: str) -> UploadResult:
+def _failed(job: Job | Document, reason: RetryReason, detail: str) -> UploadResult:
     return UploadResult(job.name, Outcome.RETRY, retry_reason=reason, detail=detail[:500])

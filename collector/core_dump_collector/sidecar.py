@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from core_dump_collector.config import Settings
     from core_dump_collector.dumpfile import DumpFile
+    from core_dump_collector.jobs import Document
 
 MOST_BYTES = 64 * 1024
 _MOST_METADATA_TEXT = 128
@@ -142,6 +143,25 @@ def render(facts: Facts, stored: StoredObject, bucket: str, crash: Mapping[str, 
     if len(rendered) > MOST_BYTES:
         raise ValueError("the sidecar is longer than 64 KiB")  # attributes are bounded: cannot be
     return rendered + b"\n"
+
+
+def render_record(record: Document, key: str, settings: Settings) -> bytes:
+    """Return the JSON of dumps that were refused."""
+    facts = dict(record.facts)
+    pod = _find_pod(facts, settings.pod_logs_directory)
+    document: dict[str, str | int] = {
+        "schema": 1,
+        "key": key,
+        "bucket": settings.bucket,
+        "node": settings.node_name,
+        "uploaded_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "collector_version": __version__,
+        "state": "suppressed",
+    }
+    document |= facts
+    if pod is not None:
+        document |= {"namespace": pod.namespace, "pod": pod.pod}
+    return json.dumps(document, indent=1).encode() + b"\n"
 
 
 def encode_crc32(crc: int) -> str:

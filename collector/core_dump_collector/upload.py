@@ -18,7 +18,7 @@ from isal import igzip
 from core_dump_collector import attempt, corefile, dumpfile, fingerprint, sidecar, source
 from core_dump_collector.client import make_client
 from core_dump_collector.errors import ConfigError, PermanentError, RetryableError
-from core_dump_collector.jobs import Job, Outcome, RetryReason, UploadResult
+from core_dump_collector.jobs import Document, Job, Outcome, RetryReason, UploadResult
 from core_dump_collector.store import Store, TakenError, UnconditionalStoreError
 from core_dump_collector.transfer import Transfer
 
@@ -42,11 +42,11 @@ _ADVICE = {
 }
 
 
-def process(job: Job, settings: Settings) -> UploadResult:
-    """Bring one file to S3 and delete it. Never raises."""
+def process(job: Job | Document, settings: Settings) -> UploadResult:
+    """Bring one file to S3 and delete it, or store one record. Never raises."""
     started = time.monotonic()
     try:
-        result = _process(job, settings)
+        result = _store(job, settings) if isinstance(job, Document) else _process(job, settings)
     except RetryableError as error:
         if error.reason == RetryReason.CREDENTIALS:
             _CONNECTION.close()  # whatever renews them, files or environment, is read again
@@ -123,7 +123,17 @@ def _process(job: Job, settings: Settings) -> UploadResult:
         return UploadResult(job.name, _OUTCOME_OF_UNFIT[unfit.why], detail=str(unfit))
 
 
-def _retry(job: Job, reason: RetryReason, detail: str) -> UploadResult:
+def _store(document: Document, settings: Settings) -> UploadResult:
+    """Store a record without a dump; one that is there already is the same."""
+    key = f"{settings.prefix}{settings.node_name}/{document.name.rpartition('/')[2]}"
+    try:
+        _CONNECTION.store(settings).put_document(key, sidecar.render_record(document, key, settings))
+    except PermanentError as error:
+        raise RetryableError(RetryReason.SERVER, str(error)) from error
+    return UploadResult(document.name, Outcome.UPLOADED, key=key)
+
+
+def _retry(job: Job | Document, reason: RetryReason, detail: str) -> UploadResult:
     return UploadResult(job.name, Outcome.RETRY, retry_reason=reason, detail=detail)
 
 
