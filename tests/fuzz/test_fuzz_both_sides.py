@@ -1,0 +1,176 @@
+"""Whatever a crashed process is called or does, what the helper writes the collector reads back as the same."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
+from tests.support.uploads import settings
+
+import core_dump_helper as helper
+from core_dump_collector import attempt, corefile, drops, sidecar
+from core_dump_collector.dumpfile import DumpFile
+from core_dump_collector.sidecar import StoredObject
+from core_dump_collector.watch import Watch
+
+COMM = st.binary(max_size=64).filter(lambda name: b"\0" not in name)
+FEW = limits(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+FILE_NAME = st.binary(min_size=1, max_size=100).filter(
+    lambda n: not {0, 47} & set(n) and n not in {b".", b".."}
+)
+number = itertools.count()
+
+
+def crash_of(comm, timestamp, pid, signal):
+    return helper.parse_arguments(
+        [f"-P{pid}", f"-p{pid}", f"-s{signal}", f"-t{timestamp}", "-d1", "--", os.fsdecode(comm)]
+    )
+
+
+@limits(deadline=None)
+@given(
+    COMM,
+    st.integers(corefile._LEAST_TIMESTAMP, 10**19),
+    st.integers(0, 2**22),
+    st.integers(0, 64),
+    st.integers(0, 9999),
+    st.sampled_from(["", ".gz"]),
+)
+def test_every_name_of_the_helper_is_parsed_to_equal_fields(comm, timestamp, pid, signal, copy, suffix):
+    name = helper.file_name(crash_of(comm, timestamp, pid, signal), copy, suffix)
+    read = corefile.parse(name)
+    assert read is not None
+    assert (read.timestamp, read.pid, read.signal) == (timestamp, pid, signal)
+    assert (read.copy or 0, read.compressed) == (copy, suffix == ".gz")
+    assert corefile.is_candidate(name, ("core*",))
+    assert corefile.is_partial(name + ".partial")
+    assert corefile.unpartial(name + ".partial") == name
+
+
+@FEW
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(corefile.TEXTS - {"truncated"})), st.binary(min_size=1, max_size=300)
+    )
+)
+def test_every_attribute_of_the_helper_is_read_by_the_collector(watch_dir, values):
+    values |= {"pid": b"42", "signal": b"11"}
+    for name, form in (("container_id", b"c" * 64), ("pod_uid", b"01234567-89ab-cdef-0123-456789abcdef")):
+        values |= {name: form} if name in values else {}
+    path = watch_dir / f"core-{next(number)}"
+    path.write_bytes(b"")
+    descriptor = os.open(path, os.O_RDWR)
+    helper.set_attributes(descriptor, values, space=16_000)
+    os.close(descriptor)
+    with DumpFile(str(watch_dir), path.name) as dump:
+        raw = dump.attributes()
+        facts = sidecar.gather(dump, raw, settings())
+    assert {name.removeprefix(corefile.ATTRIBUTE_PREFIX): value for name, value in raw.items()} == values
+    told = json.loads(sidecar.render(facts, StoredObject("k", 1, 2), "dumps"))
+    assert set(told) >= set(values)
+    assert (told["pid"], told["signal"]) == (42, 11)
+    assert all(
+        told[name] == values[name].decode("utf-8", "backslashreplace")
+        for name in set(values) & {"comm", "exe"}
+    )
+
+
+def test_every_attribute_that_the_helper_names_is_known_to_the_collector():
+    known = set(helper.describe(crash_of(b"app", 1_700_000_000, os.getpid(), 11)))
+    written = known | {"sensitive", "bytes", "expected_bytes", "truncated", "compressor", "duration_ms"}
+    assert {"comm", "exe", "cmdline", "threads", "ns_pid", "tid"} - {"tid"} <= written
+    assert written <= corefile.NUMBERS | corefile.TEXTS
+
+
+@FEW
+@given(COMM, COMM, st.integers(0, 64), st.integers(1, 4))
+def test_every_record_of_the_helper_is_read_by_the_collector(watch_dir, exe, thread, signal, times):
+    directory = os.open(watch_dir, os.O_RDONLY)
+    try:
+        state = helper.State(directory)
+        known = {"exe": exe, "thread": thread, "signal": b"%d" % signal}
+        for record in (watch_dir / ".helper").glob("?" * 24):
+            record.unlink()
+        took = [state.tally(known, "rate_limit", 2, 60) for _ in range(times)]
+        os.close(state._directory)
+    finally:
+        os.close(directory)
+    (read,) = drops._read_records(str(watch_dir))
+    assert took == [True, True, False, False][:times]
+    assert (read.reason, read.kept, read.suppressed) == ("rate_limit", min(times, 2), max(0, times - 2))
+    told = (exe or thread)[:1024].decode("utf-8", "backslashreplace")
+    assert dict(read.workload).get("exe", "") == told
+    json.dumps(dict(read.as_document().facts))
+
+
+@limits(deadline=None)
+@given(st.binary(max_size=2000))
+def test_no_bytes_in_a_record_fail(text):
+    record = drops._parse("0" * 24, text)
+    assert record is None or record.reason
+
+
+@FEW
+@given(st.binary(max_size=500))
+def test_no_bytes_in_helper_conf_cost_a_setting(tmp_path, text):
+    path = tmp_path / "helper.conf"
+    path.write_bytes(text)
+    path.chmod(0o600)
+    read = helper.Settings(str(path))
+    assert read.WATCH_DIR.startswith("/")
+    assert 1 <= read.DEADLINE_SECONDS <= 86400
+
+
+@FEW
+@given(st.lists(FILE_NAME, unique=True, max_size=8))
+def test_any_file_name_comes_out_of_inotify_as_it_went_in(tmp_path, names):
+    directory = tmp_path / str(next(number))
+    directory.mkdir()
+    with Watch(str(directory)) as watch:
+        for name in names:
+            descriptor = os.open(os.fsencode(directory) + b"/" + name, os.O_CREAT | os.O_WRONLY)
+            os.close(descriptor)
+        seen = watch.read().names if names else []
+    assert [os.fsencode(name) for name in seen] == names
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+FIELDS = st.fixed_dictionaries(
+    {
+        "state": st.sampled_from(["sending", "sent", "stored", "x"]),
+        "key": st.text() | JSON,
+        "modified_ns": JSON,
+    },
+    optional={"size": JSON, "crc32": JSON, "upload_id": JSON, "part_bytes": JSON, "more": JSON},
+)
+
+
+@limits(deadline=None)
+@given(st.binary() | (JSON | FIELDS).map(lambda value: json.dumps(value).encode()), st.booleans())
+def test_no_bytes_in_the_record_of_an_attempt_fail(raw, trusted):
+    read = attempt.read({corefile.ATTEMPT: raw}, trusted=trusted)
+    if read is not None:
+        assert type(read.key) is str
+        assert type(read.size) is int
+        assert trusted or read.state is attempt.State.SENDING
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+@limits(deadline=None)
+@given(order=st.sampled_from([1, 2]), rest=st.binary(min_size=58, max_size=300))
+def test_no_elf_header_makes_the_helper_wait_for_more_than_its_limit(kind, order, rest):
+    wanted, length = helper.elf_length(b"\x7fELF" + bytes([kind, order]) + rest)
+    assert 0 <= wanted <= helper.HEADER_LIMIT + 64
+    assert length >= 0
