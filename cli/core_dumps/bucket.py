@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 DEFAULT_TEMPLATE = "{node}/{name}"
 SIDECAR_READERS = 24
 LISTERS = 12
+DAY_SECONDS = 86400
 _RECORD = re.compile(r"storm-[0-9a-f]+-(?P<timestamp>[0-9]{1,12})")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _ADVICE = {
@@ -267,9 +268,8 @@ def _dates(query: Query) -> tuple[str, str]:
 
     The day before with a `~` is what to start after: some stores take a folder's bare name for the folder itself.
     """
-    first = (
-        datetime.fromtimestamp(query.since - 86400, UTC).strftime("%Y-%m-%d") if query.since > 86400 else ""
-    )  # noqa: PLR2004  a day
+    before = query.since - DAY_SECONDS
+    first = datetime.fromtimestamp(before, UTC).strftime("%Y-%m-%d") if before > 0 else ""
     last = (
         datetime.fromtimestamp(query.until, UTC).strftime("%Y-%m-%d")
         if query.until < 10**11
