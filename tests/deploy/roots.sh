@@ -3,11 +3,11 @@
 set -eu
 cd "$(dirname "$0")/../.."
 python=${1:-python3}
-for program in debootstrap dockerd rpmbuild qemu-system-x86_64 cpio containerd runc; do
+for program in debootstrap dockerd rpmbuild qemu-system-x86_64 cpio; do
     command -v "$program" >/dev/null || missing="${missing:-} $program"
 done
 if [ -n "${missing:-}" ]; then
-    echo "missing:$missing; apt-get install debootstrap docker.io rpm qemu-system-x86 cpio containerd runc containernetworking-plugins" >&2
+    echo "missing:$missing; apt-get install debootstrap docker.io rpm qemu-system-x86 cpio" >&2
     exit 1
 fi
 [ "$(id -u)" = 0 ] || { echo "root is needed to make root file systems: sudo make ..." >&2; exit 1; }

@@ -1,4 +1,4 @@
-.PHONY: rpm image test-image test-cri vm
+.PHONY: rpm image test-image vm
 
 rpm: ## the RPM for Amazon Linux, into dist/
 	@mkdir -p dist build/rpm
@@ -12,10 +12,6 @@ image: ## IMAGE=name:tag: the collector's container image
 test-image: $(READY) ## build the image with Docker and collect a crash from another container; root
 	@tests/deploy/roots.sh $(abspath $(BIN)/python)
 	DEPLOY_TIER=image $(BIN)/python -m pytest --timeout 900 tests/deploy/test_image.py
-
-test-cri: $(READY) ## run the DaemonSet's pod through containerd's CRI; root
-	@tests/deploy/roots.sh $(abspath $(BIN)/python)
-	DEPLOY_TIER=cri $(BIN)/python -m pytest --timeout 900 tests/deploy/test_cri.py
 
 vm: $(READY) ## install, boot, crash and uninstall in virtual machines (qemu); root
 	@tests/deploy/roots.sh $(abspath $(BIN)/python) vm
