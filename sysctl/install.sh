@@ -28,7 +28,9 @@ place() { # SOURCE TARGET MODE
 }
 
 place "$here/core-dump-setup" /usr/libexec/core-dump-handler/core-dump-setup 0755
-place "$helper" /usr/libexec/core-dump-handler/core-dump-helper 0755
+# The program is a module, so that its compiled form is kept: --calibrate, run below, makes it.
+place "$helper" /usr/libexec/core-dump-handler/core_dump_helper.py 0644
+place "$here/../helper/core-dump-helper" /usr/libexec/core-dump-handler/core-dump-helper 0755
 place "$here/69-core-dump.conf" /usr/share/core-dump-handler/69-core-dump.conf 0644
 place "$here/tmpfiles.conf" /etc/tmpfiles.d/core-dump-handler.conf 0644
 place "$here/limits.conf" /etc/security/limits.d/69-core-dump.conf 0644

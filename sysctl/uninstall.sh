@@ -18,7 +18,9 @@ sh "$here/core-dump-setup" deactivate ${dry_run:+"$dry_run"} ${root:+--root "$ro
 remove() { if [ -n "$dry_run" ]; then echo "uninstall.sh: would remove $*"; else rm -f "$@"; fi; }
 remove_empty() { [ -n "$dry_run" ] || rmdir "$@" 2>/dev/null || :; }
 
-remove "$root/usr/libexec/core-dump-handler/core-dump-helper" "$root/usr/libexec/core-dump-handler/core-dump-setup" \
+program=$root/usr/libexec/core-dump-handler
+remove "$program/core-dump-helper" "$program/core_dump_helper.py" "$program/core-dump-setup" \
+    "$program"/__pycache__/core_dump_helper.*.pyc \
     "$root/usr/share/core-dump-handler/69-core-dump.conf" "$root/etc/tmpfiles.d/core-dump-handler.conf" \
     "$root/etc/security/limits.d/69-core-dump.conf" "$root/var/lib/core-dump-handler/compressor"
 if [ "$purge" = yes ]; then
@@ -30,6 +32,7 @@ if [ "$purge" = yes ]; then
     remove_empty "$directory"
     [ ! -d "$directory" ] || echo "uninstall.sh: $directory still holds dumps"
 fi
-remove_empty "$root/usr/libexec/core-dump-handler" "$root/usr/share/core-dump-handler"
+remove_empty "$program/__pycache__"
+remove_empty "$program" "$root/usr/share/core-dump-handler"
 remove_empty "$root/etc/core-dump-handler"
 remove_empty "$root/var/lib/core-dump-handler"

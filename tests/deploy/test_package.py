@@ -14,7 +14,7 @@ from core_dump_collector.config import Settings
 SYSCTL = deploy.ROOT / "sysctl"
 UNIT = SYSCTL / "core-dump-collector.service"
 SOURCES = ("helper", "sysctl")
-HELPER = "usr/libexec/core-dump-handler/core-dump-helper"
+HELPER = "usr/libexec/core-dump-handler/core_dump_helper.py"
 BOOT_FILE = "etc/sysctl.d/69-core-dump.conf"
 INSIDE = """
 set -e

@@ -70,6 +70,7 @@ def test_scratch_root_gets_every_file_with_its_mode(tmp_path):
     files = {path: stat.S_IMODE(mode) for path, (mode, _) in tree(tmp_path).items() if stat.S_ISREG(mode)}
     assert files == {
         "usr/libexec/core-dump-handler/core-dump-helper": 0o755,
+        "usr/libexec/core-dump-handler/core_dump_helper.py": 0o644,
         "usr/libexec/core-dump-handler/core-dump-setup": 0o755,
         "usr/share/core-dump-handler/69-core-dump.conf": 0o644,
         "etc/core-dump-handler/helper.conf": 0o644,
@@ -110,7 +111,7 @@ def test_running_helper_keeps_its_file_when_a_new_version_is_installed(tmp_path)
     shutil.copytree(deploy.ROOT / "helper", source / "helper")
     root = tmp_path / "root"
     deploy.succeed(source / "sysctl/install.sh", "--root", root)
-    installed = root / str(PROGRAM)[1:]
+    installed = (root / str(PROGRAM)[1:]).with_name("core_dump_helper.py")
     with installed.open() as running:
         with (source / "helper/core_dump_helper.py").open("a") as new:
             new.write("# a later version\n")
