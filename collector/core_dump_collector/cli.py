@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
             explained = (info.description or "").replace("`", "").replace("%", "%%")
             command.add_argument("--" + field.replace("_", "-"), metavar="VALUE", help=explained)
     command = commands.add_parser(
-        "configure-host", help="install the helper on a Kubernetes node (docs/kubernetes.md)", allow_abbrev=False
+        "configure-host",
+        help="install the helper on a Kubernetes node (docs/kubernetes.md)",
+        allow_abbrev=False,
     )
     command.add_argument("root", metavar="ROOT", help="where the host's / is mounted")
     command.add_argument("--force", action="store_true", help="replace a handler that is not ours")
