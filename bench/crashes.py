@@ -1,0 +1,153 @@
+"""The tables of the hold time."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bench import cgroup, hold, machine, plots, victims
+from bench.handlers import Workshop
+from bench.report import Report, Table, seconds, size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from bench.cgroup import Group
+    from bench.handlers import Handler
+
+HEAD = ("handler", "hold", "x limit", "file whole", "CPU", "x igzip's CPU", "written")
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Crashes:
+    """Where they happen, and where the tables go. Without a group, handlers run bare."""
+
+    report: Report
+    shop: Workshop
+    group: Group | None
+    rounds: int
+
+    def large(self, name: str, handlers: Sequence[Handler], what: str, rounds: int) -> None:
+        """Compare handlers on one kind of memory; the first is the limit, the second igzip."""
+        results, loads = self._compare(handlers, what, rounds)
+        limit, cpu = results[0].median("hold"), results[1].median("cpu")
+        rows = [
+            (
+                result.handler.name,
+                seconds(result.median("hold")),
+                f"{result.median('hold') / limit:.1f}",
+                seconds(result.median("whole")),
+                f"{result.median('cpu'):.1f} s",
+                f"{result.median('cpu') / cpu:.2f}",
+                size(result.median("written")),
+            )
+            for result in results
+        ]
+        self.report.add(Table(name, HEAD, rows, f"Medians of {rounds} alternating rounds; {loads}."))
+        holds = {result.handler.name: result.median("hold") for result in results}
+        plots.bars(
+            name.replace(": ", "-").replace(" ", "-"), name, holds, "seconds from the signal to waitpid"
+        )
+
+    def _compare(self, handlers: Sequence[Handler], what: str, rounds: int) -> tuple[list[hold.Result], str]:
+        before = machine.load()
+        results = hold.compare(handlers, what, rounds, self.counted, self.shop)
+        return results, f"load average {before:.1f} before, {machine.load():.1f} after"
+
+    @property
+    def counted(self) -> Group:
+        """The control group; only a bare shop has none."""
+        if self.group is None:
+            raise ValueError("bare handlers are not counted")
+        return self.group
+
+    def memory(self, image: Path, choice: str) -> None:
+        """Show the peak memory of helper and compressor, and what a large dump leaves of the page cache."""
+        group, shop, rows = self.counted, self.shop, []
+        for handler in (shop.ours(choice, 0), shop.ours("pigz", 0), shop.ours("auto")):
+            kinds = (f"image:{image}", f"zeros:{4 * GIB}")
+            peaks = [hold.peak_kib(handler, what, group, shop) for what in kinds]
+            rows.append((handler.name, *(f"{peak / 1024:.0f} MiB" for peak in peaks)))
+        self.report.add(Table("peak memory", ("handler", "1 GiB of a service", "4 GiB of zeros"), rows))
+
+    def cache(self) -> None:
+        """Show what 4 GiB written to the disk leave of the page cache."""
+        rows = []
+        for handler in (self.shop.ours("none"), self.shop.raw()):
+            before = hold.cached_bytes()
+            hold.take_only(handler, f"zeros:{4 * GIB}", self.counted)
+            rows.append((handler.name, size(before), size(hold.cached_bytes())))
+            self.shop.clean()
+        self.report.add(Table("page cache", ("handler", "Cached before", "Cached after 4 GiB"), rows))
+
+    def buffers(self, image: Path) -> None:
+        """Show what the buffer buys."""
+        sizes = [0, 64 << 20, 256 << 20, 512 << 20, 1 << 30, 2 << 30]
+        handlers = [self.shop.limit(), *(self.shop.ours("auto", count) for count in sizes)]
+        results, loads = self._compare(handlers, f"image:{image}", 2)
+        limit = results[0].median("hold")
+        rows = [
+            (
+                size(count),
+                seconds(r.median("hold")),
+                f"{r.median('hold') / limit:.1f}",
+                seconds(r.median("whole")),
+            )
+            for count, r in zip(sizes, results[1:], strict=True)
+        ]
+        note = f"1 GiB of a service; 2 rounds; {loads}."
+        self.report.add(Table("buffer", ("BUFFER_BYTES", "hold", "x limit", "file whole"), rows, note))
+
+    def small(self, name: str, handlers: Sequence[Handler], rounds: int, count: int) -> None:
+        """Compare handlers on small processes, `count` at once."""
+        before = machine.load()
+        times = hold.compare_small(handlers, rounds, self.shop, count)
+        rows = [
+            (handler.name, seconds(statistics.median(mine)), seconds(min(mine)), seconds(max(mine)))
+            for handler, mine in zip(handlers, times, strict=True)
+        ]
+        what = "hold" if count == 1 else "until the last is released"
+        note = f"{rounds} alternating rounds; load average {before:.1f} before."
+        self.report.add(Table(name, ("handler", f"{what}, median", "least", "most"), rows, note))
+
+
+def run(root: Path, report: Report, rounds: int) -> None:
+    """Measure everything about crashes."""
+    image, noise = root / "image", root / "noise"
+    victims.make_image(image, GIB)
+    victims.make_random(noise, GIB)
+    with cgroup.group("crashes") as group:
+        shop = Workshop(root, group)
+        crashes = Crashes(report, shop, group, rounds)
+        took, choice = shop.calibrate()
+        report.add(
+            Table("calibrate", ("`core-dump-helper --calibrate` took", "it chose"), [(seconds(took), choice)])
+        )
+        base = [shop.limit(), shop.igzip(), shop.ours("auto"), shop.ours(choice, 0)]
+        every = [*base, shop.ours("pigz", 0), shop.pigz(), shop.ours("gzip", 0), shop.ours("none")]
+        with shop.systemd() as systemd:
+            slow = [systemd, shop.manual()]
+            crashes.large("hold: 1 GiB of a service", [*every, *slow], f"image:{image}", rounds)
+            crashes.large("hold: 1 GiB of random bytes", [*base, *slow], f"image:{noise}", 1)
+            crashes.large("hold: 4 GiB of touched zeros", [*base, *slow], f"zeros:{4 * GIB}", 1)
+        noise.unlink()
+        crashes.buffers(image)
+        crashes.memory(image, choice)
+        crashes.cache()
+    image.unlink()
+    bare = Crashes(report, Workshop(root, None), None, rounds)
+    shop = bare.shop
+    with shop.systemd() as systemd:
+        handlers = [
+            shop.ours("auto"),
+            shop.ours("pigz"),
+            shop.ours("gzip"),
+            systemd,
+            shop.manual(),
+            shop.limit(),
+        ]
+        bare.small("hold: 0.5 MB", handlers, 15, 1)
+        bare.small("hold: 64 at once", [handlers[0], *handlers[3:]], 3, 64)

