@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -64,7 +65,9 @@ def compare(
     results = [Result(handler) for handler in handlers]
     for turn in range(rounds):
         for result in results if turn % 2 == 0 else reversed(results):
-            result.crashes.append(take(result.handler, what, group, workshop))
+            crash = take(result.handler, what, group, workshop)
+            result.crashes.append(crash)
+            print(f"{result.handler.name}: {crash}", file=sys.stderr, flush=True)
     return results
 
 

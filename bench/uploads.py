@@ -7,10 +7,11 @@ import os
 import shutil
 import statistics
 import subprocess
+import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import inotify_simple
 
@@ -191,18 +192,48 @@ def crowded(bench: Bench, names: int, seconds: float) -> Crowd:
     shutil.rmtree(directory, ignore_errors=True)
     uploaders.make_dumps(directory, names, 1000)
     os.sync()
-    with inotify_simple.INotify() as notify, cgroup.group("ours") as group, watched(group) as seen:
-        notify.add_watch(directory, inotify_simple.flags.DELETE)
+    with Deletions(directory) as deletions, cgroup.group("ours") as group, watched(group) as seen:
         begin = time.perf_counter()
         with uploaders.collector(directory, group, bench.server, warm=False) as ours:
-            gone = len(notify.read(timeout=60_000))
-            first = time.perf_counter() - begin
-            while time.perf_counter() - begin - first < seconds and gone < names:
-                gone += len(notify.read(timeout=1000))
-            pace = gone / (time.perf_counter() - begin - first)
+            while len(deletions.times) < names and not deletions.last(seconds):
+                time.sleep(0.05)
+            times = deletions.times
     shutil.rmtree(directory)
     bench.empty_bucket()
-    return Crowd(names, ours.ready_seconds, first, pace, max(seen.values()))
+    pace = (len(times) - 1) / (times[-1] - times[0])
+    return Crowd(names, ours.ready_seconds, times[0] - begin, pace, max(seen.values()))
+
+
+class Deletions:
+    """Notes when files of a directory are deleted, from before the collector starts."""
+
+    def __init__(self, directory: Path) -> None:
+        """Watch from now on."""
+        self.times: list[float] = []
+        self._notify = inotify_simple.INotify()
+        self._notify.add_watch(directory, inotify_simple.flags.DELETE)
+        self._thread = threading.Thread(target=self._note)
+        self._done = threading.Event()
+
+    def last(self, seconds: float) -> bool:
+        """Say whether so long has passed since the first."""
+        return bool(self.times) and time.perf_counter() - self.times[0] > seconds
+
+    def _note(self) -> None:
+        while not self._done.is_set():
+            for _ in self._notify.read(timeout=100):
+                self.times.append(time.perf_counter())
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        self._done.set()
+        self._thread.join()
+        self._notify.close()
 
 
 def under_limit(bench: Bench, size: int, limit_bytes: int | None) -> tuple[Run, int]:
