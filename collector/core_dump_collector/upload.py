@@ -6,14 +6,11 @@ it is sent `transfer`'s, the requests are `store`'s.
 
 from __future__ import annotations
 
-import os
 import time
 import traceback
 import uuid
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
-
-from isal import igzip
+from typing import TYPE_CHECKING, Any
 
 from core_dump_collector import attempt, corefile, dumpfile, fingerprint, sidecar, source
 from core_dump_collector.client import make_client
@@ -171,17 +168,10 @@ def _upload(dump: DumpFile, settings: Settings) -> UploadResult:
 def _fingerprint(dump: DumpFile) -> dict[str, str]:
     """Return what tells this crash apart from others; nothing where the core does not say."""
     try:
-        with os.fdopen(os.dup(dump.fd), "rb") as file:
-            compressed = os.pread(dump.fd, 2, 0) == b"\x1f\x8b"
-            file.seek(0)
-            found = fingerprint.fingerprint((_unpacked(file) if compressed else file).read)
+        found = fingerprint.fingerprint_of_file(dump.fd)
     except Exception:  # noqa: BLE001  hostile bytes may cost the metadata, never the dump
         return {}
     return found.fields() if found else {}
-
-
-def _unpacked(file: BinaryIO) -> BinaryIO:
-    return cast("BinaryIO", igzip.open(file))  # type: ignore[no-untyped-call]  # isal has no types here
 
 
 def _headers(facts: Facts, read: source.Source) -> dict[str, Any]:
