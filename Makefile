@@ -32,8 +32,10 @@ format: $(READY) ## format and mend what can be mended
 docs: $(READY) ## write the tables that come from code
 	$(BIN)/python tests/support/tables.py --write
 
-bench: $(READY) ## benchmarks beside the peers, under 15 minutes
-	$(BIN)/python -m bench
+bench: ## benchmarks beside the peers
+	@$(MAKE) -s VENV=.venv-bench .venv-bench/bin/pip
+	.venv-bench/bin/pip install -q --disable-pip-version-check --group bench -e '.[cli]'
+	.venv-bench/bin/python -m bench
 
 WATCH_DIR ?= /core_dumps
 ROUNDS ?= 1000

@@ -18,6 +18,7 @@ import structlog
 
 from core_dump_collector import corepattern, dumpfile, scan
 from core_dump_collector.backlog import Backlog
+from core_dump_collector.brake import Brake
 from core_dump_collector.config import describe
 from core_dump_collector.drops import DropRecords
 from core_dump_collector.errors import ConfigError
@@ -52,6 +53,7 @@ class Daemon:
         self._settings = settings
         self._metrics = Metrics()
         self._backlog = Backlog(longest_pause_seconds=settings.retry_seconds)
+        self._brake = Brake()
         self._drops = DropRecords(directory)
         self._stop_requests = 0
         self._watch = _open_watch(directory)
@@ -105,7 +107,10 @@ class Daemon:
         due = [self._beat_due, self._scan_due]
         next_job = self._backlog.next_due()
         if next_job is not None and self._pool.has_room:
-            due.append(next_job)
+            if not self._brake.is_on:
+                due.append(next_job)
+            elif not self._pool.in_flight:
+                due.append(max(next_job, self._brake.until))
         return max(0.0, min(due) - time.monotonic())
 
     # What comes in
@@ -177,7 +182,7 @@ class Daemon:
             document = self._drops.next_document(time.time(), time.monotonic())
             if document is not None:
                 self._pool.submit(document)
-        while self._pool.has_room:
+        while self._pool.has_room and self._brake.allows(time.monotonic(), self._pool.in_flight):
             name = self._backlog.take(time.monotonic())
             if name is None:
                 break
@@ -207,11 +212,13 @@ class Daemon:
         shown = {k: v for k, v in shown.items() if v is not None}
         match result.outcome:
             case Outcome.RETRY if result.retry_reason is not None:
+                self._brake.fail(result.retry_reason, now)
                 pause = self._backlog.retry(name, now, needs_operator=result.retry_reason.needs_operator)
                 log.warning(
                     "will try again", reason=result.retry_reason, pause_seconds=round(pause, 1), **shown
                 )
             case Outcome.UPLOADED | Outcome.ALREADY_STORED:
+                self._brake.succeed()
                 gone = not os.path.lexists(os.path.join(self._directory, name))
                 self._backlog.finish(name, now, gone=gone)
                 log.info(

@@ -55,10 +55,11 @@ class Health:
                 os.utime(self._startup_file)
 
     def set_ready(self, *, ready: bool) -> None:
-        """Say whether dumps are being collected."""
+        """Say whether dumps are being collected; a start-up file that cannot be written now stops nobody."""
         self._ready = ready
         if ready:
-            self._write("ready")
+            with contextlib.suppress(ConfigError):
+                self._write("ready")
 
     def end(self) -> None:
         """Write the word `dead`."""

@@ -203,6 +203,22 @@ def test_unreachable_store_delays_but_loses_nothing(seaweed, bucket, watch_dir, 
         assert collector.get("/readyz") == "ok\n"
 
 
+def test_backlog_does_not_knock_on_a_closed_door_and_goes_once_it_opens(seaweed, bucket, watch_dir, tmp_path):
+    (tmp_path / "haproxy").mkdir()
+    with s3.haproxy(tmp_path / "haproxy", seaweed) as proxy:
+        proxy.stop()
+        environ = seaweed.environ() | {"AWS_ENDPOINT_URL_S3": proxy.endpoint, "RETRY_SECONDS": "1"}
+        for name in names(0, 100):
+            put_dump(watch_dir, name)
+        with running(watch_dir, environ, tmp_path) as collector:
+            network = 'core_dump_retries_total{reason="network"}'
+            wait_until(lambda: collector.metric(network) >= 8, 30)
+            assert collector.metric(network) < 50
+            proxy.start()
+            wait_until(lambda: not list(watch_dir.glob("core*")), 60)
+    assert len(dumps_in(bucket)) == 100
+
+
 def run_badly(*arguments, **environ):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "BUCKET"))}
     return subprocess.run(

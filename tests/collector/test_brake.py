@@ -1,0 +1,36 @@
+from core_dump_collector.brake import LONGEST_PAUSE_SECONDS, PATIENCE, Brake
+from core_dump_collector.jobs import RetryReason
+
+
+def failed(times, reason=RetryReason.NETWORK, now=0.0):
+    brake = Brake()
+    for _ in range(times):
+        brake.fail(reason, now)
+    return brake
+
+
+def test_few_failures_hold_nobody():
+    assert failed(PATIENCE - 1).allows(0.0, 100)
+
+
+def test_closed_store_is_tried_by_one_dump_at_a_time():
+    brake = failed(PATIENCE)
+    assert not brake.allows(0.0, 0)
+    assert brake.allows(brake.until, 0)
+    assert not brake.allows(brake.until, 1)
+
+
+def test_pauses_grow_to_a_limit():
+    assert 0 < failed(PATIENCE).until < failed(PATIENCE + 1).until
+    assert failed(1000).until == LONGEST_PAUSE_SECONDS
+
+
+def test_first_success_lets_everything_go():
+    brake = failed(50)
+    brake.succeed()
+    assert brake.allows(0.0, 100)
+
+
+def test_failure_that_concerns_one_dump_holds_no_other():
+    for reason in (RetryReason.SERVER, RetryReason.CHECKSUM, RetryReason.LOCAL_IO, RetryReason.FORBIDDEN):
+        assert failed(50, reason).allows(0.0, 100)
