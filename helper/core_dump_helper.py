@@ -403,7 +403,8 @@ class Reader:
 
     def __init__(self, descriptor: int, settings: Settings, deadline: float) -> None:
         """Prepare to read `descriptor`, which is closed at the end, at a limit, or at `deadline` (monotonic)."""
-        self.reason, self.size, self._descriptor, self._deadline = "", 0, descriptor, deadline
+        self.reason, self.size, self.ended = "", 0, False
+        self._descriptor, self._deadline = descriptor, deadline
         self._limit = settings.MAX_DUMP_BYTES or sys.maxsize
         self._most, self._allowed, self._allocated = settings.BUFFER_BYTES // CHUNK, FEW, 0
         self._full: SimpleQueue[tuple[memoryview, int]] = SimpleQueue()
@@ -413,9 +414,6 @@ class Reader:
     def chunks(self) -> Iterator[memoryview]:
         """Yield the core piece by piece; a piece is valid until the next is asked for."""
         start_new_thread(self._read, ())
-        os.nice(
-            9
-        )  # this thread compresses and gives way to others; the one that reads holds a process and does not
         while True:
             buffer, size = self._full.get()
             if not size:
@@ -438,6 +436,7 @@ class Reader:
             self.stop("read_error")
         finally:
             os.close(self._descriptor)
+            self.ended = True
             self._full.put((memoryview(b""), 0))
 
     def _fill(self, poll: select.poll) -> bool:
@@ -485,6 +484,7 @@ class Raw:
     """Keeps the core as it is; runs of zeros become holes."""
 
     name = "none"
+    priority = (os.PRIO_PROCESS, 0)
 
     def __init__(self, dump: int) -> None:
         """Write to the descriptor `dump`."""
@@ -504,6 +504,8 @@ class Raw:
 
 class Stream:
     """Compresses in this process. Each piece ends on a byte, so that what is on disk can always be ended properly."""
+
+    priority = (os.PRIO_PROCESS, 0)
 
     def __init__(self, dump: int, name: str, settings: Settings) -> None:
         """Write gzip to the descriptor `dump` with `isal` or the standard library; raises ImportError, OSError."""
@@ -551,7 +553,7 @@ class Child:
         self._pid = os.fork()
         if not self._pid:
             try:
-                os.nice(9)
+                os.setpgid(0, 0)
                 os.dup2(source, 0)
                 os.dup2(dump, 1)
                 os.execve(program, ["pigz", "-c", "-%d" % settings.LEVEL], {"PATH": "/usr/bin:/bin"})  # noqa: S606
@@ -566,6 +568,7 @@ class Child:
             os.close(self._pipe)
             os.waitpid(self._pid, 0)
             raise OSError(8, "cannot start %s" % program)
+        self.priority = (os.PRIO_PGRP, self._pid)
         enlarge(self._pipe)
         os.set_blocking(self._pipe, False)
         self._poll = select.poll()
@@ -875,8 +878,11 @@ class Handler:
     def stream(self, sink: Raw | Stream | Child, directory: int, dump: int) -> tuple[str, int]:
         """Move the core into the sink; return why it is not whole (or nothing) and the length it should have."""
         reader = Reader(self.core, self.settings, self.deadline)
-        head, wanted, expected, looked, failure = bytearray(), 64, 0, 0, ""
+        head, wanted, expected, looked, failure, released = bytearray(), 64, 0, 0, "", False
         for piece in reader.chunks():
+            if reader.ended and not released:  # nobody waits for the rest: give way to others
+                released = True
+                os.setpriority(*sink.priority, 9)
             if failure:
                 continue
             if len(head) < wanted:

@@ -3,6 +3,7 @@ import gzip
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -557,16 +558,27 @@ def nice(task):
     return int(task.read_text().rpartition(")")[2].split()[16])
 
 
-def test_compressor_gives_way_to_others_and_the_reader_does_not(station):
+@pytest.mark.parametrize("compressor", ["gzip", "pigz"])
+def test_compressor_gives_way_to_others_only_once_the_process_is_released(station, compressor):
+    if compressor == "pigz" and not shutil.which("pigz"):
+        pytest.skip("pigz is not installed")
+    station.settings = {"COMPRESSOR": compressor, "BUFFER_BYTES": 512 * MIB}
     with station.start() as process:
-        process.stdin.write(elf(NOISE, promised=20 * MIB))
+        tasks = Path(f"/proc/{process.pid}/task")
+        process.stdin.write(elf(NOISE, promised=150 * MIB))
         process.stdin.flush()
         wait_until(station.names)
-        tasks = Path(f"/proc/{process.pid}/task")
-        wait_until(lambda: nice(tasks / str(process.pid) / "stat") == 9)
-        reader = next(path for path in tasks.iterdir() if path.name != str(process.pid))
-        assert nice(reader / "stat") == os.nice(0)
-        process.communicate()
+        assert {nice(task / "stat") for task in tasks.iterdir()} == {os.nice(0)}
+        for _ in range(120):
+            process.stdin.write(os.urandom(MIB))
+        process.stdin.close()
+        if compressor == "gzip":
+            wait_until(lambda: nice(tasks / str(process.pid) / "stat") == 9)
+        else:
+            (child,) = (tasks / str(process.pid) / "children").read_text().split()
+            threads = Path(f"/proc/{child}/task")
+            wait_until(lambda: {nice(task / "stat") for task in threads.iterdir()} == {9})
+        process.wait(60)
 
 
 def test_buffer_stays_within_its_limit(station, tmp_path):
