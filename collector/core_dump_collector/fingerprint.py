@@ -19,10 +19,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from isal import isal_zlib
-from isal.igzip_lib import IsalError
-
-from core_dump_collector import elfcore
+from core_dump_collector import elfcore, source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,8 +32,6 @@ FRAMES = 5
 STACK_BYTES = 16 * 1024
 BLOCK_BYTES = 64 * 1024
 PIECE_BYTES = 256 * 1024
-_GZIP_MAGIC = b"\x1f\x8b"
-_GZIP_WINDOW = 31
 """zlib's wbits: 15 bits of window, gzip framing."""
 
 
@@ -68,16 +63,16 @@ def fingerprint(
         most_bytes: how far it is read at most.
         seconds: how long at most.
     """
-    source = elfcore.Forward(read, most_bytes, seconds)
+    forward = elfcore.Forward(read, most_bytes, seconds)
     try:
-        core = elfcore.read_core(source)
+        core = elfcore.read_core(forward)
     except elfcore.NotACoreError:
         return None
     if not core.threads:
         return None
     crashed = core.threads[0]
     stack_at = (crashed.sp, STACK_BYTES)
-    build_ids, memory = elfcore.build_ids(core, source, [stack_at])
+    build_ids, memory = elfcore.build_ids(core, forward, [stack_at])
     frames = tuple(_frames(core, crashed, memory.get(crashed.sp, b"")))
     executable = core.executable()
     build_id = build_ids.get(executable) if executable else None
@@ -92,7 +87,7 @@ def fingerprint_of_file(
 ) -> Fingerprint | None:
     """Compute the fingerprint of a dump on disk, gzip or raw. An OSError of reading it passes through."""
     blocks = _read(descriptor)
-    pieces = _inflate(blocks) if os.pread(descriptor, 2, 0) == _GZIP_MAGIC else blocks
+    pieces = source.inflate(blocks, PIECE_BYTES) if source.is_gzip(descriptor) else blocks
     return fingerprint(lambda _: next(pieces, b""), most_bytes=most_bytes, seconds=seconds)
 
 
@@ -101,23 +96,6 @@ def _read(descriptor: int) -> Iterator[bytes]:
     while block := os.pread(descriptor, BLOCK_BYTES, at):
         at += len(block)
         yield block
-
-
-def _inflate(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield what comes out of a gzip file, in pieces of bounded size, up to the first damage."""
-    stream = isal_zlib.decompressobj(wbits=_GZIP_WINDOW)
-    for block in blocks:
-        rest = block
-        while rest:
-            if stream.eof:
-                stream = isal_zlib.decompressobj(wbits=_GZIP_WINDOW)
-            try:
-                piece = stream.decompress(rest, PIECE_BYTES)
-            except IsalError:  # type: ignore[misc,unused-ignore]  # no stubs
-                return
-            if piece:
-                yield piece
-            rest = stream.unused_data if stream.eof else stream.unconsumed_tail
 
 
 def _frames(core: Core, thread: Thread, stack: bytes) -> Iterator[str]:

@@ -250,8 +250,8 @@ def _buffer_part(
 def open_source(dump: DumpFile, part_bytes: int, *, compress_raw: bool, salvaged: bool) -> Source:
     """Choose how a dump is read."""
     compressed = corefile.is_compressed(dump.name)
-    if salvaged and dump.name.endswith(".gz") and _is_gzip(dump.fd):
-        return GzipSource(lambda: _inflate(_read(dump.fd, _DAMAGE_BYTES)), 2 * dump.size_bytes, part_bytes)
+    if salvaged and dump.name.endswith(".gz") and is_gzip(dump.fd):
+        return GzipSource(lambda: inflate(_read(dump.fd, _DAMAGE_BYTES)), 2 * dump.size_bytes, part_bytes)
     if compressed or not compress_raw:
         return FileSource(dump, part_bytes)
     bound = dump.data_bytes + dump.data_bytes // 64 + dump.size_bytes // 512 + MEBIBYTE
@@ -269,7 +269,8 @@ def drop_cache(fd: int, offset: int, size: int) -> None:
     os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
-def _is_gzip(fd: int) -> bool:
+def is_gzip(fd: int) -> bool:
+    """Tell whether a file begins as gzip does."""
     return os.pread(fd, 2, 0) == b"\x1f\x8b"
 
 
@@ -291,8 +292,8 @@ def _deflate(blocks: Iterator[_Buffer]) -> Iterator[bytes]:
     yield compressor.flush()
 
 
-def _inflate(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield what decompresses of a gzip file of one or more members, up to the first damage."""
+def inflate(blocks: Iterator[bytes], piece_bytes: int = MEBIBYTE) -> Iterator[bytes]:
+    """Yield what decompresses of a gzip file of one or more members, up to the first damage; no piece is empty."""
     stream = isal_zlib.decompressobj(wbits=_GZIP_WINDOW)
     for block in blocks:
         rest = block
@@ -300,8 +301,9 @@ def _inflate(blocks: Iterator[bytes]) -> Iterator[bytes]:
             if stream.eof:
                 stream = isal_zlib.decompressobj(wbits=_GZIP_WINDOW)
             try:
-                piece = stream.decompress(rest, MEBIBYTE)
+                piece = stream.decompress(rest, piece_bytes)
             except IsalError:  # type: ignore[misc]  # isal's stubs declare an instance
                 return
-            yield piece
+            if piece:
+                yield piece
             rest = stream.unused_data if stream.eof else stream.unconsumed_tail
