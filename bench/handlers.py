@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from bench.cgroup import Group
 
-HELPER = Path(__file__).parent.parent / "helper" / "core_dump_helper.py"
+HELPER = Path(__file__).parent.parent / "helper" / "core-dump-helper"
 ARGUMENTS = "-P%P -p%p -i%I -u%u -g%g -s%s -t%t -c%c -d%d -F%F -h%h -- %e"
 SYSTEMD_STORE = Path("/var/lib/systemd/coredump")
 SYSTEMD_SOCKET = Path("/run/systemd/coredump")
@@ -89,6 +89,7 @@ class Workshop:
         program = self.root / "h"
         if not program.exists():
             text = HELPER.read_text()
+            shutil.copytree(HELPER.with_name("core_dump_helper"), self.root / "core_dump_helper")
             program.write_text(text.replace(text.splitlines()[0], f"#!{PYTHON} -IS", 1))
             program.chmod(0o755)
         name = compressor if buffer_bytes is None else f"{compressor}-{buffer_bytes >> 20}"

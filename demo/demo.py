@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from mypy_boto3_s3 import S3Client
 
-HELPER = Path(__file__).parents[1] / "helper" / "core_dump_helper.py"
+HELPER = Path(__file__).parents[1] / "helper" / "core-dump-helper"
 PATTERN = Path("/proc/sys/kernel/core_pattern")
 LOCK = "/run/lock/core-pattern.lock"
 BUCKET = "demo-dumps"
@@ -126,8 +126,8 @@ def core_pattern(pattern: str) -> Iterator[None]:
 def install_helper(scratch: Path, directory: Path) -> str:
     """Put the helper and its configuration where only root writes; return the core pattern."""
     program, config = scratch / "h", scratch / "c"
-    program.write_text(HELPER.read_text())
-    program.chmod(0o755)
+    shutil.copytree(HELPER.with_name("core_dump_helper"), scratch / "core_dump_helper")
+    shutil.copy(HELPER, program)
     isal = next((p for p in map(Path, sys.path) if (p / "isal").is_dir()), None)
     lines = [f"WATCH_DIR={directory}"] + ([f"PYTHON_PATH={isal}"] if isal else [])
     config.write_text("\n".join(lines) + "\n")

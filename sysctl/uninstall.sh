@@ -19,8 +19,8 @@ remove() { if [ -n "$dry_run" ]; then echo "uninstall.sh: would remove $*"; else
 remove_empty() { [ -n "$dry_run" ] || rmdir "$@" 2>/dev/null || :; }
 
 program=$root/usr/libexec/core-dump-handler
-remove "$program/core-dump-helper" "$program/core_dump_helper.py" "$program/core-dump-setup" \
-    "$program"/__pycache__/core_dump_helper.*.pyc \
+remove -r "$program"/[0-9]*-*
+remove "$program/core-dump-helper" "$program/core-dump-setup" \
     "$root/usr/share/core-dump-handler/69-core-dump.conf" "$root/etc/tmpfiles.d/core-dump-handler.conf" \
     "$root/etc/security/limits.d/69-core-dump.conf" "$root/var/lib/core-dump-handler/compressor"
 if [ "$purge" = yes ]; then
@@ -32,7 +32,6 @@ if [ "$purge" = yes ]; then
     remove_empty "$directory"
     [ ! -d "$directory" ] || echo "uninstall.sh: $directory still holds dumps"
 fi
-remove_empty "$program/__pycache__"
 remove_empty "$program" "$root/usr/share/core-dump-handler"
 remove_empty "$root/etc/core-dump-handler"
 remove_empty "$root/var/lib/core-dump-handler"

@@ -14,7 +14,8 @@ from core_dump_collector.config import Settings
 SYSCTL = deploy.ROOT / "sysctl"
 UNIT = SYSCTL / "core-dump-collector.service"
 SOURCES = ("helper", "sysctl")
-HELPER = "usr/libexec/core-dump-handler/core_dump_helper.py"
+PROGRAM = "usr/libexec/core-dump-handler"
+MODULE = "core_dump_helper/handler.py"
 BOOT_FILE = "etc/sysctl.d/69-core-dump.conf"
 INSIDE = """
 set -e
@@ -32,7 +33,7 @@ def build(tmp_path):
         source = tmp_path / f"source-{release}"
         for name in SOURCES:
             shutil.copytree(deploy.ROOT / name, source / name)
-        with (source / "helper/core_dump_helper.py").open("a") as helper:
+        with (source / "helper" / MODULE).open("a") as helper:
             helper.write(change)
         spec = source / "sysctl/core-dump-handler.spec"
         spec.write_text(spec.read_text().replace("Release: 1\n", f"Release: {release}\n"))
@@ -78,14 +79,17 @@ def test_package_installs_upgrades_and_goes(rpm, build, tmp_path):
     rpm("-V", "--nodeps", "core-dump-handler")
     conf = upper / "etc/core-dump-handler/helper.conf"
     conf.write_text("LEVEL=3\n")
-    first = (upper / HELPER).stat().st_ino
+    first = (upper / PROGRAM / "0.1.0-1" / MODULE).read_text()
     rpm("-U", "--nodeps", build(2, "# the second release\n"))
-    assert (upper / HELPER).read_text().endswith("# the second release\n")
-    assert (upper / HELPER).stat().st_ino != first
+    assert (upper / PROGRAM / "0.1.0-2" / MODULE).read_text() == first + "# the second release\n"
+    assert 'RELEASE = "0.1.0-2"\n' in (upper / PROGRAM / "core-dump-helper").read_text()
+    assert not exists(upper, f"{PROGRAM}/0.1.0-1")
     assert conf.read_text() == "LEVEL=3\n"
     assert exists(upper, BOOT_FILE), "an upgrade must not deactivate"
     rpm("-e", "--nodeps", "core-dump-handler")
-    assert not any(exists(upper, path) for path in (HELPER, BOOT_FILE))
+    assert not any(
+        exists(upper, path) for path in (f"{PROGRAM}/0.1.0-2", f"{PROGRAM}/core-dump-helper", BOOT_FILE)
+    )
 
 
 def test_package_asks_nothing_that_the_oldest_rpm_lacks(build):

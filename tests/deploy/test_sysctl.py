@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from tests.support import deploy, kernel
 
-from core_dump_helper import Settings
+from core_dump_helper.settings import Settings
 
 SYSCTL = deploy.ROOT / "sysctl"
+PACKAGE = deploy.ROOT / "helper/core_dump_helper"
 PROGRAM = Path("/usr/libexec/core-dump-handler/core-dump-helper")
 BOOT_FILE = Path("/etc/sysctl.d/69-core-dump.conf")
 WATCH_DIR = Path("/core_dumps")
@@ -68,9 +69,11 @@ def test_helper_conf_shows_every_setting_with_its_default():
 def test_scratch_root_gets_every_file_with_its_mode(tmp_path):
     deploy.succeed(SYSCTL / "install.sh", "--root", tmp_path)
     files = {path: stat.S_IMODE(mode) for path, (mode, _) in tree(tmp_path).items() if stat.S_ISREG(mode)}
+    modules = {path: files.pop(path) for path in list(files) if "/core_dump_helper/" in path}
+    assert set(modules.values()) == {0o644}
+    assert {Path(path).name for path in modules} == {path.name for path in PACKAGE.glob("*.py")}
     assert files == {
         "usr/libexec/core-dump-handler/core-dump-helper": 0o755,
-        "usr/libexec/core-dump-handler/core_dump_helper.py": 0o644,
         "usr/libexec/core-dump-handler/core-dump-setup": 0o755,
         "usr/share/core-dump-handler/69-core-dump.conf": 0o644,
         "etc/core-dump-handler/helper.conf": 0o644,
@@ -111,15 +114,24 @@ def test_running_helper_keeps_its_file_when_a_new_version_is_installed(tmp_path)
     shutil.copytree(deploy.ROOT / "helper", source / "helper")
     root = tmp_path / "root"
     deploy.succeed(source / "sysctl/install.sh", "--root", root)
-    installed = (root / str(PROGRAM)[1:]).with_name("core_dump_helper.py")
-    with installed.open() as running:
-        with (source / "helper/core_dump_helper.py").open("a") as new:
+    launcher = root / str(PROGRAM)[1:]
+    (module,) = launcher.parent.glob("*/core_dump_helper/handler.py")
+    old = module.read_text()
+    with launcher.open() as running:
+        with (source / "helper/core_dump_helper/handler.py").open("a") as new:
             new.write("# a later version\n")
         deploy.succeed(source / "sysctl/install.sh", "--root", root)
-        assert "# a later version" not in running.read()
-        assert os.fstat(running.fileno()).st_ino != installed.stat().st_ino
-    assert installed.read_text().endswith("# a later version\n")
-    assert [path.name for path in installed.parent.iterdir() if ".new" in path.name] == []
+        assert running.read() != launcher.read_text()
+    assert module.read_text() == old, "a release is never written to"
+    (release,) = {path.parents[1] for path in launcher.parent.glob("*/core_dump_helper/handler.py")} - {
+        module.parents[1]
+    }
+    assert f'RELEASE = "{release.name}"\n' in launcher.read_text()
+    assert (release / "core_dump_helper/handler.py").read_text().endswith("# a later version\n")
+    assert list(launcher.parent.rglob("*.new*")) == []
+    os.utime(module.parents[1], (0, 0))
+    deploy.succeed(source / "sysctl/install.sh", "--root", root)
+    assert [path.parents[1] for path in launcher.parent.glob("*/core_dump_helper/handler.py")] == [release]
 
 
 @needs_root

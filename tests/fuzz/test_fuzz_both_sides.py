@@ -12,11 +12,15 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from tests.support.uploads import settings
 
-import core_dump_helper as helper
 from core_dump_collector import attempt, corefile, drops, sidecar
 from core_dump_collector.dumpfile import DumpFile
 from core_dump_collector.sidecar import StoredObject
 from core_dump_collector.watch import Watch
+from core_dump_helper.core import HEADER_LIMIT, elf_length
+from core_dump_helper.naming import file_name
+from core_dump_helper.process import describe, set_attributes
+from core_dump_helper.settings import Settings, parse_arguments
+from core_dump_helper.state import State
 
 COMM = st.binary(max_size=64).filter(lambda name: b"\0" not in name)
 FEW = limits(
@@ -31,7 +35,7 @@ number = itertools.count()
 
 
 def crash_of(comm, timestamp, pid, signal):
-    return helper.parse_arguments(
+    return parse_arguments(
         [f"-P{pid}", f"-p{pid}", f"-s{signal}", f"-t{timestamp}", "-d1", "--", os.fsdecode(comm)]
     )
 
@@ -46,7 +50,7 @@ def crash_of(comm, timestamp, pid, signal):
     st.sampled_from(["", ".gz"]),
 )
 def test_every_name_of_the_helper_is_parsed_to_equal_fields(comm, timestamp, pid, signal, copy, suffix):
-    name = helper.file_name(crash_of(comm, timestamp, pid, signal), copy, suffix)
+    name = file_name(crash_of(comm, timestamp, pid, signal), copy, suffix)
     read = corefile.parse(name)
     assert read is not None
     assert (read.timestamp, read.pid, read.signal) == (timestamp, pid, signal)
@@ -69,7 +73,7 @@ def test_every_attribute_of_the_helper_is_read_by_the_collector(watch_dir, value
     path = watch_dir / f"core-{next(number)}"
     path.write_bytes(b"")
     descriptor = os.open(path, os.O_RDWR)
-    helper.set_attributes(descriptor, values, space=16_000)
+    set_attributes(descriptor, values, space=16_000)
     os.close(descriptor)
     with DumpFile(str(watch_dir), path.name) as dump:
         raw = dump.attributes()
@@ -85,7 +89,7 @@ def test_every_attribute_of_the_helper_is_read_by_the_collector(watch_dir, value
 
 
 def test_every_attribute_that_the_helper_names_is_known_to_the_collector():
-    known = set(helper.describe(crash_of(b"app", 1_700_000_000, os.getpid(), 11)))
+    known = set(describe(crash_of(b"app", 1_700_000_000, os.getpid(), 11)))
     written = known | {"sensitive", "bytes", "expected_bytes", "truncated", "compressor", "duration_ms"}
     assert {"comm", "exe", "cmdline", "threads", "ns_pid", "tid"} - {"tid"} <= written
     assert written <= corefile.NUMBERS | corefile.TEXTS
@@ -96,7 +100,7 @@ def test_every_attribute_that_the_helper_names_is_known_to_the_collector():
 def test_every_record_of_the_helper_is_read_by_the_collector(watch_dir, exe, thread, signal, times):
     directory = os.open(watch_dir, os.O_RDONLY)
     try:
-        state = helper.State(directory)
+        state = State(directory)
         known = {"exe": exe, "thread": thread, "signal": b"%d" % signal}
         for record in (watch_dir / ".helper").glob("?" * 24):
             record.unlink()
@@ -125,7 +129,7 @@ def test_no_bytes_in_helper_conf_cost_a_setting(tmp_path, text):
     path = tmp_path / "helper.conf"
     path.write_bytes(text)
     path.chmod(0o600)
-    read = helper.Settings(str(path))
+    read = Settings(str(path))
     assert read.WATCH_DIR.startswith("/")
     assert 1 <= read.DEADLINE_SECONDS <= 86400
 
@@ -171,6 +175,6 @@ def test_no_bytes_in_the_record_of_an_attempt_fail(raw, trusted):
 @limits(deadline=None)
 @given(order=st.sampled_from([1, 2]), rest=st.binary(min_size=58, max_size=300))
 def test_no_elf_header_makes_the_helper_wait_for_more_than_its_limit(kind, order, rest):
-    wanted, length = helper.elf_length(b"\x7fELF" + bytes([kind, order]) + rest)
-    assert 0 <= wanted <= helper.HEADER_LIMIT + 64
+    wanted, length = elf_length(b"\x7fELF" + bytes([kind, order]) + rest)
+    assert 0 <= wanted <= HEADER_LIMIT + 64
     assert length >= 0

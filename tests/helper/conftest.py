@@ -49,9 +49,8 @@ class Station:
         kernel.install_helper(self.directory, given | self.settings, self.python)
         program = self.directory / "core-dump-helper"
         if self.pigz is not None:
-            text = program.read_text()
-            assert "\nPIGZ = " in text
-            program.write_text(text.replace("\nPIGZ = ", f"\nPIGZ = {self.pigz!r}\nOLD_PIGZ = "))
+            module = self.directory / "core_dump_helper/compress.py"
+            kernel.replace(module, "\nPIGZ = ", f"\nPIGZ = {self.pigz!r}\nOLD_PIGZ = ")
         usual = [
             f"-P{os.getpid()}",
             "-p7",

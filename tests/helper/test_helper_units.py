@@ -8,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.helper.conftest import elf
 
-import core_dump_helper as helper
+from core_dump_helper.core import HEADER_LIMIT, elf_length
+from core_dump_helper.naming import file_name, percent
+from core_dump_helper.process import parse_cgroup
+from core_dump_helper.settings import Settings, parse_arguments
 
 CONTAINER = "0123456789abcdef" * 4
 INNER = "f" * 64
@@ -21,7 +24,7 @@ GRAMMAR = r"core-[A-Za-z0-9._+-]*-\d{1,20}-\d{1,10}-\d{1,3}(-\d{1,4})?(\.gz)?"
 def test_arguments_of_a_new_kernel():
     argv = ["-P12", "-p1", "-i13", "-u0", "-g5", "-s11", "-t17", "-c0", "-d1", "-F3", "-hbox", "--", "a b"]
     expected = {argument[1]: argument[2:] for argument in argv[:-2]} | {"e": "a b"}
-    assert helper.parse_arguments(argv) == expected
+    assert parse_arguments(argv) == expected
 
 
 @pytest.mark.parametrize(
@@ -42,22 +45,22 @@ def test_arguments_of_a_new_kernel():
     ],
 )
 def test_arguments_that_are_split_missing_or_hostile_take_the_safest_meaning(argv, key, value):
-    assert helper.parse_arguments(argv)[key] == value
+    assert parse_arguments(argv)[key] == value
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"))))
 def test_any_arguments_make_a_valid_name(argv):
-    crash = helper.parse_arguments(argv)
+    crash = parse_arguments(argv)
     for suffix in ("", ".gz"):
-        name = helper.file_name(crash, 9999, suffix) + ".partial"
+        name = file_name(crash, 9999, suffix) + ".partial"
         assert len(name) <= 255
         assert re.fullmatch(GRAMMAR + r"\.partial", name)
 
 
 @given(st.binary(max_size=300).filter(lambda name: b"\0" not in name))
 def test_any_name_becomes_a_valid_file_name(name):
-    crash = helper.parse_arguments(["-p1", "-s11", "-t17", "--", os.fsdecode(name)])
-    found = helper.file_name(crash, 0, ".gz")
+    crash = parse_arguments(["-p1", "-s11", "-t17", "--", os.fsdecode(name)])
+    found = file_name(crash, 0, ".gz")
     assert re.fullmatch(GRAMMAR, found)
     assert len(found) <= 255
     assert found[5] not in ".-"
@@ -82,14 +85,14 @@ def test_any_name_becomes_a_valid_file_name(name):
     ],
 )  # fmt: skip
 def test_container_and_pod_are_read_from_the_cgroup(text, container, pod):
-    found = helper.parse_cgroup(text.encode())
+    found = parse_cgroup(text.encode())
     assert found.get("container_id", b"").decode() == (container or "")
     assert found.get("pod_uid", b"").decode() == (pod or "")
 
 
 @given(st.binary())
 def test_any_cgroup_text_is_survived(text):
-    found = helper.parse_cgroup(text)
+    found = parse_cgroup(text)
     assert len(found.get("container_id", bytes(64))) == 64
     assert len(found.get("pod_uid", bytes(36))) == 36
 
@@ -99,10 +102,10 @@ def test_any_cgroup_text_is_survived(text):
 @pytest.mark.parametrize("segments", [1, 3, 20000])
 def test_length_is_what_the_program_headers_promise(wide, order, segments):
     core = elf(b"x" * 5000, wide=wide, order=order, segments=segments)
-    wanted, length = helper.elf_length(core)
+    wanted, length = elf_length(core)
     assert length == len(core)
-    assert helper.elf_length(core[: wanted - 1])[1] == 0
-    assert helper.elf_length(core[:wanted]) == (wanted, len(core))
+    assert elf_length(core[: wanted - 1])[1] == 0
+    assert elf_length(core[:wanted]) == (wanted, len(core))
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -112,22 +115,22 @@ def test_length_with_more_segments_than_the_header_can_count(wide):
     sections = len(core)
     struct.pack_into("<Q" if wide else "<I", core, 40 if wide else 32, sections)
     struct.pack_into("<HH", core, 58 if wide else 46, 64, 1)
-    assert helper.elf_length(core)[1] == sections + 64
+    assert elf_length(core)[1] == sections + 64
 
 
 @pytest.mark.parametrize(
     "core", [b"", b"x" * 63, b"\x7fELF" + b"\x03" * 60, b"x" * 100, b"\x7fELF\x02\x01" + b"\xff" * 100]
 )
 def test_what_is_no_core_has_no_length(core):
-    assert helper.elf_length(core)[1] == 0
+    assert elf_length(core)[1] == 0
 
 
 @given(
     st.binary(min_size=4, max_size=400), st.sampled_from([b"\x02\x01", b"\x01\x01", b"\x02\x02", b"\x01\x02"])
 )
 def test_any_header_is_survived(rest, kind):
-    wanted, length = helper.elf_length(b"\x7fELF" + kind + rest)
-    assert 0 <= wanted <= helper.HEADER_LIMIT
+    wanted, length = elf_length(b"\x7fELF" + kind + rest)
+    assert 0 <= wanted <= HEADER_LIMIT
     assert length >= 0
 
 
@@ -151,14 +154,14 @@ def test_any_header_is_survived(rest, kind):
 )
 def test_wrong_settings_say_what_is_accepted(key, text, accepts):
     with pytest.raises(ValueError, match=accepts):
-        helper.Settings.parse(key, text)
+        Settings.parse(key, text)
 
 
-@given(st.sampled_from([*helper.Settings.defaults(), "", "parse"]), st.text())
+@given(st.sampled_from([*Settings.defaults(), "", "parse"]), st.text())
 def test_any_setting_is_taken_or_refused_with_a_reason(key, text):
     refused = None
     try:
-        helper.Settings.parse(key, text)
+        Settings.parse(key, text)
     except ValueError as error:
         refused = str(error)
     assert refused != ""
@@ -166,7 +169,7 @@ def test_any_setting_is_taken_or_refused_with_a_reason(key, text):
 
 @given(st.binary(max_size=60))
 def test_records_hold_no_raw_bytes(value):
-    text = helper.percent(value)
+    text = percent(value)
     assert unquote_to_bytes(text) == value
     assert text.isascii()
     assert not set(text) & set("\n=% ") - {"%"}

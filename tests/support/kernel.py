@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-HELPER = Path(__file__).parents[2] / "helper" / "core_dump_helper.py"
+HELPER = Path(__file__).parents[2] / "helper" / "core-dump-helper"
 CRASHER = Path(__file__).with_name("crash.c")
 PATTERN = Path("/proc/sys/kernel/core_pattern")
 LOCK = Path("/run/lock/core-pattern.lock")
@@ -66,14 +66,28 @@ def write_config(path: Path, settings: Mapping[str, object]) -> Path:
 def install_helper(directory: Path, settings: Mapping[str, object], python: str = sys.executable) -> str:
     """Install the helper with its own helper.conf into a directory; return the pattern that starts it."""
     config = write_config(directory / "helper.conf", settings)
-    lines = HELPER.read_text().splitlines(keepends=True)
-    lines[0] = f"#!{python} -IS\n"
-    default = lines.index('CONFIG = "/etc/core-dump-handler/helper.conf"\n')
-    lines[default] = f"CONFIG = {str(config)!r}\n"
-    program = directory / "core-dump-helper"
-    program.write_text("".join(lines))
-    program.chmod(0o755)
+    package = directory / "core_dump_helper"
+    shutil.rmtree(package, ignore_errors=True)
+    shutil.copytree(HELPER.with_name(package.name), package, ignore=shutil.ignore_patterns("__pycache__"))
+    replace(
+        package / "settings.py", 'CONFIG = "/etc/core-dump-handler/helper.conf"', f"CONFIG = {str(config)!r}"
+    )
+    program = directory / HELPER.name
+    shutil.copy(HELPER, program)
+    replace(program, "#!/usr/bin/python3 -IS", f"#!{python} -IS")
     return f"|{program} {ARGUMENTS}"
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    """Replace a text that stands once in a file.
+
+    Raises:
+        ValueError: it does not.
+    """
+    text = path.read_text()
+    if text.count(old) != 1:
+        raise ValueError(f"{path}: {text.count(old)} times {old!r}")
+    path.write_text(text.replace(old, new))
 
 
 def pythons() -> list[str]:
