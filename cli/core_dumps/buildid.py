@@ -10,9 +10,6 @@ import urllib.request
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
-
 from core_dump_collector import elfcore
 from core_dumps import show
 
@@ -154,6 +151,9 @@ def inside(root: str, path: str) -> str | None:
 
 def read_build_id(path: str) -> str | None:
     """Return the build ID of an ELF file, None where it has none or is none."""
+    from elftools.common.exceptions import ELFError  # noqa: PLC0415  most files tell it in their first page
+    from elftools.elf.elffile import ELFFile  # noqa: PLC0415  likewise
+
     try:
         with open(path, "rb") as file:
             quick = elfcore.build_id_of(file.read(elfcore.PAGE))

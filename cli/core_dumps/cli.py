@@ -1,9 +1,11 @@
 """Turns the command line of `core-dumps` into calls: one function a command, in coredumpctl's words."""
 
 # ruff: noqa: FBT001, FBT002, PLR0913, PLR0917  the parameters of a command are its options
+# ruff: noqa: PLC0415  a command imports what it alone needs: completion and --help are to be quick
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 from enum import StrEnum
@@ -11,12 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from core_dumps import __version__, debugger, details, manpage, plot, show, tables, when
+from core_dumps import __version__, show, when
 from core_dumps.errors import CliError, NoMatchError, UsageError
-from core_dumps.fetch import default_name, fetch
-from core_dumps.head import read_head
 from core_dumps.options import Selection, ending, with_selection
-from core_dumps.progress import Bars
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,6 +77,8 @@ def list_dumps(
     no_legend: Annotated[bool, typer.Option("--no-legend", help="No header")] = False,
 ) -> None:
     """List dumps, newest first."""
+    from core_dumps import tables
+
     with selection.open() as bucket:
         asked_all = everything or group
         found = _some(selection, bucket, asked_all=asked_all, count=1 if one else count)
@@ -124,6 +125,9 @@ def info(
     no_core: Annotated[bool, typer.Option("--no-core", help="Do not look into the core itself")] = False,
 ) -> None:
     """Show everything known of the newest dump that matches, and what the core itself tells."""
+    from core_dumps import details
+    from core_dumps.head import read_head
+
     with selection.open() as bucket:
         dump = selection.newest(bucket)
         head = None if no_core or dump.size_bytes is None else read_head(bucket, dump)
@@ -139,6 +143,9 @@ def get(
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace FILE")] = False,
 ) -> None:
     """Download the newest dump that matches: verified, decompressed, resumed when run again."""
+    from core_dumps.fetch import default_name, fetch
+    from core_dumps.progress import Bars
+
     with selection.open() as bucket, Bars() as bars:
         dump = selection.newest(bucket)
         target = output or default_name(dump, compressed=keep_compressed)
@@ -184,6 +191,8 @@ def debug(
     selection: Selection, sysroot: Sysroot = None, debugger_program: Debugger = "gdb", arguments: Extra = ""
 ) -> None:
     """Open the newest dump that matches in a debugger, with the executable of its build ID."""
+    from core_dumps import debugger
+
     line = _debugger_line(selection, sysroot or [], debugger_program, arguments, batch=False)
     raise typer.Exit(debugger.run(line))
 
@@ -194,6 +203,8 @@ def bt(
     selection: Selection, sysroot: Sysroot = None, debugger_program: Debugger = "gdb", arguments: Extra = ""
 ) -> None:
     """Print a backtrace of all threads of the newest dump that matches, for pasting into a ticket."""
+    from core_dumps import debugger
+
     line = _debugger_line(selection, sysroot or [], debugger_program, arguments, batch=True)
     code, text = debugger.backtrace(line)
     for part in text.splitlines():
@@ -205,6 +216,9 @@ def bt(
 def _debugger_line(
     selection: Selection, roots: list[str], program: str, arguments: str, *, batch: bool
 ) -> list[str]:
+    from core_dumps import debugger
+    from core_dumps.progress import Bars
+
     debugger.check(program, roots)
     with selection.open() as bucket, Bars() as bars:
         dump = selection.newest(bucket)
@@ -222,13 +236,15 @@ def rm(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be deleted")] = False,
 ) -> None:
     """Delete all dumps that match, with their sidecars."""
+    from core_dumps import tables
+
     query = selection.query()
     if not query.matches and not query.since and query.until == float("inf"):
         raise UsageError(
             "rm deletes all that match: say which (MATCH, --node, --namespace, --since or --until)"
         )
     with selection.open() as bucket:
-        dumps = list(selection.dumps(bucket))
+        dumps = list(_some(selection, bucket, asked_all=False, count=None))
         if not dumps:
             raise NoMatchError("no dump matches")
         tables.print_rows(show.console(), tables.COLUMNS, map(tables.row, dumps), legend=True)
@@ -267,6 +283,8 @@ def share(
 @with_selection
 def stats(selection: Selection) -> None:
     """Count crashes by executable and signal, and plot them over time."""
+    from core_dumps import plot, tables
+
     with selection.open() as bucket:
         dumps = list(selection.dumps(bucket))
     if not dumps:
@@ -281,13 +299,20 @@ def stats(selection: Selection) -> None:
 @app.command(hidden=True)
 def man() -> None:
     """Print the manual page."""
+    from core_dumps import manpage
+
     with ending():
         typer.echo(manpage.render(typer.main.get_command(app)), nl=False)
         sys.stdout.flush()
 
 
 def main() -> None:
-    """Run `core-dumps`."""
+    """Run `core-dumps`.
+
+    A listing makes some 100,000 objects that live until the end: looking through them for garbage is most of its time.
+    """
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 100)
     app(prog_name="core-dumps")
 
 

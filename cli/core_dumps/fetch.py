@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from botocore.exceptions import BotoCoreError, ClientError
 
 from core_dump_collector import corefile, elfcore
-from core_dumps.bucket import explain
+from core_dumps.client import explain
 from core_dumps.errors import CliError, RefusedError
 from core_dumps.inflate import inflate, reader
 

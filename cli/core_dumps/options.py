@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from core_dumps import match, show, when
-from core_dumps.bucket import DEFAULT_TEMPLATE, Bucket
 from core_dumps.errors import CliError, NoMatchError, UsageError
 from core_dumps.match import Query
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from core_dumps.bucket import Bucket
     from core_dumps.dump import Dump
 
+DEFAULT_TEMPLATE = "{node}/{name}"
 CLOSED_PIPE = 141
 """What a shell reports of a program that died of SIGPIPE."""
 
@@ -73,6 +74,8 @@ class Selection:
         """Open the bucket, and say what it cost when asked to."""
         if self.bucket is None:
             raise UsageError("no bucket: set BUCKET_NAME or give --bucket s3://bucket/prefix")
+        from core_dumps.bucket import Bucket  # noqa: PLC0415  botocore takes 0.3 s, --help does without
+
         bucket = Bucket(self.bucket, self.key_template)
         try:
             yield bucket
@@ -99,8 +102,7 @@ class Selection:
         """
         query, record, others = self.query(), None, False
         for found in bucket.find(query):
-            for dump in found:
-                read = bucket.with_sidecar(dump)
+            for read in bucket.read_sidecars(found):
                 if not query.matches_dump(read):
                     continue
                 if read.size_bytes is None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import sys
-from datetime import datetime
+import time
 from typing import TYPE_CHECKING
-
-from rich.color import ColorSystem
-from rich.console import Console
-from rich.style import Style
-from rich.text import Text
 
 from core_dump_collector import corefile
 
 if TYPE_CHECKING:
     from typing import TextIO
+
+    from rich.console import Console
+    from rich.text import Text
 
 _STATE_STYLES = {
     "present": "green",
@@ -30,9 +28,10 @@ _LAST_TIMESTAMP = 253_402_214_400
 
 def safe(text: object, most: int = corefile.MOST_SHOWN) -> str:
     """Return text that cannot steer a terminal: what does not print is escaped, and its length is bounded."""
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: most + 1]
-    )
+    plain = str(text)
+    if len(plain) <= most and plain.isprintable():
+        return plain
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in plain[: most + 1])
     return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
@@ -50,21 +49,28 @@ def moment(timestamp: int) -> str:
     """Return Unix seconds as local time, as coredumpctl does."""
     if not 0 <= timestamp < _LAST_TIMESTAMP:
         return f"@{timestamp}"
-    return datetime.fromtimestamp(timestamp).astimezone().strftime("%a %Y-%m-%d %H:%M:%S %Z")
+    return time.strftime("%a %Y-%m-%d %H:%M:%S %Z", time.localtime(timestamp))
 
 
 def states(names: list[str]) -> Text:
     """Return states, coloured."""
+    from rich.text import Text  # noqa: PLC0415  --help does without
+
     return Text(",").join(Text(name, style=_STATE_STYLES.get(name, "")) for name in names)
 
 
 def coloured_state(name: str) -> str:
     """Return a state with the escapes of its colour."""
+    from rich.color import ColorSystem  # noqa: PLC0415  --help does without
+    from rich.style import Style  # noqa: PLC0415  likewise
+
     return Style.parse(_STATE_STYLES.get(name, "none")).render(name, color_system=ColorSystem.STANDARD)
 
 
 def console(file: TextIO | None = None) -> Console:
     """Return a console: colours only on a terminal, none with NO_COLOR, nothing of the content interpreted."""
+    from rich.console import Console  # noqa: PLC0415  --help does without
+
     return Console(file=file or sys.stdout, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 

@@ -100,11 +100,10 @@ def document(dump: Dump) -> dict[str, Any]:
 def print_json(console: Console, documents: Iterable[dict[str, Any]], style: str) -> None:
     """Print a JSON array; `short` one object a line as they come, `pretty` indented. ASCII, so nothing steers."""
     indent = 2 if style == "pretty" else None
-    console.print("[", end="")
+    console.file.write("[")
     for number, content in enumerate(documents):
-        console.print("," if number else "", end="\n")
-        console.print(json.dumps(content, indent=indent), end="")
-    console.print("\n]")
+        console.file.write(("," if number else "") + "\n" + json.dumps(content, indent=indent))
+    console.file.write("\n]\n")
 
 
 @dataclass(slots=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 import os
 import subprocess
 import sys
+import time
 import uuid
 import zlib
 from dataclasses import dataclass, field
@@ -15,6 +17,9 @@ from pathlib import Path
 
 import pytest
 from tests.support import s3
+from typer.testing import CliRunner
+
+from core_dumps.cli import app
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,13 +51,32 @@ class Cli:
         )
 
     def run(self, *arguments: object, code: int = 0, **options):
-        """Run it and check its exit code."""
-        options = {"capture_output": True, "text": True, "cwd": self.home, "timeout": 100} | options
-        command = [sys.executable, "-m", "core_dumps.cli", *map(str, arguments)]
-        done = subprocess.run(command, env=self.variables(), check=False, **options)
+        """Run it and check its exit code: in this process, or in one of its own where descriptors are given."""
+        words = list(map(str, arguments))
+        run = self._process if options.keys() - {"cwd"} else self._here
+        done = run(words, **options)
         assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
         assert "Traceback" not in (done.stderr or "") + (done.stdout or "")
         return done
+
+    def _process(self, words: list[str], **options):
+        options = {"capture_output": True, "text": True, "cwd": self.home, "timeout": 100} | options
+        command = [sys.executable, "-m", "core_dumps.cli", *words]
+        return subprocess.run(command, env=self.variables(), check=False, **options)
+
+    def _here(self, words: list[str], cwd=None):
+        """Call the program as its main does; a process would spend most of a second on imports."""
+        with pytest.MonkeyPatch.context() as patch, contextlib.chdir(cwd or self.home):
+            for name in os.environ.keys() - self.variables().keys():
+                patch.delenv(name)
+            for name, value in self.variables().items():
+                patch.setenv(name, value)
+            time.tzset()
+            result = CliRunner().invoke(app, words, prog_name="core-dumps")
+        time.tzset()
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return subprocess.CompletedProcess(words, result.exit_code, result.stdout, result.stderr)
 
     def json(self, *arguments: object):
         return json.loads(self.run("list", "--json=short", *arguments).stdout)

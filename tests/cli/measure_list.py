@@ -1,89 +1,101 @@
-"""Measure `core-dumps list` on many dumps: python -m tests.cli.measure_list [COUNT [NODES]], from the top level.
+"""Measure `core-dumps list` on many dumps: python -m tests.cli.measure_list [--help], from the top level.
 
-Fills a SeaweedFS on loopback with COUNT pairs of dump and sidecar (100,000 of 100 nodes by default), then prints
-seconds and requests of a few listings. Not part of the test run: filling takes minutes.
+The bucket is served by a process of its own whose keys are computed (tests/support/keyspace.py), so it is there at
+once. Printed for each command: lines, seconds until the first line and until the end, CPU seconds, requests.
 """
 
 # ruff: noqa: T201  prints its figures
 
 from __future__ import annotations
 
-import http.client
-import json
+import argparse
+import contextlib
 import os
+import resource
 import subprocess
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
-from botocore.auth import S3SigV4Auth
-from botocore.awsrequest import AWSRequest
-from botocore.credentials import Credentials
-from tests.support import s3
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
-LISTINGS = (
-    ("list",),
-    ("list", "-n", "20"),
-    ("list", "--node", "node-042"),
-    ("list", "-S", "-1h"),
-    ("list", "--json=short"),
+COMMANDS = (
+    "list",
+    "list -n 100",
+    "list -S yesterday",
+    "list --node node-042",
+    "list --json=short",
+    "list -S -1h --group",
+    "list -S -1d --all",
+    "stats -S -1d",
+    "info --no-core",
 )
-START = int(time.time()) - 30 * 86400
+HEAVY = ("list --all", "list --group", "stats")
 
 
-def put_range(server, numbers, nodes, count):
-    """Put the pairs of some numbers over one connection."""
-    host = urlsplit(server.endpoint).netloc
-    signer = S3SigV4Auth(Credentials(s3.ADMIN.access, s3.ADMIN.secret), "s3", "us-east-1")
-    connection = http.client.HTTPConnection(host)
-    for number in numbers:
-        at = START + number * 30 * 86400 // count
-        key = f"node-{number % nodes:03d}/core-app{number % 7}-{at}-{1000 + number}-11.gz"
-        told = {
-            "key": key,
-            "pid": 1000 + number,
-            "uid": 1,
-            "exe": f"/usr/bin/app{number % 7}",
-            "state": "complete",
-        }
-        for name, body in ((key, b"x" * 64), (key + ".json", json.dumps(told).encode())):
-            request = AWSRequest("PUT", f"{server.endpoint}/{s3.BUCKET}/{name}", data=body)
-            signer.add_auth(request)
-            connection.request("PUT", f"/{s3.BUCKET}/{name}", body, dict(request.headers.items()))
-            answer = connection.getresponse()
-            answer.read()
-            assert answer.status == 200, answer.status
-    connection.close()
+@contextlib.contextmanager
+def server(asked: argparse.Namespace) -> Iterator[str]:
+    """Run the server and yield its endpoint."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.keyspace",
+        f"--count={asked.count}",
+        f"--nodes={asked.nodes}",
+    ]
+    command += [f"--template={asked.template}", f"--latency={asked.latency}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.stdin.close()
 
 
-def main(count=100_000, nodes=100):
-    """Fill and measure."""
-    with tempfile.TemporaryDirectory() as scratch, s3.seaweedfs(Path(scratch)) as server:
-        began = time.monotonic()
-        with ThreadPoolExecutor(8) as pool:
-            parts = [range(n, count, 8) for n in range(8)]
-            list(pool.map(lambda part: put_range(server, part, nodes, count), parts))
-        print(f"{count} pairs of {nodes} nodes put in {time.monotonic() - began:.0f} s", flush=True)
+def measure(words: str, environ: dict[str, str]) -> str:
+    """Run a command and return what it took."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    command = [sys.executable, "-m", "core_dumps.cli", *words.split(), "-v"]
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        lines, first = 0, None
+        for _ in process.stdout:
+            first = first or time.monotonic() - began
+            lines += 1
+        told = process.stderr.read().decode().strip().splitlines()[-1].partition("requests: ")[2]
+    seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return (
+        f"{words:24} {lines:7} lines  first {first or 0:6.2f} s  {seconds:6.2f} s  CPU {cpu:6.2f} s  {told}"
+    )
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=100_000, help="dumps")
+    parser.add_argument("--nodes", type=int, default=100)
+    parser.add_argument("--template", default="{node}/{name}")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds that each answer is held back")
+    parser.add_argument("--heavy", action="store_true", help="what reads every sidecar as well")
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", help="such as 'list -n 5'")
+    asked = parser.parse_args()
+    with server(asked) as endpoint:
         environ = {
             **os.environ,
-            **server.environ(),
-            "BUCKET_NAME": s3.BUCKET,
+            "AWS_ACCESS_KEY_ID": "A",
+            "AWS_SECRET_ACCESS_KEY": "S",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL_S3": endpoint,
             "AWS_EC2_METADATA_DISABLED": "true",
+            "BUCKET_NAME": "dumps",
+            "KEY_TEMPLATE": asked.template,
         }
-        for listing in LISTINGS:
-            began = time.monotonic()
-            command = [sys.executable, "-m", "core_dumps.cli", *listing, "-v"]
-            done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
-            seconds = time.monotonic() - began
-            told = done.stderr.strip().splitlines()[-1]
-            print(
-                f"{' '.join(listing)}: {done.stdout.count(chr(10))} lines, {seconds:.1f} s, {told}",
-                flush=True,
-            )
+        print(
+            f"{asked.count} dumps of {asked.nodes} nodes, {asked.template}, answers after {asked.latency} s"
+        )
+        for words in asked.commands or (*COMMANDS, *(HEAVY if asked.heavy else ())):
+            print(measure(words, environ), flush=True)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()
