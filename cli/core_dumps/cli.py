@@ -138,16 +138,24 @@ def info(
 @with_selection
 def get(
     selection: Selection,
-    output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="Save it here")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Save it here; - writes it out")
+    ] = None,
     keep_compressed: Annotated[bool, typer.Option("--keep-compressed", help="Do not decompress")] = False,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace FILE")] = False,
 ) -> None:
     """Download the newest dump that matches: verified, decompressed, resumed when run again."""
     from core_dumps.fetch import default_name, fetch
     from core_dumps.progress import Bars
+    from core_dumps.stream import stream
 
+    if output == "-" and sys.stdout.isatty():
+        raise UsageError("a core is no text: send it into a pipe or file, or give -o FILE")
     with selection.open() as bucket, Bars() as bars:
         dump = selection.newest(bucket)
+        if output == "-":
+            warn(dump, stream(bucket, dump, sys.stdout.buffer, bars, keep_compressed=keep_compressed))
+            return
         target = output or default_name(dump, compressed=keep_compressed)
         fetched = fetch(bucket, dump, target, bars, keep_compressed=keep_compressed, force=force)
     warn(dump, fetched.warning)

@@ -7,7 +7,6 @@ is held against the listing, its CRC-32 against the sidecar's, what comes out ag
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
 import re
@@ -19,12 +18,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Protocol
 
-from botocore.exceptions import BotoCoreError, ClientError
-
 from core_dump_collector import corefile, elfcore
-from core_dumps.client import explain
 from core_dumps.errors import CliError, RefusedError
 from core_dumps.inflate import inflate, reader
+from core_dumps.parts import BLOCK, FETCHERS, PART_BYTES, crc_text, identify, most_bytes, read_part
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,9 +29,6 @@ if TYPE_CHECKING:
     from core_dumps.bucket import Bucket
     from core_dumps.dump import Dump
 
-PART_BYTES = 8 * 1024 * 1024
-FETCHERS = 8
-BLOCK = 1024 * 1024
 HOLE = 64 * 1024
 """Runs of zeros of at least this length, aligned, become holes."""
 _ZEROS = bytes(HOLE)
@@ -77,10 +71,6 @@ def fetch(  # noqa: PLR0913  what, to where, how
         RefusedError: the object is not what it claims.
         CliError: it cannot be read or written.
     """
-    if dump.size_bytes is None:
-        raise RefusedError(
-            f"{corefile.display(dump.key)}: there is only a record, no dump ({', '.join(dump.states)})"
-        )
     if not force and os.path.lexists(target):
         raise CliError(f"{corefile.display(target)} exists: --force replaces it, -o FILE names another")
     directory, name = os.path.split(os.path.abspath(target))
@@ -101,7 +91,7 @@ class _Fetch:
         self._bucket, self._dump, self._folder, self._name = bucket, dump, folder, name
         self._progress = progress
         self._size = dump.size_bytes or 0
-        self._etag, self._remote_crc = self._head()
+        self._etag, self._remote_crc = identify(bucket, dump)
         mark = sha256(f"{bucket.name}/{dump.key}/{self._etag}".encode()).hexdigest()[:12]
         self._download, self._core = f".{name[:200]}.{mark}.download", f".{name[:200]}.{mark}.core"
         self._verified: list[str] = []
@@ -136,19 +126,6 @@ class _Fetch:
         finally:
             os.close(descriptor)
 
-    def _head(self) -> tuple[str, str | None]:
-        try:
-            answer = self._bucket.client.head_object(
-                Bucket=self._bucket.name, Key=self._dump.key, ChecksumMode="ENABLED"
-            )
-        except (BotoCoreError, ClientError) as error:
-            raise explain(error, f"reading {corefile.display(self._dump.key)}") from error
-        if answer["ContentLength"] != self._size:
-            raise RefusedError("the object's size changed since it was listed: start again")
-        whole = answer.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT"
-        crc = answer.get("ChecksumCRC32", "")
-        return str(answer["ETag"]), crc if whole and crc and "-" not in crc else None
-
     def _load(self, file: int) -> None:
         """Load the parts that are not there yet. A part is noted once it is written, so a kill costs a part."""
         count = -(-self._size // PART_BYTES)
@@ -172,25 +149,11 @@ class _Fetch:
                     raise
 
     def _part(self, file: int, notes: int, number: int) -> None:
-        first = number * PART_BYTES
-        end = min(first + PART_BYTES, self._size)
-        try:
-            answer = self._bucket.client.get_object(
-                Bucket=self._bucket.name,
-                Key=self._dump.key,
-                Range=f"bytes={first}-{end - 1}",
-                IfMatch=self._etag,
-            )
-            with answer["Body"] as body:
-                at = first
-                while at < end and (piece := body.read(min(BLOCK, end - at))):
-                    _write(file, piece, at)
-                    at += len(piece)
-                    self._progress.advance(len(piece))
-        except (BotoCoreError, ClientError) as error:
-            raise explain(error, f"downloading {corefile.display(self._dump.key)}") from error
-        if at != end:
-            raise RefusedError("the store sent fewer bytes than it was asked for: start again, it resumes")
+        at = number * PART_BYTES
+        for piece in read_part(self._bucket, self._dump, self._etag, number):
+            _write(file, piece, at)
+            at += len(piece)
+            self._progress.advance(len(piece))
         os.write(notes, b"%d\n" % number)
 
     def _check_crc(self, file: int) -> None:
@@ -201,7 +164,7 @@ class _Fetch:
         crc = 0
         for piece in self._pieces(file):
             crc = zlib.crc32(piece, crc)
-        found = base64.b64encode(crc.to_bytes(4, "big")).decode()
+        found = crc_text(crc)
         if found != expected:
             for name in (self._download, self._download + ".parts"):
                 os.unlink(name, dir_fd=self._folder)
@@ -219,7 +182,7 @@ class _Fetch:
         """Decompress into a sparse file; return its length and a warning."""
         pieces = self._pieces(file)
         first = self._promise(inflate(self._pieces(file)))
-        limit = self._limit(first)
+        limit = most_bytes(self._dump, first)
         self._progress.start("decompress", self._size)
         with self._private(self._core, os.O_TRUNC) as core:
             size = _write_sparse(core, self._bounded(inflate(pieces), limit))
@@ -239,16 +202,6 @@ class _Fetch:
                     f"more comes out of it than the {limit} bytes that it promises: not unpacked"
                 )
             yield piece
-
-    def _limit(self, promise: int | None) -> int:
-        """Return how much may come out: what both the sidecar and the ELF headers promise."""
-        told = self._dump.number("bytes")
-        promises = [number for number in (told, promise) if number is not None]
-        if not promises:
-            raise RefusedError(
-                "neither the sidecar nor an ELF header tells its length: --keep-compressed gets it"
-            )
-        return min(promises)
 
     def _promise(self, pieces: Iterator[bytes]) -> int | None:
         self._progress.start("look", None)

@@ -71,6 +71,9 @@ def test_bomb_is_not_unpacked_beyond_what_its_headers_promise(cli, gz, tmp_path,
     cli.put(name(1), bomb, {"bytes": 64 * 1024 * 1024}, sidecar=sidecar)
     assert "100000 bytes that it promises" in cli.run("get", "1", "-o", "out", code=1).stderr
     assert not [entry for entry in os.listdir(tmp_path) if entry.endswith("core") or entry == "out"]
+    done = cli.run("get", "1", "-o", "-", code=1)
+    assert "100000 bytes that it promises" in done.stderr
+    assert len(done.stdout) <= 100_000
 
 
 def test_wrong_bytes_are_not_kept(cli, gz, tmp_path):
@@ -83,6 +86,9 @@ def test_wrong_bytes_are_not_kept(cli, gz, tmp_path):
     assert "ends early" in cli.run("get", "3", "-o", "c", code=1).stderr
     assert "--keep-compressed" in cli.run("get", "4", "-o", "d", code=1).stderr
     assert not {"a", "b", "c", "d"} & set(os.listdir(tmp_path))
+    assert "do not use" in cli.run("get", "1", "-o", "-", code=1).stderr
+    assert "8191" in cli.run("get", "2", "-o", "-", code=1).stderr
+    assert "ends early" in cli.run("get", "3", "-o", "-", code=1).stderr
 
 
 def test_lying_headers_are_refused_with_a_line(cli, gz):

@@ -7,11 +7,14 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from tests.support import kernel, s3
 from tests.support.collector import running, wait_until
 
 from core_dump_collector.fingerprint import fingerprint
+from core_dumps.buildid import read_build_id
 
 pytestmark = pytest.mark.skipif(
     not kernel.can_crash(), reason="crashes real processes, needs root: sudo make test"
@@ -111,6 +115,8 @@ def test_get_gives_back_the_very_core_sparsely(fleet, tmp_path):
     assert found.st_mode & 0o777 == 0o600
     assert os.listdir(tmp_path) == ["core"]
     assert "--force" in cli.run("get", pid, "-o", tmp_path / "core", code=1).stderr
+    piped = cli.run("get", pid, "-o", "-", capture_output=True, text=False)
+    assert piped.stdout == original.read_bytes()
 
 
 def test_kept_compressed_object_is_the_one_in_the_bucket(fleet, tmp_path):
@@ -168,6 +174,63 @@ def test_missing_executable_is_named_with_its_build_id(fleet, tmp_path):
         assert "die_here" in found.stdout
     finally:
         hidden.rename(program)
+
+
+@contextlib.contextmanager
+def debuginfod(build_id, body):
+    """Serve one executable as debuginfod(8) does, and yield its URL and the paths that were asked for."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            known = self.path == f"/buildid/{build_id}/executable"
+            self.send_response(200 if known else 404)
+            self.send_header("Content-Length", str(len(body) if known else 0))
+            self.end_headers()
+            self.wfile.write(body if known else b"")
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_debuginfod_is_asked_by_build_id_and_a_lie_is_not_used(fleet):
+    cli, program, _ = fleet
+    build_id = read_build_id(str(program))
+    hidden = program.rename(program.with_name("hidden"))
+    lie, truth = program.with_name("throw").read_bytes(), hidden.read_bytes()
+    try:
+        with debuginfod(build_id, lie) as (liar, lied), debuginfod(build_id, truth) as (server, told):
+            cli.environ["DEBUGINFOD_URLS"] = liar
+            done = cli.run("bt", "crash")
+            assert f"{liar} sent another file" in done.stderr
+            assert "die_here" not in done.stdout
+            cli.environ["DEBUGINFOD_URLS"] = f"{liar} {server}"
+            done = cli.run("bt", "crash")
+            assert "die_here" in done.stdout
+            assert f"missing: {program} " not in done.stderr
+            assert {lied[0], told[0]} == {f"/buildid/{build_id}/executable"}
+    finally:
+        del cli.environ["DEBUGINFOD_URLS"]
+        hidden.rename(program)
+
+
+@pytest.mark.skipif(shutil.which("lldb") is None, reason="needs lldb: apt-get install lldb")
+def test_lldb_opens_the_same_core(fleet):
+    cli, program, _ = fleet
+    script = "--batch -o 'thread backtrace all' -o 'target modules list'"
+    text = cli.run("debug", "crash", "--debugger", "lldb", "-A", script, stdin=subprocess.DEVNULL).stdout
+    assert "die_here" in text
+    assert "crash.c" in text
+    assert str(program) in text
+    assert "die_here" in cli.run("bt", "crash", "--debugger", "lldb").stdout
 
 
 def test_stats_count_each_crash(fleet):
