@@ -284,9 +284,7 @@ class Daemon:
                 self._beat_due = time.monotonic() + HEARTBEAT_SECONDS
         if self._pool.in_flight:
             log.warning("uploads cut off; the files are on disk", in_flight=self._pool.in_flight)
-            self._pool.kill()
-        else:
-            self._pool.close()
+        self._pool.kill()
         signal.set_wakeup_fd(-1)
         self._selector.close()
         os.close(self._wake_read)

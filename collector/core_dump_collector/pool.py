@@ -21,6 +21,7 @@ from core_dump_collector.jobs import Document, Job, Outcome, RetryReason, Upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from multiprocessing.process import BaseProcess
 
     from core_dump_collector.config import Settings
 
@@ -120,23 +121,26 @@ class Pool:
 
     def _rebuild(self) -> None:
         if self._executor._broken:  # noqa: SLF001  a fresh one stays
+            # The others may wait for ever for a lock that the dead one held, and the executor, politely, for them.
+            _kill_all()
             self._executor.shutdown(wait=False)
             self._executor = self._start()
             self.rebuilds += 1
 
     def kill(self) -> None:
         """End every worker at once; what it was doing is on disk for the next start."""
-        workers = multiprocessing.active_children()
-        for worker in workers:
-            worker.kill()
+        workers = _kill_all()
         deadline = time.monotonic() + _KILL_SECONDS
         for worker in workers:
             worker.join(max(0.0, deadline - time.monotonic()))
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def close(self) -> None:
-        """End idle workers in good order."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+
+def _kill_all() -> list[BaseProcess]:
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.kill()
+    return workers
 
 
 def _failed(job: Job | Document, reason: RetryReason, detail: str) -> UploadResult:
