@@ -16,7 +16,7 @@ import botocore.session
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError
 from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies
 from urllib3.exceptions import HTTPError
@@ -56,6 +56,9 @@ def explain(error: Exception, what: str, needed: str = "s3:ListBucket and s3:Get
         code = str(error.response.get("Error", {}).get("Code", "error"))
     if code == "AccessDenied":
         return CliError(f"{what}: access denied: these credentials need {needed}")
+    if isinstance(error, EndpointConnectionError):
+        place = corefile.display(str(error.kwargs["endpoint_url"]).partition("?")[0])
+        return CliError(f"{what}: nobody answers at {place}: check the network and AWS_ENDPOINT_URL_S3")
     return CliError(f"{what}: {_ADVICE.get(code) or corefile.display(str(error))}")
 
 

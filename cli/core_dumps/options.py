@@ -36,7 +36,7 @@ class Selection:
     matches: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MATCH]...",
+            metavar="MATCH",
             show_default=False,
             help="PID, command name, path of an executable, or field=value",
         ),

@@ -190,6 +190,11 @@ def test_bad_surroundings_get_one_line(cli):
     assert "s3://bucket/prefix" in cli.run("list", code=2).stderr
     cli.environ |= {"BUCKET_NAME": "dumps", "AWS_SECRET_ACCESS_KEY": "wrong"}
     assert "AWS_SECRET_ACCESS_KEY" in cli.run("list", code=1).stderr
+    cli.environ["AWS_SECRET_ACCESS_KEY"] = cli.environ["AWS_ACCESS_KEY_ID"] = ""
+    assert "no credentials: set AWS_PROFILE" in cli.run("list", code=1).stderr
+    cli.environ |= {"AWS_ACCESS_KEY_ID": "A", "AWS_SECRET_ACCESS_KEY": "B", "AWS_MAX_ATTEMPTS": "1"}
+    cli.environ["AWS_ENDPOINT_URL_S3"] = "http://127.0.0.1:9"
+    assert "nobody answers at http://127.0.0.1:9" in cli.run("list", code=1).stderr
 
 
 def test_manual_page_is_the_one_of_this_code(cli):

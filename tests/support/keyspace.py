@@ -59,6 +59,11 @@ class KeySpace:
     latency_seconds: float = 0.0
     """Waited before each answer, as a store far away would."""
     requests: Counter[str] = field(default_factory=Counter)
+    held: str | None = None
+    """Listings of this prefix are not answered before `release`."""
+    release: threading.Event = field(default_factory=threading.Event)
+    oddity: str = ""
+    """Put into each page, such as a comment."""
 
     def __post_init__(self) -> None:
         """Sort the keys and render each row once."""
@@ -105,7 +110,7 @@ class KeySpace:
             '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>dumps</Name>'
             f"<Prefix>{escape(quote(prefix))}</Prefix><KeyCount>{len(rows)}</KeyCount><MaxKeys>{most}</MaxKeys>"
             f"<EncodingType>url</EncodingType><IsTruncated>{str(more).lower()}</IsTruncated>{following}"
-            f"{''.join(rows)}</ListBucketResult>"
+            f"{''.join(rows)}{self.oddity}</ListBucketResult>"
         ).encode()
 
 
@@ -141,6 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(self.space.latency_seconds)
         if not key:
             query = {k: v[0] for k, v in parse_qs(address.query, keep_blank_values=True).items()}
+            if self.space.held is not None and query.get("prefix", "").startswith(self.space.held):
+                self.space.release.wait()
             return self._answer(200, self.space.page(query))
         body = self.space.bodies.get(key)
         if body is None:
@@ -170,6 +177,7 @@ def serving(space: KeySpace) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
+        space.release.set()
         server.shutdown()
         server.server_close()
         thread.join()
