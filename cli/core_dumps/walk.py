@@ -11,6 +11,7 @@ import string
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from core_dump_collector import corefile
@@ -52,6 +53,8 @@ class Walk:
         self._segments = template.split("/")
         self._pattern = _pattern(template)
         self._first, self._last = _dates(query)
+        self._places_in_name = any(f"{{{place}}}" in self._segments[-1] for place in _PLACES)
+        self._places = lru_cache(maxsize=1024)(self._find_places)
         self.listed = 0
         """Names seen so far."""
 
@@ -187,6 +190,11 @@ class Walk:
         record = _RECORD.fullmatch(last)
         timestamp = int(record["timestamp"]) if record else row.modified_seconds
         return Dump(key, size, timestamp, has_sidecar, named)
+
+    def _find_places(self, key: str) -> dict[str, Value]:
+        """Return what the folders of a key say, the same for all in one."""
+        match = self._pattern.fullmatch(key, len(self._prefix))
+        return {k: v for k, v in match.groupdict().items() if k in _PLACES} if match else {}
 
 
 def _newest_first(dumps: list[Dump]) -> list[Dump]:
