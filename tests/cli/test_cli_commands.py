@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from tests.support.s3 import keys_in
+from tests.support.s3 import haproxy, keys_in
 
 from core_dumps import match, when
 from core_dumps.errors import UsageError
@@ -142,6 +142,21 @@ def test_rm_deletes_what_was_named_and_only_after_a_yes(filled):
     assert filled.run("rm", "--node", "n1", "--yes", code=1).stdout == ""
 
 
+def test_rm_asks_on_a_terminal_and_deletes_singly_where_the_store_knows_no_batches(filled, tmp_path):
+    text = on_terminal(filled, "rm", "--node", "n1", answer=b"n\n")
+    assert "Delete 4 dumps?" in text
+    assert "nothing was deleted" in text
+    assert len(filled.json()) == 12
+    rule = "http-request return status 501 if { method POST }"
+    with haproxy(tmp_path, filled.server, rule) as proxy:
+        filled.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
+        done = filled.run("rm", "--node", "n1", "--yes", "-v")
+    assert "deleted 4" in done.stdout
+    assert "8 DeleteObject," in done.stderr
+    del filled.environ["AWS_ENDPOINT_URL_S3"]
+    assert {row["node"] for row in filled.json()} == {"n0", "n2"}
+
+
 def test_output_to_nowhere_ends_with_a_line_or_in_silence(filled):
     with open("/dev/full", "w") as full:
         done = filled.run("list", code=1, capture_output=False, stdout=full, stderr=subprocess.PIPE)
@@ -153,14 +168,15 @@ def test_output_to_nowhere_ends_with_a_line_or_in_silence(filled):
     assert done.stderr == ""
 
 
-def on_terminal(cli, *arguments):
-    """Return what the command writes to a terminal."""
+def on_terminal(cli, *arguments, answer=b""):
+    """Return what the command writes to a terminal, at which somebody types an answer."""
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "core_dumps.cli", *arguments]
     with subprocess.Popen(
-        command, env=cli.variables() | {"TERM": "xterm"}, stdout=slave, stderr=slave
+        command, env=cli.variables() | {"TERM": "xterm"}, stdin=slave, stdout=slave, stderr=slave
     ) as process:
         os.close(slave)
+        os.write(master, answer)
         text = b""
         while True:
             try:
