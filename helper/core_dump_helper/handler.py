@@ -47,11 +47,15 @@ class Handler:
         """Leave the root cgroup for the prepared one, and keep the buffer below half of its memory."""
         try:
             write_file(path + "/cgroup.procs", b"0")
-            limit = read_file(path + "/memory.max", 32).strip()
-            if limit.isdigit():
-                self.settings.BUFFER_BYTES = min(self.settings.BUFFER_BYTES, int(limit) // 2)
         except OSError as error:
             log("CGROUP %a: %s" % (path, error.strerror))
+        for name in ("/memory.max", "/memory.limit_in_bytes"):  # version 2, version 1
+            try:
+                limit = read_file(path + name, 32).strip()
+            except OSError:
+                continue
+            if limit.isdigit():
+                self.settings.BUFFER_BYTES = min(self.settings.BUFFER_BYTES, int(limit) // 2)
 
     def run(self) -> None:
         """Admit, stream, publish; raises Refused, OSError."""

@@ -24,7 +24,7 @@ def log(text: str, priority: int = 4) -> None:
     except OSError:
         pass
     try:
-        write_file("/dev/kmsg", b"<%d>%s" % (24 + priority, line))
+        write_file("/dev/kmsg", b"<%d>%s\n" % (24 + priority, line))
     except OSError:
         try:
             import syslog

@@ -64,8 +64,8 @@ class Station:
 
     def start(self, *arguments, name="app", **how):
         """Start the helper; feed its `stdin`."""
-        how = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE} | how
-        return subprocess.Popen(self.command(*arguments, name=name), env={}, cwd="/", **how)
+        how = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "env": {}} | how
+        return subprocess.Popen(self.command(*arguments, name=name), cwd="/", **how)
 
     def run(self, core, *arguments, name="app", **how):
         """Feed a core to the helper; return what it logged."""

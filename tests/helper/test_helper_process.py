@@ -1,3 +1,5 @@
+import ast
+import contextlib
 import fcntl
 import gzip
 import os
@@ -7,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -31,6 +34,13 @@ def small_disk(station):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=0700", "none", station.watch_dir], check=True)
     yield station
     subprocess.run(["umount", "-l", station.watch_dir], check=True)
+
+
+COMPRESS = (
+    "import zlib\nz = zlib.compressobj(1, 8, 31)\n"
+    "while data := os.read(0, 1 << 20): os.write(1, z.compress(data))\nos.write(1, z.flush())"
+)
+"""What pigz does."""
 
 
 def script(path, text):
@@ -215,6 +225,34 @@ def test_file_size_limit_leaves_a_shorter_valid_dump(station):
     assert station.attributes()["truncated"] == "disk_full"
 
 
+QUOTA = r"""
+#include <errno.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+ssize_t write(int fd, const void *data, size_t size) {
+    struct stat status;
+    if (!fstat(fd, &status) && S_ISREG(status.st_mode)) {
+        off_t left = (2 << 20) - lseek(fd, 0, SEEK_CUR);
+        if (left <= 0) { errno = EDQUOT; return -1; }
+        size = size > left ? left : size;
+    }
+    return syscall(SYS_write, fd, data, size);
+}
+"""
+"""A quota of 2 MiB: local file systems spare root, those of a network do not."""
+
+
+def test_quota_that_is_met_leaves_a_shorter_valid_dump(station, tmp_path):
+    (tmp_path / "quota.c").write_text(QUOTA)
+    library = kernel.build(tmp_path / "quota.c", tmp_path / "quota.so", "-shared", "-fPIC")
+    core = elf(NOISE)
+    assert "Disk quota exceeded" in station.run(core, env={"LD_PRELOAD": str(library)})
+    assert core.startswith(station.core())
+    assert len(station.core()) >= MIB
+    assert station.attributes()["truncated"] == "disk_full"
+
+
 @needs_root
 def test_dump_that_would_leave_too_little_room_is_cut_or_refused(small_disk):
     small_disk.settings = {"KEEP_FREE_PERCENT": 50, "COMPRESSOR": "none"}
@@ -233,6 +271,16 @@ def test_dump_is_refused_when_too_much_waits(station):
     assert "max_total_bytes" in station.run(elf(b"core"))
     assert station.names() == ["core-other"]
     assert [record["reason"] for record in station.records()] == ["max_total_bytes"]
+
+
+def test_dump_that_makes_too_much_wait_is_cut_while_it_is_written(station):
+    station.settings = {"MAX_TOTAL_BYTES": 8 * MIB, "COMPRESSOR": "none", "BUFFER_BYTES": 0}
+    core = elf(NOISE * (80 * MIB // len(NOISE)))
+    station.run(core)
+    kept = station.dump().read_bytes()
+    assert core.startswith(kept)
+    assert 8 * MIB < len(kept) < 48 * MIB
+    assert station.attributes()["truncated"] == "max_total_bytes"
 
 
 def test_first_dumps_of_a_crash_loop_are_kept_and_the_rest_counted(station):
@@ -505,9 +553,7 @@ def test_closed_descriptors_do_not_let_text_into_the_dump(station, tmp_path):
         "sys.stderr and sys.stderr.flush()\n"
         "fds = sorted(os.listdir('/proc/self/fd'))\n"
         f"open({str(tmp_path / 'fds')!r}, 'w').write(' '.join(fds))\n"
-        f"open({str(tmp_path / 'environ')!r}, 'w').write(repr(dict(os.environ)))\n"
-        "import zlib\nz = zlib.compressobj(1, 8, 31)\n"
-        "while data := os.read(0, 1 << 20): os.write(1, z.compress(data))\nos.write(1, z.flush())",
+        f"{COMPRESS}",
     )
 
     def as_the_kernel_does():
@@ -517,8 +563,19 @@ def test_closed_descriptors_do_not_let_text_into_the_dump(station, tmp_path):
     station.run(elf(NOISE), preexec_fn=as_the_kernel_does)
     assert station.core() == elf(NOISE)
     assert (tmp_path / "fds").read_text().split() == ["0", "1", "2", "3"]  # 3 is the listing itself
-    environ = eval((tmp_path / "environ").read_text())
-    assert environ.keys() <= {"PATH", "LC_CTYPE"}
+
+
+def test_compressor_has_a_fixed_environment_whatever_ours_is(station, tmp_path):
+    station.settings = {"COMPRESSOR": "pigz"}
+    told = tmp_path / "environ"
+    station.pigz = script(
+        tmp_path / "pigz", f"open({str(told)!r}, 'w').write(repr(dict(os.environ)))\n{COMPRESS}"
+    )
+    station.run(elf(NOISE), env={"PIGZ": "--bogus", "PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path)})
+    assert station.core() == elf(NOISE)
+    environ = ast.literal_eval(told.read_text())
+    environ.pop("LC_CTYPE", None)  # Python's own
+    assert environ == {"PATH": "/usr/bin:/bin"}
 
 
 def test_attributes_fit_into_one_block_whatever_the_process_is_called(station):
@@ -661,6 +718,82 @@ def test_missing_cgroup_is_logged_and_the_dump_taken(station):
     station.settings = {"CGROUP": "/sys/fs/cgroup/no-such"}
     assert "CGROUP" in station.run(elf(b"core"))
     assert station.core() == elf(b"core")
+
+
+@pytest.fixture
+def memory_cgroup():
+    """A cgroup of 64 MiB, of either version, that tells how often its limit has killed."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    old = next((Path(m[1]) for m in mounts if m[2] == "cgroup" and "memory" in m[3].split(",")), None)
+    root = old or next((Path(m[1]) for m in mounts if m[2] == "cgroup2"), None)
+    if root is None or os.geteuid() != 0:
+        pytest.skip("needs a memory cgroup and root: sudo make test")
+    path = root / f"core-dump-test-{os.getpid()}"
+    path.mkdir()
+    try:
+        (path / ("memory.limit_in_bytes" if old else "memory.max")).write_text(str(64 * MIB))
+    except OSError:
+        path.rmdir()
+        pytest.skip("needs the memory controller in the root cgroup")
+    yield path, path / ("memory.oom_control" if old else "memory.events")
+    wait_until(lambda: not (path / "cgroup.procs").read_text())
+    path.rmdir()
+
+
+SLOW = (
+    "import zlib\nz = zlib.compressobj(1, 8, 31)\nwhile data := os.read(0, 1 << 20):\n"
+    "    time.sleep(0.01)\n    os.write(1, z.compress(data) + z.flush(2))\nos.write(1, z.flush())"
+)
+"""A compressor that is slower than any kernel writes."""
+
+
+def test_buffer_never_gets_the_helper_killed_by_the_limit_of_its_cgroup(station, tmp_path, memory_cgroup):
+    path, events = memory_cgroup
+    station.settings = {"COMPRESSOR": "pigz", "CGROUP": path, "BUFFER_BYTES": 1 << 30}
+    station.pigz = script(tmp_path / "pigz", SLOW)
+    core = elf(bytes(128 * MIB))
+    with station.start(stderr=subprocess.DEVNULL) as process:
+        process.communicate(core, timeout=60)
+        assert process.returncode == 0
+    assert "truncated" not in station.attributes()
+    assert station.core() == core
+    assert "oom_kill 0" in events.read_text()
+
+
+def test_helper_killed_for_memory_keeps_as_much_with_a_buffer_as_without(station, tmp_path):
+    station.pigz = script(tmp_path / "pigz", SLOW)
+    core = elf(NOISE * 8)
+    kept = {}
+    for buffer_bytes in (0, 1 << 30):
+        station.settings = {"COMPRESSOR": "pigz", "BUFFER_BYTES": buffer_bytes}
+        with station.start(stderr=subprocess.DEVNULL) as process:
+            feeder = threading.Thread(target=feed, args=(process.stdin, core))
+            feeder.start()
+            wait_until(lambda: station.names() and station.dump().stat().st_size > 4 * MIB)
+            time.sleep(0.3)  # what the slow compressor does meanwhile is what is compared
+            process.kill()
+            feeder.join()
+        partial = station.dump()
+        wait_until(lambda path=partial: unlocked(path), 10, "the compressor to end")
+        kept[buffer_bytes] = len(zlib.decompressobj(31).decompress(partial.read_bytes()))
+        partial.unlink()
+    assert kept[1 << 30] > 0.75 * kept[0] > 3 * MIB
+
+
+def feed(pipe, data):
+    """Write all of it, or as much as somebody reads."""
+    with contextlib.suppress(BrokenPipeError), pipe:
+        pipe.write(data)
+
+
+def unlocked(path):
+    """Say whether nobody writes to a partial any more."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 @pytest.mark.parametrize("compressor", ["isal", "gzip", "none"])

@@ -127,6 +127,25 @@ def test_container_is_seen_from_outside(node):
     assert found["exe"] == os.fsencode(node.program)
 
 
+def test_namespace_of_the_attacker_gives_the_helper_neither_programs_nor_places(node):
+    evil, ran = node.directory / "evil", node.directory / "ran"
+    evil.mkdir()
+    program = evil / "program"
+    program.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    program.chmod(0o755)
+    (evil / "w").mkdir(mode=0o700)
+    places = ["/usr/bin/pigz", str(Path(sys.executable).resolve()), str(node.directory / "core-dump-helper")]
+    binds = [f"mount --bind {program} {place}" for place in places]
+    binds.append(f"mount --bind {evil / 'w'} {node.watch_dir}")
+    inside = (*("unshare", "--mount", "sh", "-c"), " && ".join([*binds, 'exec "$@"']), "sh")
+    with node.installed(COMPRESSOR="pigz"):
+        node.crash(before=inside)
+    assert core_of(node.dump()).startswith(b"\x7fELF")
+    assert attributes(node.dump())["compressor"] == b"pigz"
+    assert not ran.exists()
+    assert list((evil / "w").iterdir()) == []
+
+
 def test_user_namespace_does_not_change_who_crashed(node):
     os.chmod(node.directory, 0o755)
     user = (

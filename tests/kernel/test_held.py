@@ -1,0 +1,103 @@
+"""How long a crashed process is held when the helper cannot do its work: real crashes, real faults."""
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from tests.support import kernel
+
+MEGABYTES = 48
+DEADLINE_SECONDS = 2
+"""Of the helper; what hangs holds the process no longer than this, and what fails holds it not at all."""
+SPARE_SECONDS = 4.0
+"""For a busy machine."""
+
+
+def messages():
+    """Return the lines of the kernel log, each with its time."""
+    return subprocess.check_output(["dmesg"], text=True, errors="replace").splitlines()
+
+
+@pytest.fixture
+def kernel_log():
+    """Return what the kernel log has said since the test began."""
+    before = set(messages())
+    return lambda: "\n".join(line for line in messages() if line not in before)
+
+
+@contextlib.contextmanager
+def mounted(node, *options):
+    """Mount a file system over the watch directory for a while."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "none", node.watch_dir], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", node.watch_dir], check=True)
+
+
+@contextlib.contextmanager
+def full_disk(node):
+    with mounted(node, "size=4m", "mode=0700"):
+        yield "what it wrote is in"
+
+
+@contextlib.contextmanager
+def read_only_file_system(node):
+    with mounted(node, "ro", "mode=0700"):
+        yield "Read-only file system"
+
+
+@contextlib.contextmanager
+def directory_gone(node):
+    shutil.rmtree(node.watch_dir)
+    yield "No such file or directory"
+    node.watch_dir.mkdir(mode=0o700)
+
+
+@contextlib.contextmanager
+def pigz_that(node, does):
+    program = node.directory / "pigz"
+    program.write_text(f"#!{sys.executable} -IS\nimport os, time\n{does}\n")
+    program.chmod(0o755)
+    module = node.directory / "core_dump_helper/compress.py"
+    kernel.replace(module, "\nPIGZ = ", f"\nPIGZ = ({str(program)!r},)\nOLD_PIGZ = ")
+    yield "what it wrote is in"
+
+
+def pigz_dies(node):
+    return pigz_that(node, "os.read(0, 1 << 20); os.kill(os.getpid(), 9)")
+
+
+def pigz_hangs(node):
+    return pigz_that(node, "time.sleep(600)")
+
+
+@contextlib.contextmanager
+def pigz_missing(node):
+    kernel.replace(node.directory / "core_dump_helper/compress.py", "\nPIGZ = ", "\nPIGZ = ()\nOLD_PIGZ = ")
+    yield "pigz does not work"
+
+
+def held_seconds(node):
+    """Crash a process; return how long it took from the signal, and its start, to its end."""
+    started = time.monotonic()
+    kernel.crash(node.program, 11, megabytes=MEGABYTES, kind="random")
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    "fault", [full_disk, read_only_file_system, directory_gone, pigz_missing, pigz_dies, pigz_hangs]
+)
+def test_failing_helper_holds_the_process_no_longer_than_its_deadline(
+    node, fault, kernel_log, record_property
+):
+    settings = {"COMPRESSOR": "pigz", "BUFFER_BYTES": 0, "DEADLINE_SECONDS": DEADLINE_SECONDS}
+    with node.installed(**settings), fault(node) as told:
+        held = held_seconds(node)
+        node.settle()
+        assert told in kernel_log(), "a line without its end is shown only when the next one comes"
+    record_property("held_seconds", round(held, 2))
+    assert held < DEADLINE_SECONDS + SPARE_SECONDS
