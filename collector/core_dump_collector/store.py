@@ -18,6 +18,7 @@ from core_dump_collector import faults
 from core_dump_collector.errors import RetryableError
 from core_dump_collector.jobs import RetryReason
 from core_dump_collector.sidecar import encode_crc32
+from core_dump_collector.smallput import SmallPut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -82,6 +83,7 @@ class Store:
     def __init__(self, client: S3Client, settings: Settings) -> None:
         """Remember what goes with every request."""
         self._client = client
+        self._put_small = SmallPut(client)
         self._bucket = settings.bucket
         self.sends_checksums = settings.checksum == "when_supported"
         self.conditional = True
@@ -107,11 +109,12 @@ class Store:
         Raises:
             TakenError, UnconditionalStoreError, RetryableError, PermanentError
         """
+        body = part.body()
         answer = self._call(
-            self._client.put_object,
+            self._put_small if isinstance(body, bytes) else self._client.put_object,
             part,
             Key=key,
-            Body=part.body(),
+            Body=body,
             **self._checksum(crc32),
             **self._condition(),
             **self._object,
@@ -245,7 +248,7 @@ class Store:
     def _put_document(self, key: str, document: bytes) -> None:
         headers = {"ContentType": "application/json", **self._condition(), **self._object}
         checksum = self._checksum(zlib.crc32(document))
-        etag_of(self._call(self._client.put_object, None, Key=key, Body=document, **checksum, **headers))
+        etag_of(self._call(self._put_small, None, Key=key, Body=document, **checksum, **headers))
 
     def delete(self, key: str) -> bool:
         """Delete an object; False when that is not allowed."""

@@ -80,14 +80,15 @@ class Transfer:
         Raises:
             RetryableError, PermanentError, OSError
         """
-        keys = [corefile.with_copy(wanted_key, copy) for copy in range(MOST_COPIES)]
         self._drop_stale_attempt()
-        before = self._before
-        if before is not None and before.key in keys:
-            if before.state == State.STORED:
+        before, first = self._before, 0
+        if before is not None:
+            keys = [corefile.with_copy(wanted_key, copy) for copy in range(MOST_COPIES)]
+            if before.key in keys and before.state == State.STORED:
                 return StoredObject(before.key, before.size, before.crc32), Outcome.ALREADY_STORED
-            keys = keys[keys.index(before.key) :]
-        for key in keys:
+            first = keys.index(before.key) if before.key in keys else 0
+        for copy in range(first, MOST_COPIES):
+            key = corefile.with_copy(wanted_key, copy)
             try:
                 return self._send(key)
             except CollisionError:
@@ -95,7 +96,7 @@ class Transfer:
             except BlindError as error:
                 self._blind = True
                 return self._send(corefile.with_copy(wanted_key, 1000 + error.crc32 % 9000))
-        raise RetryableError(RetryReason.SERVER, f"{len(keys)} keys are taken by other dumps of this name")
+        raise RetryableError(RetryReason.SERVER, f"{MOST_COPIES} keys are taken by other dumps of this name")
 
     def _drop_stale_attempt(self) -> None:
         """Forget an attempt at what the file held before it was written to again."""

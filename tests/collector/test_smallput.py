@@ -1,0 +1,144 @@
+"""Small bodies go past most of botocore: what arrives must be what botocore itself would have sent."""
+
+import contextlib
+import dataclasses
+import http.server
+import threading
+
+import boto3
+import pytest
+from botocore.config import Config
+from botocore.exceptions import ClientError, EndpointConnectionError
+from tests.support.s3 import BUCKET
+
+from core_dump_collector.smallput import SmallPut
+
+OWN = {
+    "amz-sdk-invocation-id",
+    "amz-sdk-request",
+    "authorization",
+    "expect",
+    "user-agent",
+    "x-amz-date",
+    "x-amz-sdk-checksum-algorithm",
+}
+"""Headers that differ from one request to the next, tell botocore's tries apart, or ask to wait with the body."""
+PARAMETERS = {
+    "Body": b"core" * 100,
+    "ChecksumCRC32": "AAAAAA==",
+    "IfNoneMatch": "*",
+    "ContentType": "application/gzip",
+    "Metadata": {"pid": "7", "comm": "a b"},
+    "StorageClass": "STANDARD_IA",
+    "ServerSideEncryption": "aws:kms",
+    "SSEKMSKeyId": "alias/dumps",
+    "Tagging": "team=core&a=b%20c",
+    "ExpectedBucketOwner": "123456789012",
+}
+DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>no</Message></Error>"
+
+
+class Recorder(http.server.BaseHTTPRequestHandler):
+    """Remembers every request and gives the answers that the test has prepared, then 200."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_PUT(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.seen.append(
+            (self.path, {name.lower(): value for name, value in self.headers.items()}, body)
+        )
+        status, content = self.server.answers.pop(0) if self.server.answers else (200, b"")
+        self.send_response(status)
+        self.send_header("ETag", '"0123456789abcdef0123456789abcdef"')
+        self.send_header("x-amz-checksum-crc32", "AAAAAA==")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def store():
+    """A server that records."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Recorder) as server:
+        server.seen, server.answers = [], []
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def client(store):
+    """A client of that server."""
+    with contextlib.closing(
+        boto3.client(
+            "s3",
+            endpoint_url=f"http://127.0.0.1:{store.server_port}",
+            region_name="eu-central-1",
+            aws_access_key_id="AK",
+            aws_secret_access_key="SK",
+            aws_session_token="TOKEN",
+            config=Config(retries={"total_max_attempts": 1}),
+        )
+    ) as made:
+        yield made
+
+
+def signed_headers(headers):
+    """Return the names under the signature."""
+    return set(headers["authorization"].split("SignedHeaders=")[1].split(",")[0].split(";"))
+
+
+@pytest.mark.parametrize("key", ["node/core-a-1-2-3.gz", "p r/e+f=i~x/ü&?#%2F.json", "a//b/../c"])
+def test_request_is_the_one_that_botocore_sends(store, client, key):
+    put = SmallPut(client)
+    first = put(Bucket=BUCKET, Key=key, **PARAMETERS)
+    second = put(Bucket=BUCKET, Key=key, **PARAMETERS)
+    (path, headers, body), (own_path, own_headers, own_body) = store.seen
+    assert (own_path, own_body) == (path, body)
+    assert {n: v for n, v in own_headers.items() if n not in OWN} == {
+        n: v for n, v in headers.items() if n not in OWN
+    }
+    assert own_headers["user-agent"].split(" m/")[0] == headers["user-agent"].split(" m/")[0]
+    assert signed_headers(own_headers) >= signed_headers(headers) - OWN
+    assert {name: first[name] for name in second} == second
+    assert set(second) == {"ETag", "ChecksumCRC32"}
+
+
+def test_error_is_the_clients_and_the_next_request_asks_the_client_again(store, client):
+    put = SmallPut(client)
+    put(Bucket=BUCKET, Key="a", Body=b"1")
+    store.answers.append((403, DENIED))
+    with pytest.raises(ClientError) as refused:
+        put(Bucket=BUCKET, Key="b", Body=b"2")
+    assert refused.value.response["Error"]["Code"] == "AccessDenied"
+    assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] == 403
+    for body in (b"3", b"4"):
+        put(Bucket=BUCKET, Key="c", Body=body)
+    assert [("amz-sdk-invocation-id" in headers) for _, headers, _ in store.seen] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_pattern_of_one_bucket_is_not_used_for_another(store, client):
+    put = SmallPut(client)
+    for bucket in (BUCKET, "other"):
+        put(Bucket=bucket, Key="k", Body=b"")
+    assert [path for path, _, _ in store.seen] == [f"/{BUCKET}/k", "/other/k"]
+
+
+def test_store_that_is_gone_is_an_error_of_the_network(store, client):
+    put = SmallPut(client)
+    put(Bucket=BUCKET, Key="k", Body=b"")
+    put._pattern = dataclasses.replace(put._pattern, url="http://127.0.0.1:1/")
+    with pytest.raises(EndpointConnectionError):
+        put(Bucket=BUCKET, Key="k", Body=b"")
