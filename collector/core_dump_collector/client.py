@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401  the first connection would import it
 from typing import TYPE_CHECKING, Any
 
 import boto3
-import botocore
-import botocore.session
 from botocore.config import Config
+from botocore.exceptions import BotoCoreError
 
 from core_dump_collector import __version__
 
 if TYPE_CHECKING:
-    from botocore.loaders import Loader
     from mypy_boto3_s3 import S3Client
 
     from core_dump_collector.config import Settings
@@ -22,31 +21,49 @@ SENDERS = 2
 as many parts want to stay in the page cache: with two, a limit of 128 MiB of memory is not even touched."""
 
 
-def _warm() -> Loader:
-    """Load what every S3 client needs, once, before the workers are forked from this process."""
-    session = botocore.session.Session()
-    unsigned = Config(signature_version=botocore.UNSIGNED)
-    session.create_client("s3", region_name="us-east-1", config=unsigned).close()
-    loader: Loader = session.get_component("data_loader")
-    return loader
+class _WarmError(Exception):
+    """A request was made ready, which is all that was wanted."""
 
 
-_LOADER = _warm()
+def _stop(**_: object) -> None:
+    raise _WarmError
+
+
+def _warm() -> list[boto3.Session]:
+    """Go the way of a request up to its sending, once: workers forked from this process share what that loads."""
+    try:
+        session = boto3.Session()
+        client = session.client(
+            "s3",
+            region_name="us-east-1",
+            aws_access_key_id="none",  # or credentials would be looked for
+            aws_secret_access_key="none",  # noqa: S106
+        )
+        client.meta.events.register("before-send.s3.PutObject", _stop)
+        client.put_object(Bucket="bucket", Key="key", Body=b"")
+    except _WarmError:
+        return [session]
+    except (BotoCoreError, ValueError):  # a profile that does not exist, say: the first job will tell
+        return []
+    raise AssertionError("a request was sent")
+
+
+_WARM = _warm()
+"""A session for the first client; later ones read credentials and profiles anew."""
 
 
 def make_client(settings: Settings) -> S3Client:
     """Return a client. Endpoint, region and credentials come from where boto3 looks for them."""
-    client = _make_client(settings, sign_payload=None)
+    session = _WARM.pop() if _WARM else boto3.Session()
+    client = _make_client(session, settings, sign_payload=None)
     if settings.checksum == "when_required" or not client.meta.endpoint_url.startswith("https:"):
         return client
     client.close()
     # TLS and a checksum header protect the body: hashing it once more for the signature would double the CPU.
-    return _make_client(settings, sign_payload=False)
+    return _make_client(session, settings, sign_payload=False)
 
 
-def _make_client(settings: Settings, *, sign_payload: bool | None) -> S3Client:
-    session = botocore.session.Session()
-    session.register_component("data_loader", _LOADER)
+def _make_client(session: boto3.Session, settings: Settings, *, sign_payload: bool | None) -> S3Client:
     s3: dict[str, Any] = {"addressing_style": settings.addressing_style}
     if sign_payload is not None:
         s3["payload_signing_enabled"] = sign_payload
@@ -61,4 +78,4 @@ def _make_client(settings: Settings, *, sign_payload: bool | None) -> S3Client:
         tcp_keepalive=True,
         user_agent_extra=f"core-dump-handler/{__version__}",
     )
-    return boto3.Session(botocore_session=session).client("s3", config=config)
+    return session.client("s3", config=config)

@@ -15,6 +15,7 @@ from botocore.exceptions import (
     HTTPClientError,
     NoCredentialsError,
     PartialCredentialsError,
+    ProfileNotFound,
     ProxyConnectionError,
     SSOError,
     TokenRetrievalError,
@@ -51,6 +52,7 @@ _NOTHING_STORED = frozenset({"SlowDown", "ServiceUnavailable"})
 _NO_CREDENTIALS = (
     NoCredentialsError,
     PartialCredentialsError,
+    ProfileNotFound,
     CredentialRetrievalError,
     TokenRetrievalError,
     SSOError,
@@ -79,7 +81,7 @@ def translate(error: ClientError | BotoCoreError) -> RetryableError | PermanentE
         return RetryableError(RetryReason.NETWORK, detail)
     if isinstance(error, HTTPClientError | ConnectionError):
         return RetryableError(RetryReason.NETWORK, detail, outcome_unknown=True)
-    # An answer that cannot be parsed, a parameter that boto3 refuses, a profile that does not exist, ...
+    # An answer that cannot be parsed, a parameter that boto3 refuses, ...
     return RetryableError(RetryReason.SERVER, detail, outcome_unknown=True)
 
 

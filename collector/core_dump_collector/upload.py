@@ -12,7 +12,9 @@ import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from core_dump_collector import attempt, corefile, dumpfile, fingerprint, sidecar, source
+from botocore.exceptions import BotoCoreError
+
+from core_dump_collector import attempt, corefile, dumpfile, faults, fingerprint, sidecar, source
 from core_dump_collector.client import make_client
 from core_dump_collector.errors import ConfigError, PermanentError, RetryableError
 from core_dump_collector.jobs import Document, Job, Outcome, RetryReason, UploadResult
@@ -100,7 +102,11 @@ class _Connection:
     def store(self, settings: Settings) -> Store:
         if self._open is None or self._open[0] != settings:
             self.close()
-            self._open = (settings, Store(make_client(settings), settings))
+            try:
+                client = make_client(settings)
+            except BotoCoreError as error:
+                raise faults.translate(error) from error
+            self._open = (settings, Store(client, settings))
         return self._open[1]
 
     def close(self) -> None:

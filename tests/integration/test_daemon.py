@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -9,6 +10,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
+from pathlib import Path
 
 import pytest
 from tests.support import s3
@@ -76,6 +79,49 @@ def test_worker_killed_in_mid_upload_costs_nothing(seaweed, bucket, watch_dir, t
     assert dumps_in(bucket) == {"node-1/core-big-1700000000-1-6.gz"}
     assert gzip.decompress(s3.body_of(bucket, "node-1/core-big-1700000000-1-6.gz"))[: len(content)] == content
     assert s3.unfinished_multiparts(bucket) == []
+
+
+@contextlib.contextmanager
+def killing_whoever_opens(path, collector):
+    """Do as the OOM killer to the worker that has a file open, again and again; yield how often."""
+    killed, done = [], threading.Event()
+
+    def kill():
+        while not done.wait(0.005):
+            for pid in collector.workers():
+                with contextlib.suppress(OSError):
+                    if any(os.readlink(fd) == str(path) for fd in Path(f"/proc/{pid}/fd").iterdir()):
+                        os.kill(pid, signal.SIGKILL)
+                        killed.append(pid)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_file_that_kills_its_worker_each_time_stays_and_holds_up_no_other(
+    seaweed, bucket, watch_dir, tmp_path
+):
+    poison = watch_dir / "core-poison-1700000000-1-6.gz"
+    with (
+        slow_proxy(seaweed.endpoint) as endpoint,
+        running(
+            watch_dir, seaweed.environ() | {"AWS_ENDPOINT_URL_S3": endpoint}, tmp_path, "--retry-seconds", "1"
+        ) as collector,
+    ):
+        with killing_whoever_opens(poison, collector) as killed:
+            put_dump(watch_dir, poison.name, os.urandom(40 * 1024 * 1024))
+            wait_until(lambda: len(killed) >= 2, 30, "two kills")
+            for name in names(0, 20):
+                put_dump(watch_dir, name)
+            wait_until(lambda: list(watch_dir.glob("core*")) == [poison], 60, "all others to go")
+        assert collector.metric('core_dump_retries_total{reason="worker_died"}') >= len(killed) >= 2
+        wait_until(lambda: not poison.exists(), 60, "the file that kills nobody any more")
+    assert dumps_in(bucket) == {f"node-1/{name}" for name in [*names(0, 20), poison.name]}
 
 
 def test_sigterm_in_mid_upload_ends_in_time_and_the_next_start_finishes(seaweed, bucket, watch_dir, tmp_path):

@@ -390,6 +390,13 @@ def test_without_credentials_the_reason_is_credentials(bucket, dump, seaweed):
         assert send(dump.path).outcome == Outcome.UPLOADED
 
 
+def test_profile_that_does_not_exist_is_told_and_retried(seaweed, bucket, dump):
+    with connected(seaweed.environ(), AWS_PROFILE="nowhere"):
+        result = send(dump(SMALL))
+    assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.CREDENTIALS)
+    assert "nowhere" in result.detail
+
+
 def test_credentials_renewed_in_the_environment_are_taken_up(seaweed, bucket, dump, monkeypatch):
     with connected(seaweed.environ(s3.Keys("AKADMIN", "expired"))):
         assert send(dump(SMALL)).retry_reason == RetryReason.CREDENTIALS
