@@ -31,6 +31,7 @@ from tests.torture.crashes import Crash, compile_crasher, fault_in, unpack
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+IMPATIENT = ("--retry-seconds", "1", "--shutdown-seconds", "5")
 FAULTS = (
     ("http-request return status 503 content-type application/xml file {slow} if {{ rand(100) lt 40 }}",),
     ("http-request return status 500 content-type application/xml file {slow} if {{ method PUT POST }}",),
@@ -74,7 +75,7 @@ class Torture:
         """Kill helpers or compressors that run now."""
         time.sleep(self.dice.random() * 0.06)
         what = self.dice.choice(("helper", "pigz"))
-        for pid in helper_pids():
+        for pid in helper_pids(self.watch_dir.parent):
             if (what == "pigz") == ("pigz" in command_of(pid)):
                 with contextlib.suppress(ProcessLookupError):
                     self.harmed.add(crashed_pid(pid))
@@ -101,13 +102,16 @@ class Torture:
         return False
 
 
-def helper_pids() -> Iterator[int]:
-    """Yield helpers and their compressors: they descend from kernel threads and have no session of ours."""
+def helper_pids(scratch: Path) -> Iterator[int]:
+    """Yield our helpers and their compressors: they descend from kernel threads and have no session of ours."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             command = command_of(int(entry.name))
-            if "core-dump-helper" in command or command.startswith(("pigz", "/usr/bin/pigz")):
-                yield int(entry.name)
+            if f"{scratch}/core-dump-helper" in command or "pigz" in command.split(" ", 1)[0]:
+                with contextlib.suppress(OSError):
+                    ours = os.readlink(entry / "fd/1") if "pigz" in command else str(scratch)
+                    if ours.startswith(str(scratch)):
+                        yield int(entry.name)
 
 
 def crashed_pid(pid: int) -> int:
@@ -130,7 +134,7 @@ def rage(torture: Torture, proxy: s3.Haproxy, environ: dict[str, str], scratch: 
     slow = proxy.body("slow.xml", s3.SLOW_DOWN)
     number = 0
     while number < torture.rounds:
-        with running(torture.watch_dir, environ, scratch, "--retry-seconds", "1") as collector:
+        with running(torture.watch_dir, environ, scratch, *IMPATIENT) as collector:
             while number < torture.rounds:
                 if torture.dice.random() < 0.05:
                     rules = torture.dice.choice((*FAULTS, ()))
@@ -180,7 +184,7 @@ def judge(torture: Torture, server: s3.S3Server) -> list[str]:
         complaints += [f"nobody crashed for {keys}" for keys in dumps.values()]
         complaints += [f"unfinished multipart upload: {k}" for k in s3.unfinished_multiparts(client)]
     complaints += [f"left in the directory: {f.name}" for f in torture.watch_dir.glob("core*")]
-    complaints += [f"still running: {pid} {command_of(pid)}" for pid in helper_pids()]
+    complaints += [f"still running: {pid} {command_of(pid)}" for pid in helper_pids(torture.watch_dir.parent)]
     sys.stdout.write(
         f"crashes {len(torture.done)}, killed {dict(torture.kills)}, in the bucket {dict(found)}\n"
     )
@@ -208,7 +212,7 @@ def torture(rounds: int, seed: int, scratch: Path) -> list[str]:
         environ = server.environ() | {"AWS_ENDPOINT_URL_S3": proxy.endpoint}
         with core_pattern(install_helper(scratch, config)):
             rage(run, proxy, environ, scratch)
-        wait_until(lambda: not list(helper_pids()), 30, "the last helper to end")
+        wait_until(lambda: not list(helper_pids(scratch)), 30, "the last helper to end")
         return judge(run, server)
 
 
