@@ -16,6 +16,7 @@ from core_dump_collector.errors import ConfigError
 from core_dumps.client import S3, Page, Row, explain
 from core_dumps.dump import MOST_SIDECAR_BYTES, SIDECAR_SUFFIX, Dump
 from core_dumps.errors import CliError, UsageError
+from core_dumps.status import Status
 from core_dumps.walk import Walk
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Bucket:
         self.requests: Counter[str] = Counter()
         self._template = template
         self._lock = threading.Lock()
+        self._status = Status()
         self._s3 = S3()
         self.client = self._s3.client
         self.client.meta.events.register("before-send.s3.*", self._count)
@@ -68,13 +70,19 @@ class Bucket:
 
     def find(self, query: Query) -> Iterator[list[Dump]]:
         """Yield the dumps that may be meant, without their sidecars, newest first, in pieces where keys allow it."""
-        return Walk(self._pages, self.prefix, self._template, query).groups()
+        try:
+            for group in Walk(self._pages, self.prefix, self._template, query).groups():
+                self._status.end()
+                yield group
+        finally:
+            self._status.end()
 
     def _pages(self, prefix: str, *, after: str = "", delimiter: str = "") -> Iterator[Page]:
         arguments = {"prefix": prefix, "start-after": after, "delimiter": delimiter}
         arguments = {name: value for name, value in arguments.items() if value}
         while True:
             page = self._page(arguments)
+            self._status.add(len(page.rows))
             yield page
             if page.next_token is None:
                 return

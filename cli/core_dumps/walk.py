@@ -55,8 +55,6 @@ class Walk:
         self._first, self._last = _dates(query)
         self._places_in_name = any(f"{{{place}}}" in self._segments[-1] for place in _PLACES)
         self._places = lru_cache(maxsize=1024)(self._find_places)
-        self.listed = 0
-        """Names seen so far."""
 
     def groups(self) -> Iterator[list[Dump]]:
         """Yield the dumps that may be meant, newest first.
@@ -155,7 +153,6 @@ class Walk:
             after, end = f"{prefix}{self._first}~" if self._first else "", f"{prefix}{self._last}~"
         rows: dict[str, Row] = {}
         for page in self._pages(prefix, after=after):
-            self.listed += len(page.rows)
             rows |= {row.key: row for row in page.rows}
             if end and page.rows and page.rows[-1].key > end:
                 break

@@ -192,7 +192,12 @@ def on_terminal(cli, *arguments, answer=b""):
 
 
 def test_colours_only_on_a_terminal_and_not_with_no_color(filled):
-    assert "\x1b[" in on_terminal(filled, "list")
+    text = on_terminal(filled, "list")
+    assert "\x1b[" in text
+    assert "24 names listed" in text, "how far the listing is"
+    assert "names listed" not in text.rpartition("\r\n")[0].split("NODE")[1], (
+        "and nothing of it among the rows"
+    )
     filled.environ["NO_COLOR"] = "1"
     assert "\x1b[3" not in on_terminal(filled, "list")
     del filled.environ["NO_COLOR"]
