@@ -32,6 +32,8 @@ QUIET_SECONDS = 60.0
 SALVAGED = corefile.SALVAGED
 """Set on a salvaged partial: its compressed stream has no end and is repaired while it is uploaded."""
 
+_SALVAGED_FLAGS = {SALVAGED: b"1", corefile.ATTRIBUTE_PREFIX + "truncated": b"salvaged"}
+"""Where they cannot be set, the sticky bit stands for them, which means nothing else on a file."""
 _OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NO_LEASE_HERE = frozenset({errno.EACCES, errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
@@ -143,10 +145,10 @@ class DumpFile:
         Of a file that others can change only the record of our own attempt, which is to be judged with that in mind.
         """
         known = corefile.ATTRIBUTE_NAMES if self.is_trusted else {corefile.ATTEMPT}
-        try:
-            return {name: os.getxattr(self.fd, name) for name in os.listxattr(self.fd) if name in known}
-        except OSError:
-            return {}
+        found = dict(_SALVAGED_FLAGS) if self.is_trusted and self._status.st_mode & stat.S_ISVTX else {}
+        with contextlib.suppress(OSError):
+            found |= {name: os.getxattr(self.fd, name) for name in os.listxattr(self.fd) if name in known}
+        return found
 
     def set_attribute(self, name: str, value: bytes) -> bool:
         """Set an attribute; False where the file system, or its space, does not allow it."""
@@ -231,9 +233,10 @@ def _publish(parent: int, fd: int, name: str) -> str | None:
         os.unlink(name, dir_fd=parent)
         log.warning("removed an abandoned partial dump: nothing in it", file=name)
         return None
-    _set_attribute(fd, SALVAGED, b"1")
-    if corefile.ATTRIBUTE_PREFIX + "truncated" not in _attribute_names(fd):
-        _set_attribute(fd, corefile.ATTRIBUTE_PREFIX + "truncated", b"salvaged")
+    names = _attribute_names(fd)
+    for flag, value in _SALVAGED_FLAGS.items():
+        if flag not in names and not _set_attribute(fd, flag, value):
+            os.fchmod(fd, stat.S_ISVTX | 0o600)
     published = rename.move(parent, name, parent, corefile.unpartial(name))
     os.fsync(parent)
     return published

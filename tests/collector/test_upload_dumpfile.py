@@ -269,7 +269,9 @@ def test_a_partial_touched_a_moment_ago_is_left_alone(watch_dir):
 
 
 @given(st.lists(st.sampled_from(["write", "swap", "delete", "truncate", "touch"]), min_size=1, max_size=6))
-@hypothesis_settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_only_the_very_file_that_was_read_is_ever_deleted(tmp_path, acts):
     path = tmp_path / NAME
     path.write_bytes(b"dump")
