@@ -33,7 +33,7 @@ class Handler:
         self.config = self.crash.get("C") or CONFIG
         self.settings = Settings(self.config)
         _signal.alarm(self.settings.DEADLINE_SECONDS + 30)  # whatever hangs, even in /proc, ends here
-        self.deadline = self.started + self.settings.DEADLINE_SECONDS
+        self.admit_until = self.started + self.settings.DEADLINE_SECONDS
         if self.crash["F"]:
             try:
                 os.set_inheritable(int(self.crash["F"]), False)
@@ -90,7 +90,7 @@ class Handler:
         if state and seconds and not state.tally(self.known, "rate_limit", int(most), int(seconds)):
             raise Refused("rate_limit", "enough of this executable, container and signal")
         slots = self.settings.MAX_CONCURRENT
-        if state and slots and not state.take_slot(slots, self.deadline):
+        if state and slots and not state.take_slot(slots, self.admit_until):
             raise Refused("no_slot", "MAX_CONCURRENT others ran all the time")
 
     def disk_limit(self, directory: int) -> str:
@@ -128,7 +128,8 @@ class Handler:
 
     def stream(self, sink: Raw | Stream | Child, directory: int, dump: int) -> tuple[str, int]:
         """Move the core into the sink; return why it is not whole (or nothing) and the length it should have."""
-        reader = Reader(self.core, self.settings, self.deadline)
+        reader = Reader(self.core, self.settings, time.monotonic() + self.settings.DEADLINE_SECONDS)
+        _signal.alarm(self.settings.DEADLINE_SECONDS + 30)  # anew: waiting for a slot shortens no dump
         head, wanted, expected, looked, failure, released = bytearray(), 64, 0, 0, "", False
         for piece in reader.chunks():
             if reader.ended and not released:  # nobody waits for the rest: give way to others

@@ -1,0 +1,29 @@
+"""What a dump that waited for its slot gets."""
+
+import fcntl
+import gzip
+import os
+import threading
+
+from tests.helper.conftest import elf
+from tests.support.collector import wait_until
+
+
+def test_waiting_for_a_slot_takes_nothing_from_the_time_that_a_dump_has(station):
+    station.settings = {"MAX_CONCURRENT": 1, "DEADLINE_SECONDS": 3}
+    station.run(elf(b"first"))
+    first, core = set(station.names()), elf(b"second" * 1000)
+    with (station.watch_dir / ".helper/slot-0").open() as slot:
+        fcntl.flock(slot, fcntl.LOCK_EX)
+        process = station.start()
+        opened = f"/proc/{process.pid}/fd"
+        wait_until(lambda: any(os.path.realpath(f"{opened}/{fd}") == slot.name for fd in os.listdir(opened)))
+        threading.Event().wait(2)  # most of what it has
+        fcntl.flock(slot, fcntl.LOCK_UN)
+    process.stdin.write(core[:1000])
+    process.stdin.flush()
+    threading.Event().wait(1.8)  # more than what would be left of it
+    _, logged = process.communicate(core[1000:], timeout=30)
+    (dump,) = (station.watch_dir / name for name in set(station.names()) - first)
+    assert "truncated" not in station.attributes(dump), logged
+    assert gzip.decompress(dump.read_bytes()) == core
