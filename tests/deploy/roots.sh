@@ -3,11 +3,11 @@
 set -eu
 cd "$(dirname "$0")/../.."
 python=${1:-python3}
-for program in debootstrap dockerd rpmbuild qemu-system-x86_64 cpio; do
+for program in debootstrap dockerd ctr ip rpmbuild qemu-system-x86_64 cpio; do
     command -v "$program" >/dev/null || missing="${missing:-} $program"
 done
 if [ -n "${missing:-}" ]; then
-    echo "missing:$missing; apt-get install debootstrap docker.io rpm qemu-system-x86 cpio" >&2
+    echo "missing:$missing; apt-get install debootstrap docker.io containernetworking-plugins iproute2 rpm qemu-system-x86 cpio" >&2
     exit 1
 fi
 [ "$(id -u)" = 0 ] || { echo "root is needed to make root file systems: sudo make ..." >&2; exit 1; }
@@ -15,9 +15,16 @@ mkdir -p .cache
 if [ ! -e .cache/python-root/ready ]; then
     rm -rf .cache/python-root
     debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates bookworm .cache/python-root >/dev/null
-    "$python" -m pip download -q --only-binary=:all: --python-version 3.11 -d .cache/python-root/wheels \
-        -r collector/requirements.txt 'hatchling>=1.26'
     touch .cache/python-root/ready
+fi
+if ! cmp -s collector/requirements.txt .cache/requirements.txt; then
+    rm -rf .cache/python-root/wheels
+    options='-q --only-binary=:all: --python-version 3.11 -d .cache/python-root/wheels'
+    # shellcheck disable=SC2086  # a list of words; two runs, since only the requirements have hashes
+    "$python" -m pip download $options -r collector/requirements.txt
+    # shellcheck disable=SC2086
+    "$python" -m pip download $options 'hatchling>=1.26'
+    cp collector/requirements.txt .cache/requirements.txt
 fi
 if [ "${2:-}" = vm ] && [ ! -e .cache/vm-root/ready ]; then
     rm -rf .cache/vm-root .cache/kernel

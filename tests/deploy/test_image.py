@@ -14,22 +14,14 @@ from tests.support import collector, deploy, docker, kernel, s3
 pytestmark = pytest.mark.skipif(
     os.environ.get("DEPLOY_TIER") != "image", reason="builds an image with Docker: make test-image"
 )
-IMAGE = "core-dump-collector:test"
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    """A Docker with the collector's image, on a Debian base since no registry is asked."""
+    """A Docker with the collector's image."""
     if not kernel.can_crash():
         pytest.skip("runs a Docker daemon, needs root: sudo make test-image")
-    root = deploy.ROOT / ".cache/python-root"
-    with docker.daemon(tmp_path_factory.mktemp("docker")) as engine:
-        archive = tmp_path_factory.mktemp("base") / "base.tar"
-        deploy.succeed("tar", "-C", root, "-cf", archive, ".")
-        engine.run("import", archive, "base:test")
-        options = ["--network=none", "--build-arg", "BASE=base:test"]
-        options += ["--build-arg", "PIP_OPTIONS=--no-index --find-links=/wheels"]
-        engine.run("build", *options, "-f", deploy.ROOT / "collector/Dockerfile", "-t", IMAGE, deploy.ROOT)
+    with docker.daemon_with_images(tmp_path_factory.mktemp("docker")) as engine:
         yield engine
 
 
@@ -52,10 +44,12 @@ def test_crash_in_one_container_is_collected_by_another(engine, node, seaweed, b
     environ = {"BUCKET_NAME": s3.BUCKET, "NODE_NAME": "node-1", "METRICS_PORT": "0", **seaweed.environ()}
     flags = [word for name, value in environ.items() for word in ("-e", f"{name}={value}")]
     hardened = ["--read-only", "--tmpfs", "/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
-    name = engine.run("run", "-d", "--network=host", *hardened, *flags, "-v", f"{node}:/core_dumps", IMAGE)
+    name = engine.run(
+        "run", "-d", "--network=host", *hardened, *flags, "-v", f"{node}:/core_dumps", docker.COLLECTOR
+    )
     try:
         crash = "sh -c 'kill -SEGV $$'; echo died of $?"
-        said = engine.run("run", "--rm", "--network=none", "--user=1234", "base:test", "sh", "-c", crash)
+        said = engine.run("run", "--rm", "--network=none", "--user=1234", docker.BASE, "sh", "-c", crash)
         assert said == "died of 139"
         collector.wait_until(lambda: len(s3.keys_in(bucket)) == 2, 60, "dump and sidecar")
         (key,) = [key for key in s3.keys_in(bucket) if key.endswith(".gz")]
@@ -70,9 +64,11 @@ def test_crash_in_one_container_is_collected_by_another(engine, node, seaweed, b
 
 
 def test_image_needs_no_shell_and_runs_as_anybody(engine):
-    said = engine.run("run", "--rm", "--user=65534", "--read-only", "--network=none", IMAGE, "--version")
+    said = engine.run(
+        "run", "--rm", "--user=65534", "--read-only", "--network=none", docker.COLLECTOR, "--version"
+    )
     assert said.startswith("core-dump-collector 0.")
-    assert json.loads(engine.run("inspect", "-f", "{{json .Config.Entrypoint}}", IMAGE)) == [
+    assert json.loads(engine.run("inspect", "-f", "{{json .Config.Entrypoint}}", docker.COLLECTOR)) == [
         "core-dump-collector"
     ]
 
@@ -82,7 +78,7 @@ def test_configure_host_installs_on_the_host_and_restores(engine):
     if program.exists() or Path("/core_dumps").exists():
         pytest.skip(f"{program} or /core_dumps exists: this machine uses what the test would install")
     # Less than the overlay's `privileged`, which asks for capabilities that a nested machine may not have.
-    command = ["run", "--rm", "--network=none", "-v", "/:/host", IMAGE, "configure-host", "/host"]
+    command = ["run", "--rm", "--network=none", "-v", "/:/host", docker.COLLECTOR, "configure-host", "/host"]
     with kernel.core_pattern("core"):
         try:
             assert "its dump arrived" in engine.run(*command)

@@ -13,6 +13,10 @@ from pathlib import Path
 from tests.support import deploy
 from tests.support.collector import wait_until
 
+BASE = "base:test"
+"""Debian with Python, from tests/deploy/roots.sh: no registry is asked."""
+COLLECTOR = "core-dump-collector:test"
+
 
 @dataclass(frozen=True)
 class Docker:
@@ -49,3 +53,20 @@ def daemon(directory: Path) -> Iterator[Docker]:
         process.wait(60)
         for name in ("data", "exec"):
             shutil.rmtree(directory / name, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def daemon_with_images(directory: Path) -> Iterator[Docker]:
+    """Run dockerd with BASE, and COLLECTOR built on it, until the end of the block."""
+    with daemon(directory) as engine:
+        archive = directory / "base.tar"
+        deploy.succeed("tar", "-C", deploy.ROOT / ".cache/python-root", "-cf", archive, ".")
+        path = "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        engine.run("import", "--change", path, "--change", 'CMD ["sleep", "infinity"]', archive, BASE)
+        archive.unlink()
+        options = ["--network=none", "--build-arg", f"BASE={BASE}"]
+        options += ["--build-arg", "PIP_OPTIONS=--no-index --find-links=/wheels"]
+        engine.run(
+            "build", *options, "-f", deploy.ROOT / "collector/Dockerfile", "-t", COLLECTOR, deploy.ROOT
+        )
+        yield engine

@@ -280,6 +280,7 @@ class Haproxy:
     backend_port: int
     port: int = field(default_factory=lambda: free_ports(1)[0])
     timeout: str = "30s"
+    address: str = "127.0.0.1"
     certificate: Path | None = None
     """A PEM file with certificate and key: clients then speak TLS."""
     _process: subprocess.Popen[bytes] | None = None
@@ -320,7 +321,7 @@ class Haproxy:
         lines = "".join(f" {rule}\n" for rule in rules)
         return (
             f"global\n maxconn 400\ndefaults\n mode http\n {times}\n option http-no-delay\n"
-            f"frontend f\n bind 127.0.0.1:{self.port}{tls}\n{lines} default_backend s3\n"
+            f"frontend f\n bind {self.address}:{self.port}{tls}\n{lines} default_backend s3\n"
             f"backend s3\n server s3 127.0.0.1:{self.backend_port}\n"
         )
 

@@ -1,0 +1,183 @@
+"""The pods of kubernetes/, run by containerd as the kubelet has it run them: a crash in one, the collector in another.
+
+The requests are made from what kubectl renders, on a directory that stands for the node's root.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from tests.support import containerd, deploy, docker, kernel, kubelet, s3
+from tests.support.collector import wait_until
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("DEPLOY_TIER") != "cri", reason="runs containerd in namespaces of its own: make test-cri"
+)
+FOLDER = deploy.ROOT / "kubernetes"
+NODE = "ip-10-0-0-1.eu-central-1.compute.internal"
+IMAGES = {  # what the specs name, and what stands for it here
+    "registry.example.com/core-dump-collector:0.1.0": docker.COLLECTOR,
+    "public.ecr.aws/docker/library/python:3.13-slim": docker.BASE,
+    "registry.k8s.io/pause:3.9": docker.BASE,
+}
+APPLICATION_UID = 10001
+CONFINED = {"CapEff": "0" * 16, "CapBnd": "0" * 16, "NoNewPrivs": "1", "Seccomp": "2", "Uid": "0\t0\t0\t0"}
+POD = "cart-7d4b9c-b5b5b"
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory):
+    """A containerd with the images of the specs."""
+    if [name for _, name in socket.if_nameindex()] != ["lo"]:
+        pytest.fail("pods would be connected to this machine's network: run by make test-cri")
+    archive = tmp_path_factory.mktemp("images") / "images.tar"
+    with docker.daemon_with_images(tmp_path_factory.mktemp("docker")) as engine:
+        for name, stands in IMAGES.items():
+            engine.run("tag", stands, name)
+        engine.run("save", "-o", archive, *IMAGES)
+    with (
+        tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp", ignore_cleanup_errors=True) as directory,
+        containerd.running(Path(directory), "registry.k8s.io/pause:3.9") as runtime,
+    ):
+        runtime.load(archive)
+        archive.unlink()
+        yield runtime
+
+
+@pytest.fixture
+def node(runtime):
+    """A node without pods."""
+    with (
+        tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp") as directory,
+        kubelet.node(runtime, Path(directory) / "root", NODE) as node,
+    ):
+        yield node
+
+
+@pytest.fixture
+def store(seaweed, bucket, tmp_path):
+    """The S3 server's address and keys, for pods: they reach the node, not its loopback."""
+    proxy = s3.Haproxy(tmp_path, seaweed.port, address="0.0.0.0")
+    proxy.start()
+    yield {**seaweed.environ(), "AWS_ENDPOINT_URL_S3": f"http://{containerd.GATEWAY}:{proxy.port}"}
+    proxy.stop()
+
+
+def render(folder):
+    """Return the objects of a kustomization, by kind."""
+    import yaml
+
+    rendered = deploy.succeed(deploy.tool("kubectl"), "kustomize", folder)
+    return {found["kind"]: found for found in yaml.safe_load_all(rendered)}
+
+
+def collector_of(overlay, store, scratch):
+    """Return the pod spec and the config maps of an overlay whose user named bucket and store, as the page says."""
+    mine = scratch / "my-nodes"
+    mine.mkdir()
+    settings = {"BUCKET_NAME": s3.BUCKET, "AWS_REGION": "us-east-1", **store}
+    metadata = {"name": "core-dump-collector", "namespace": "core-dump-handler"}
+    patch = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": settings}
+    own = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [os.path.relpath(FOLDER / "overlays" / overlay, mine.resolve())],
+        "patches": [{"patch": json.dumps(patch)}],
+    }
+    (mine / "kustomization.yaml").write_text(json.dumps(own))
+    objects = render(mine)
+    config = objects["ConfigMap"]
+    return objects["DaemonSet"]["spec"]["template"]["spec"], {config["metadata"]["name"]: config["data"]}
+
+
+def probe(pod, name):
+    """Ask a container's probe, as the kubelet does; say whether it is content."""
+    (container,) = pod.spec["containers"]
+    asked = container[name]["httpGet"]
+    (port,) = [port["containerPort"] for port in container["ports"] if port["name"] == asked["port"]]
+    try:
+        with urllib.request.urlopen(f"http://{pod.address()}:{port}{asked['path']}", timeout=5) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError):
+        assert not pod.exited(container["name"]), pod.said(container["name"])
+        return False
+
+
+def status_of(pod, container):
+    """Return what the kernel says of a container's first process."""
+    (first, *_) = Path("/sys/fs/cgroup").glob(f"**/pod{pod.uid}/{pod.containers[container]}/cgroup.procs")
+    lines = Path(f"/proc/{first.read_text().split()[0]}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines)
+
+
+def application():
+    """Return a pod spec of two containers; a child of one crashes when told to."""
+    spec = example()
+    (container,) = spec["containers"]
+    del container["volumeMounts"], spec["volumes"]
+    return {**spec, "containers": [container, {**container, "name": "proxy", "command": ["sleep", "600"]}]}
+
+
+def example():
+    """Return the pod spec of kubernetes/example."""
+    return render(FOLDER / "example")["Job"]["spec"]["template"]["spec"]
+
+
+def collected(bucket):
+    """Return the one dump's key and its sidecar, once it is in the bucket."""
+    wait_until(lambda: len(s3.keys_in(bucket)) == 2, 60, "dump and sidecar")
+    (key,) = [key for key in s3.keys_in(bucket) if key.endswith(".gz")]
+    return key, json.loads(s3.body_of(bucket, key + ".json"))
+
+
+def test_dump_of_a_pod_is_in_the_bucket_under_the_pods_name(node, store, bucket, tmp_path):
+    spec, config_maps = collector_of("amazon-linux", store, tmp_path)
+    watch_dir = node.root / "core_dumps"
+    watch_dir.mkdir(mode=0o700)
+    pattern = kernel.install_helper(node.root.parent, {"WATCH_DIR": watch_dir, "KEEP_FREE_PERCENT": 1})
+    with node.pod("core-dump-handler", "core-dump-collector-x2x9z", spec, config_maps) as pod:
+        wait_until(lambda: probe(pod, "startupProbe"), 60, "start-up probe")
+        with kernel.core_pattern(pattern), node.pod("shop", POD, application(), {}) as crashing:
+            wait_until(lambda: crashing.exited("app"), 60, "the crash")
+            assert crashing.said("app").endswith("exit status 139")
+            key, sidecar = collected(bucket)
+        assert probe(pod, "livenessProbe")
+        assert status_of(pod, "collector").items() >= CONFINED.items()
+        assert pod.stop("collector") == 0
+    assert key.startswith(f"shop/{POD}/{NODE}/core-")
+    assert [sidecar[name] for name in ("namespace", "pod", "container")] == ["shop", POD, "app"]
+    assert (sidecar["pod_uid"], sidecar["container_id"]) == (crashing.uid, crashing.containers["app"])
+    assert (sidecar["state"], sidecar["uid"], sidecar["hostname"]) == (
+        "complete",
+        APPLICATION_UID,
+        POD,
+    )
+    assert [path.name for path in watch_dir.iterdir() if path.name != ".helper"] == []
+
+
+def test_file_way_collects_what_the_kernel_writes_into_the_volume_of_a_pod(node, store, bucket, tmp_path):
+    spec, config_maps = collector_of("bottlerocket-file", store, tmp_path)
+    environ = {"CORE_DUMP_ROOT": str(node.root), "PATH": os.environ["PATH"]}
+    deploy.succeed("sh", deploy.ROOT / "bottlerocket/bootstrap/prepare.sh", "file", env=environ)
+    watch_dir = node.root / "var/core_dumps"
+    with node.pod("core-dump-handler", "core-dump-collector-x2x9z", spec, config_maps) as pod:
+        wait_until(lambda: probe(pod, "startupProbe"), 60, "start-up probe")
+        with (
+            kernel.core_pattern("/var/core_dumps/core-%e-%t-%P-%s"),
+            node.pod("shop", "crashing-app-c4c4c", example(), {}) as crashing,
+        ):
+            wait_until(lambda: crashing.exited("app"), 60, "the crash")
+            key, sidecar = collected(bucket)
+        assert pod.stop("collector") == 0
+    assert key.startswith(f"{NODE}/core-sh-")
+    assert sidecar["signal"] == 11
+    assert stat.S_IMODE(watch_dir.stat().st_mode) == 0o1733
+    assert list(watch_dir.glob("core*")) == []
