@@ -6,8 +6,8 @@ rpm: ## the RPM for Amazon Linux, into dist/
 	@cp build/rpm/RPMS/noarch/*.rpm dist/ && ls dist/*.rpm
 
 IMAGE ?= core-dump-collector:0.1.0
-image: ## IMAGE=name:tag: the collector's container image
-	docker build -f collector/Dockerfile -t $(IMAGE) .
+image: ## IMAGE=name:tag [IMAGE_OPTIONS='--build-arg BASE=...']: the collector's container image
+	docker build -f collector/Dockerfile -t $(IMAGE) $(IMAGE_OPTIONS) .
 
 test-image: $(READY) ## build the image with Docker and collect a crash from another container; root
 	@tests/deploy/roots.sh $(abspath $(BIN)/python)

@@ -64,9 +64,9 @@ def daemon_with_images(directory: Path) -> Iterator[Docker]:
         path = "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         engine.run("import", "--change", path, "--change", 'CMD ["sleep", "infinity"]', archive, BASE)
         archive.unlink()
-        options = ["--network=none", "--build-arg", f"BASE={BASE}"]
-        options += ["--build-arg", "PIP_OPTIONS=--no-index --find-links=/wheels"]
-        engine.run(
-            "build", *options, "-f", deploy.ROOT / "collector/Dockerfile", "-t", COLLECTOR, deploy.ROOT
-        )
+        options = f"--network=none --build-arg BASE={BASE}"
+        options += " --build-arg 'PIP_OPTIONS=--no-index --find-links=/wheels'"
+        environ = os.environ | {"DOCKER_BUILDKIT": "0", "DOCKER_HOST": f"unix://{engine.socket}"}
+        command = ["make", "-C", deploy.ROOT, "image", f"IMAGE={COLLECTOR}", f"IMAGE_OPTIONS={options}"]
+        deploy.succeed(*command, env=environ, timeout=600)
         yield engine
