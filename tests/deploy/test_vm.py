@@ -36,11 +36,13 @@ SCRIPT = """
 cat /proc/sys/kernel/core_pattern | sed 's/^/PATTERN /'
 cat /proc/sys/kernel/core_pipe_limit | sed 's/^/PIPE_LIMIT /'
 stat -c 'DIRECTORY %a %u' /core_dumps
-systemctl start crashy.service
+systemctl start --no-block crashy.service
+echo WAITING
 for i in $(seq 1200); do
     if dmesg | grep -q 'core-sh-.* bytes by'; then break; fi
     sleep 0.1
 done
+echo "WAITED $i times"; dmesg | tail -n 5
 systemctl show -p Result crashy.service | sed 's/^/SERVICE /'
 for dump in /core_dumps/core-sh-*.gz; do echo "CONTENT $(base64 -w 0 "$dump")"; done
 dmesg | grep core-dump-helper | sed 's/^/LOG /'
