@@ -149,6 +149,24 @@ def test_collector_works_with_each_policy_where_it_is_enforced(watch_dir, tmp_pa
             client.delete_object(Bucket=s3.BUCKET, Key="node-1/core-app-1790000000-42-11.gz")
 
 
+@pytest.mark.parametrize(("name", "objects"), [("write-only", 3), ("duplicate-detection", 2)])
+def test_policy_decides_whether_a_dump_that_is_there_is_recognised(watch_dir, tmp_path, name, objects):
+    dump = watch_dir / "core-app-1790000000-42-11.gz"
+    dump.write_bytes(os.urandom(1 << 20))
+    with enforcing_server(tmp_path, policy(name, s3.BUCKET)["Statement"]) as (endpoint, admin, keys):
+        with connect(endpoint, "s3", admin) as client:
+            client.create_bucket(Bucket=s3.BUCKET)
+            client.put_object(
+                Bucket=s3.BUCKET, Key=f"node-1/{dump.name}", Body=dump.read_bytes(), ChecksumAlgorithm="CRC32"
+            )
+        environ = {"AWS_ENDPOINT_URL": endpoint, "AWS_REGION": "us-east-1", "ADDRESSING_STYLE": "path"}
+        environ |= {"AWS_ACCESS_KEY_ID": keys[0], "AWS_SECRET_ACCESS_KEY": keys[1]}
+        with collector.running(watch_dir, environ, tmp_path):
+            collector.wait_until(lambda: not dump.exists(), 60, "the upload")
+        with connect(endpoint, "s3", admin) as client:
+            assert len(s3.keys_in(client)) == objects
+
+
 def test_enforcement_is_real_for_an_identity_that_may_only_read(watch_dir, tmp_path):
     (watch_dir / "core-app-1790000000-42-11.gz").write_bytes(b"dump")
     statements = [{"Effect": "Allow", "Action": "s3:GetObject", "Resource": "*"}]
