@@ -119,12 +119,21 @@ class Handler:
         took = (time.monotonic() - self.started) * 1000
         result = {"bytes": sink.size, "expected_bytes": expected or "", "truncated": reason}
         result.update(compressor=sink.name, duration_ms=int(took))
-        set_attributes(dump, {key: str(value).encode() for key, value in result.items() if value != ""}, 600)
+        told = set_attributes(dump, {k: str(v).encode() for k, v in result.items() if v != ""}, 600)
+        if reason and not told:
+            os.fchmod(dump, 0o1600)  # the collector reads the sticky bit as "truncated"
         if reason == "compressor_failed":
             raise Refused("", "%s failed; what it wrote is in %s.partial" % (sink.name, name))
         name = publish(directory, dump, name, self.crash, suffix)
-        told = (self.crash["P"], name, sink.size, sink.name, took, ", truncated: " + reason if reason else "")
-        log("pid %s: %s: %d bytes by %s in %d ms%s" % told, 6)
+        words = (
+            self.crash["P"],
+            name,
+            sink.size,
+            sink.name,
+            took,
+            ", truncated: " + reason if reason else "",
+        )
+        log("pid %s: %s: %d bytes by %s in %d ms%s" % words, 6)
 
     def stream(self, sink: Raw | Stream | Child, directory: int, dump: int) -> tuple[str, int]:
         """Move the core into the sink; return why it is not whole (or nothing) and the length it should have."""
@@ -152,7 +161,11 @@ class Handler:
             if failure:
                 reader.stop(failure)
         _signal.alarm(self.settings.DEADLINE_SECONDS + 30)
-        failed = sink.close()
+        try:
+            failed = sink.close()
+        except OSError as error:  # no room for the end of the file either
+            log("pid %s: %s: %s" % (self.crash["P"], sink.name, error))
+            failed = "compressor_failed"
         if expected and sink.size >= expected:
             return failed, expected
         return failed or failure or reader.reason or ("killed" if wanted else "not_elf"), expected

@@ -77,8 +77,8 @@ def describe(crash: dict[str, str]) -> dict[str, bytes]:
     return {name: known[name] for name in ("sensitive", *names, *order) if known.get(name)}
 
 
-def set_attributes(dump: int, attributes: dict[str, bytes], space: int = ATTRIBUTE_SPACE) -> None:
-    """Set `user.coredump.*`; what does not fit into `space` is cut. Where they are not supported they are lost."""
+def set_attributes(dump: int, attributes: dict[str, bytes], space: int = ATTRIBUTE_SPACE) -> bool:
+    """Set `user.coredump.*`; what does not fit into `space` is cut. False where they cannot be set: they are lost."""
     for name, value in attributes.items():
         room = min(1024, space - len(name) - 40)
         if room > 0:
@@ -87,4 +87,5 @@ def set_attributes(dump: int, attributes: dict[str, bytes], space: int = ATTRIBU
                 space -= len(name) + 40 + len(value[:room])
             except OSError as error:
                 log("attribute %s and what follows: %s" % (name, error.strerror))
-                return
+                return False
+    return True

@@ -1,12 +1,17 @@
-"""What a dump that waited for its slot gets."""
+"""What a dump gets that waited for its slot, and one that cannot be given attributes."""
 
 import fcntl
 import gzip
 import os
+import stat
+import subprocess
 import threading
 
+import pytest
 from tests.helper.conftest import elf
 from tests.support.collector import wait_until
+
+from core_dump_collector.dumpfile import DumpFile
 
 
 def test_waiting_for_a_slot_takes_nothing_from_the_time_that_a_dump_has(station):
@@ -27,3 +32,17 @@ def test_waiting_for_a_slot_takes_nothing_from_the_time_that_a_dump_has(station)
     (dump,) = (station.watch_dir / name for name in set(station.names()) - first)
     assert "truncated" not in station.attributes(dump), logged
     assert gzip.decompress(dump.read_bytes()) == core
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts, needs root: sudo make test")
+@pytest.mark.parametrize("promised", [None, 10_000], ids=["whole", "cut short"])
+def test_dump_that_is_cut_short_is_flagged_where_there_are_no_attributes(station, promised):
+    subprocess.run(["mount", "-t", "ramfs", "-o", "mode=0700", "none", station.watch_dir], check=True)
+    try:
+        station.run(elf(b"core", promised=promised))
+        assert gzip.decompress(station.dump().read_bytes()) == elf(b"core", promised=promised)
+        assert bool(station.dump().stat().st_mode & stat.S_ISVTX) == bool(promised)
+        with DumpFile(str(station.watch_dir), station.dump().name) as dump:
+            assert (b"salvaged" in dump.attributes().values()) == bool(promised)
+    finally:
+        subprocess.run(["umount", "-l", station.watch_dir], check=True)

@@ -29,6 +29,7 @@ need libc6-dev /usr/include/stdio.h
 need haproxy /usr/sbin/haproxy
 need openssl /usr/bin/openssl
 need strace /usr/bin/strace
+need btrfs-progs /usr/bin/btrfs /bin/btrfs /usr/sbin/btrfs
 need util-linux /usr/bin/unshare
 [ -n "$missing" ] || exit 0
 # shellcheck disable=SC2086  # a list of words
