@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 DEMO_READY := $(VENV)/.demo-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: deploy-tools help demo run test check format torture bench docs wheel clean packages
+.PHONY: deploy-tools help demo run test test-swift test-large check format torture bench docs wheel clean packages
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -39,8 +39,15 @@ bench: ## benchmarks beside the peers
 
 WATCH_DIR ?= /core_dumps
 ROUNDS ?= 1000
+LARGE_GIB ?= 10
 torture: $(READY) packages ## ROUNDS=n SEED=s: crash, kill and fail at random, then count
 	$(BIN)/python -m tests.torture --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
+
+test-swift: $(READY) packages ## a store without checksums and conditions; needs Debian's swift-* and memcached
+	SWIFT=1 $(BIN)/python -m pytest tests/integration/test_store_swift.py $(PYTEST_FLAGS)
+
+test-large: $(READY) packages ## LARGE_GIB=10: dumps of that size; minutes, and twice the disk
+	LARGE_GIB=$(LARGE_GIB) $(BIN)/python -m pytest --timeout 1800 tests/integration/test_large_dumps.py $(PYTEST_FLAGS)
 
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .
