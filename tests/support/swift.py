@@ -43,7 +43,7 @@ def _back_end(directory: Path, kind: str, port: int) -> Path:
     path = directory / f"{kind}-server.conf"
     path.write_text(
         f"[DEFAULT]\ndevices = {directory}/node\nmount_check = false\nbind_ip = 127.0.0.1\nbind_port = {port}\n"
-        f"workers = 1\nuser = root\nswift_dir = {directory}\nlog_level = WARNING\n"
+        f"workers = 0\nuser = root\nswift_dir = {directory}\nlog_level = WARNING\n"
         f"[pipeline:main]\npipeline = {kind}-server\n[app:{kind}-server]\nuse = egg:swift#{kind}\n"
         f"[{kind}-replicator]\n[{kind}-updater]\n[{kind}-auditor]\n"
     )
@@ -54,7 +54,7 @@ def _proxy(directory: Path, port: int, cache: int, tls: str = "") -> Path:
     """Write the proxy's configuration; return it."""
     path = directory / f"proxy-server-{port}.conf"
     path.write_text(
-        f"[DEFAULT]\nbind_ip = 127.0.0.1\nbind_port = {port}\nworkers = 1\nuser = root\nswift_dir = {directory}\n{tls}"
+        f"[DEFAULT]\nbind_ip = 127.0.0.1\nbind_port = {port}\nworkers = 0\nuser = root\nswift_dir = {directory}\n{tls}"
         f"[pipeline:main]\npipeline = {PIPELINE}\n"
         "[app:proxy-server]\nuse = egg:swift#proxy\nallow_account_management = true\naccount_autocreate = true\n"
         "[filter:tempauth]\nuse = egg:swift#tempauth\nuser_test_tester = testing .admin\n"
