@@ -11,7 +11,7 @@ image: ## IMAGE=name:tag [IMAGE_OPTIONS='--build-arg BASE=...']: the collector's
 
 test-image: $(READY) ## build the image with Docker and collect a crash from another container; root
 	@tests/deploy/roots.sh $(abspath $(BIN)/python)
-	DEPLOY_TIER=image $(BIN)/python -m pytest --timeout 900 tests/deploy/test_image.py
+	DEPLOY_TIER=image $(BIN)/python -m pytest --timeout 900 tests/deploy/test_image.py tests/deploy/test_requirements.py
 
 test-cri: $(READY) ## run the pods of kubernetes/ with containerd, as the kubelet does; root
 	@tests/deploy/roots.sh $(abspath $(BIN)/python)

@@ -111,6 +111,10 @@ def test_bootstrap_script_passes_shellcheck():
     deploy.succeed(deploy.tool("shellcheck"), PREPARE)
 
 
+def test_bootstrap_image_passes_hadolint():
+    deploy.succeed(deploy.tool("hadolint"), deploy.ROOT / "bottlerocket/bootstrap/Dockerfile")
+
+
 @pytest.fixture
 def node():
     """Give this machine the directory and the pattern of one way, as a Bottlerocket node gets them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -71,6 +72,17 @@ def test_image_needs_no_shell_and_runs_as_anybody(engine):
     assert json.loads(engine.run("inspect", "-f", "{{json .Config.Entrypoint}}", docker.COLLECTOR)) == [
         "core-dump-collector"
     ]
+
+
+@pytest.mark.parametrize(("way", "mode"), [("dd", 0o700), ("file", 0o1733)])
+def test_bootstrap_container_makes_the_directory(engine, tmp_path, way, mode):
+    options = ["--network=none", "--build-arg", f"BASE={docker.BASE}", "--build-arg", f"WAY={way}"]
+    engine.run("build", *options, "-t", f"bootstrap:{way}", deploy.ROOT / "bottlerocket/bootstrap")
+    (tmp_path / "var").mkdir()
+    mount = ["-v", f"{tmp_path}:/.bottlerocket/rootfs"]
+    said = engine.run("run", "--rm", "--network=none", *mount, f"bootstrap:{way}")
+    assert said.endswith(f"is ready for {way}")
+    assert stat.S_IMODE((tmp_path / "var/core_dumps").stat().st_mode) == mode
 
 
 def test_configure_host_installs_on_the_host_and_restores(engine):
