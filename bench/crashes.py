@@ -77,17 +77,17 @@ class Crashes:
         """Show what 4 GiB written to the disk leave of the page cache."""
         rows = []
         for handler in (self.shop.ours("none"), self.shop.raw()):
-            before = hold.cached_bytes()
+            before = machine.memory_bytes("Cached")
             hold.take_only(handler, f"zeros:{4 * GIB}", self.counted)
-            rows.append((handler.name, size(before), size(hold.cached_bytes())))
+            rows.append((handler.name, size(before), size(machine.memory_bytes("Cached"))))
             self.shop.clean()
         self.report.add(Table("page cache", ("handler", "Cached before", "Cached after 4 GiB"), rows))
 
     def buffers(self, image: Path) -> None:
         """Show what the buffer buys."""
-        sizes = [0, 64 << 20, 256 << 20, 512 << 20, 1 << 30, 2 << 30]
+        sizes = [0, 256 << 20, 512 << 20, 1 << 30, 2 << 30]
         handlers = [self.shop.limit(), *(self.shop.ours("auto", count) for count in sizes)]
-        results, loads = self._compare(handlers, f"image:{image}", 2)
+        results, loads = self._compare(handlers, f"image:{image}", 1)
         limit = results[0].median("hold")
         rows = [
             (
@@ -98,8 +98,23 @@ class Crashes:
             )
             for count, r in zip(sizes, results[1:], strict=True)
         ]
-        note = f"1 GiB of a service; 2 rounds; {loads}."
+        note = f"1 GiB of a service; one round; {loads}."
         self.report.add(Table("buffer", ("BUFFER_BYTES", "hold", "x limit", "file whole"), rows, note))
+
+    def pressure(self, image: Path) -> None:
+        """Show what the buffer costs where memory is short: a neighbour holds all but `leave` bytes."""
+        rows = []
+        for leave in (8 * GIB, 2 * GIB):
+            for handler in (self.shop.ours("auto", 0), self.shop.ours("auto")):
+                with victims.hog(leave + GIB):  # the process that crashes takes its share
+                    before = hold.stalled_seconds()
+                    with hold.watched(self.counted) as seen:
+                        crash = hold.take(handler, f"image:{image}", self.counted, self.shop)
+                    waited = hold.stalled_seconds() - before
+                peak = f"{sum(seen.values()) / 1024:.0f} MiB"
+                rows.append((size(leave), handler.name, seconds(crash.hold), peak, seconds(waited)))
+        head = ("available", "handler", "hold", "peak memory", "others stalled for memory")
+        self.report.add(Table("memory pressure", head, rows, "1 GiB of a service; one round."))
 
     def small(self, name: str, handlers: Sequence[Handler], rounds: int, count: int) -> None:
         """Compare handlers on small processes, `count` at once."""
@@ -135,6 +150,7 @@ def run(root: Path, report: Report, rounds: int) -> None:
             crashes.large("hold: 4 GiB of touched zeros", [*base, *slow], f"zeros:{4 * GIB}", 1)
         noise.unlink()
         crashes.buffers(image)
+        crashes.pressure(image)
         crashes.memory(image, choice)
         crashes.cache()
     image.unlink()

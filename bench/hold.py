@@ -127,8 +127,7 @@ def settle(workshop: Workshop) -> None:
     workshop.clean()
 
 
-def cached_bytes() -> int:
-    """Return `Cached` of /proc/meminfo."""
-    with open("/proc/meminfo") as file:
-        line = next(line for line in file if line.startswith("Cached:"))
-    return int(line.split()[1]) * 1024
+def stalled_seconds() -> float:
+    """Return how long some process of the machine has waited for memory: /proc/pressure/memory."""
+    with open("/proc/pressure/memory") as file:
+        return int(file.readline().rpartition("=")[2]) / 1e6

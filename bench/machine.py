@@ -18,6 +18,12 @@ def load() -> float:
     return os.getloadavg()[0]
 
 
+def memory_bytes(name: str) -> int:
+    """Return a line of /proc/meminfo, as `MemAvailable`."""
+    line = next(line for line in _lines("/proc/meminfo") if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
 def describe() -> list[str]:
     """Return lines: processor, memory, kernel, Python, the peers' versions."""
     lines = [

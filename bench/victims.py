@@ -10,6 +10,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from bench import machine
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -102,6 +104,18 @@ def loaded(what: str) -> Iterator[int]:
         if process.stdout:
             process.stdout.close()
         process.returncode = -signal.SIGSEGV  # it was waited for by its pid
+
+
+@contextlib.contextmanager
+def hog(leave: int) -> Iterator[None]:
+    """Hold so much memory that only `leave` bytes are available."""
+    size = machine.memory_bytes("MemAvailable") - leave - (MIB << 6)
+    with loaded(f"zeros:{size}") as pid:
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 @contextlib.contextmanager
