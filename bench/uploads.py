@@ -244,7 +244,7 @@ def under_limit(bench: Bench, size: int, limit_bytes: int | None) -> tuple[Run, 
         limit as join,
         cgroup.group("ours") as group,
         watched(group) as seen,
-        uploaders.collector(bench.root / "watch", group, bench.server, join) as ours,
+        uploaders.collector(bench.root / "watch", group, bench.server, join, warm=False) as ours,
     ):
         run = ours.run([path], seconds=600)
     bench.empty_bucket()

@@ -64,11 +64,12 @@ class Stream:
 
     def write(self, piece: memoryview) -> None:
         """Compress the next piece; raises OSError."""
-        data = self._deflate.compress(piece) + self._deflate.flush(SYNC_FLUSH)
+        data, rest = self._deflate.compress(piece), self._deflate.flush(SYNC_FLUSH)
         write_all(self._dump, data)
+        write_all(self._dump, rest)
         self._sum = self._codec.crc32(piece, self._sum)
         self.size += len(piece)
-        self._end += len(data)
+        self._end += len(data) + len(rest)
 
     def close(self) -> str:
         """End the file after the last whole piece: an empty last block, CRC and length (RFC 1952)."""
