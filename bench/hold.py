@@ -65,6 +65,8 @@ def compare(
     results = [Result(handler) for handler in handlers]
     for turn in range(rounds):
         for result in results if turn % 2 == 0 else reversed(results):
+            if turn and result.handler.once:
+                continue
             crash = take(result.handler, what, group, workshop)
             result.crashes.append(crash)
             print(f"{result.handler.name}: {crash}", file=sys.stderr, flush=True)
