@@ -40,8 +40,8 @@ class Brake:
         return not self.is_on or (in_flight == 0 and now >= self._until)
 
     def fail(self, reason: RetryReason, now: float) -> None:
-        """Note a failed attempt."""
-        if reason not in STORE_WIDE:
+        """Note a failed attempt; one that ends during a pause began before it and lengthens nothing."""
+        if reason not in STORE_WIDE or now < self._until:
             return
         self._failures += 1
         if self.is_on:

@@ -2,10 +2,11 @@ from core_dump_collector.brake import LONGEST_PAUSE_SECONDS, PATIENCE, Brake
 from core_dump_collector.jobs import RetryReason
 
 
-def failed(times, reason=RetryReason.NETWORK, now=0.0):
+def failed(times, reason=RetryReason.NETWORK):
+    """Return a brake after so many failures in a row, each as soon as it was allowed."""
     brake = Brake()
     for _ in range(times):
-        brake.fail(reason, now)
+        brake.fail(reason, brake.until)
     return brake
 
 
@@ -21,8 +22,17 @@ def test_closed_store_is_tried_by_one_dump_at_a_time():
 
 
 def test_pauses_grow_to_a_limit():
-    assert 0 < failed(PATIENCE).until < failed(PATIENCE + 1).until
-    assert failed(1000).until == LONGEST_PAUSE_SECONDS
+    pauses = [failed(n + 1).until - failed(n).until for n in range(PATIENCE - 1, PATIENCE + 12)]
+    assert pauses == sorted(pauses)
+    assert 0 < pauses[0] < pauses[1] < pauses[-1] == LONGEST_PAUSE_SECONDS
+
+
+def test_attempts_that_were_under_way_when_the_door_closed_do_not_lengthen_the_pause():
+    brake = failed(PATIENCE)
+    first = brake.until
+    for _ in range(20):
+        brake.fail(RetryReason.NETWORK, first / 2)
+    assert brake.until == first
 
 
 def test_first_success_lets_everything_go():

@@ -261,7 +261,9 @@ def test_backlog_does_not_knock_on_a_closed_door_and_goes_once_it_opens(seaweed,
             wait_until(lambda: collector.metric(network) >= 8, 30)
             assert collector.metric(network) < 50
             proxy.start()
-            wait_until(lambda: not list(watch_dir.glob("core*")), 60)
+            wait_until(
+                lambda: not list(watch_dir.glob("core*")), 10, "the backlog to go, once the door is open"
+            )
     assert len(dumps_in(bucket)) == 100
 
 
