@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from unittest import mock
 
 import pytest
+from botocore.loaders import JSONFileLoader
 from tests.support import s3
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _models_are_parsed_once():
+    """Keep botocore's service models: parsing them is most of making a client, of which tests make hundreds."""
+    parsed = functools.cache(JSONFileLoader.load_file)
+    with mock.patch.object(JSONFileLoader, "load_file", lambda self, path: parsed(_LOADER, path)):
+        yield
+
+
+_LOADER = JSONFileLoader()
 
 
 @pytest.fixture(scope="session")

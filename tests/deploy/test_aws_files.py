@@ -51,16 +51,19 @@ def test_policy_linter_finds_only_what_is_explained():
     assert {check["check_id"] for check in report["results"]["failed_checks"]} == ACCEPTED
 
 
-@pytest.mark.parametrize("name", PERMISSIONS + TRUST)
-def test_policies_are_what_iam_takes(tmp_path, name):
-    if name in TRUST:
-        resource = {"Type": "AWS::IAM::Role", "Properties": {"AssumeRolePolicyDocument": policy(name)}}
-    else:
-        resource = {"Type": "AWS::IAM::ManagedPolicy", "Properties": {"PolicyDocument": policy(name)}}
-    template = tmp_path / "policy.json"
-    template.write_text(
-        json.dumps({"AWSTemplateFormatVersion": "2010-09-09", "Resources": {"Policy": resource}})
-    )
+def test_policies_are_what_iam_takes(tmp_path):
+    roles = {
+        name: {"Type": "AWS::IAM::Role", "Properties": {"AssumeRolePolicyDocument": policy(name)}}
+        for name in TRUST
+    }
+    policies = {
+        name: {"Type": "AWS::IAM::ManagedPolicy", "Properties": {"PolicyDocument": policy(name)}}
+        for name in PERMISSIONS
+    }
+    resources = {name.title().replace("-", ""): value for name, value in (roles | policies).items()}
+    assert len(resources) == len(PERMISSIONS + TRUST)
+    template = tmp_path / "policies.json"
+    template.write_text(json.dumps({"AWSTemplateFormatVersion": "2010-09-09", "Resources": resources}))
     deploy.succeed(deploy.tool("cfn-lint"), template)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.support.collector import descendants, running, wait_until
 
-DUMPS = int(os.environ.get("DUMPS", "500"))
+DUMPS = int(os.environ.get("DUMPS", "250"))
 """DUMPS=5000 is the long run."""
 BATCH = DUMPS // 5
 DONE = 'core_dump_uploads_total{result="uploaded"}'

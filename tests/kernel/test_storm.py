@@ -14,7 +14,7 @@ def test_noisy_workload_is_suppressed_and_told_once_and_the_quiet_one_is_kept(
 ):
     quiet = shutil.copy(node.program, node.directory / "quiet")
     with running(node.watch_dir, seaweed.environ(), tmp_path) as collector:
-        with node.installed(RATE_LIMIT="2/10"):
+        with node.installed(RATE_LIMIT="2/5"):
             for _ in range(6):
                 node.crash()
             node.crash(program=quiet)
@@ -27,5 +27,5 @@ def test_noisy_workload_is_suppressed_and_told_once_and_the_quiet_one_is_kept(
     (storm,) = [json.loads(s3.body_of(bucket, key)) for key in keys if "storm-" in key]
     assert (storm["state"], storm["exe"], storm["signal"]) == ("suppressed", str(node.program), 11)
     assert (storm["kept"], storm["suppressed"], storm["reason"]) == (2, 4, "rate_limit")
-    assert storm["first"] <= storm["last"] < storm["first"] + 10
+    assert storm["first"] <= storm["last"] < storm["first"] + 5
     assert len(keys) == 2 * 3 + 1

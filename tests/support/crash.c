@@ -37,6 +37,7 @@ int main(int argc, char **argv)
     if (argc != 6)
         return 2;
     number = atoi(argv[1]);
+    signal(number, SIG_DFL); /* a background job of a shell inherits SIGQUIT ignored */
     for (size_t i = 0; i < 15 && argv[2][2 * i] && argv[2][2 * i + 1]; i++) {
         unsigned byte;
         if (sscanf(argv[2] + 2 * i, "%2x", &byte) == 1)

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from core_dump_collector import upload
+from core_dump_collector import multipart, upload
 from core_dump_collector.config import Settings
 from core_dump_collector.jobs import Job, UploadResult
 
@@ -42,7 +42,10 @@ def connected(variables: Mapping[str, str], **more: str) -> Iterator[None]:
     """Let uploads go where these variables say; nothing of the machine's own AWS settings is seen."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     isolation = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull}
-    with mock.patch.dict(os.environ, kept | isolation | dict(variables) | more, clear=True):
+    with (
+        mock.patch.dict(os.environ, kept | isolation | dict(variables) | more, clear=True),
+        mock.patch.object(multipart, "FIRST_PAUSE_SECONDS", 0.02),
+    ):
         disconnect()
         try:
             yield

@@ -13,4 +13,4 @@ def test_chain_survives_kills_and_faults_at_random():
     if not kernel.can_crash():
         pytest.skip("crashes real processes, needs root: sudo make test")
     with tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp") as directory:
-        assert torture(rounds=25, seed=20, scratch=Path(directory)) == []
+        assert torture(rounds=20, seed=20, scratch=Path(directory)) == []
