@@ -19,7 +19,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core_dump_collector import elfcore, source
+from core_dump_collector import elfcore, gzipstream, source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -87,7 +87,7 @@ def fingerprint_of_file(
 ) -> Fingerprint | None:
     """Compute the fingerprint of a dump on disk, gzip or raw. An OSError of reading it passes through."""
     blocks = _read(descriptor)
-    pieces = source.inflate(blocks, PIECE_BYTES) if source.is_gzip(descriptor) else blocks
+    pieces = gzipstream.decompress(blocks, PIECE_BYTES) if source.is_gzip(descriptor) else blocks
     return fingerprint(lambda _: next(pieces, b""), most_bytes=most_bytes, seconds=seconds)
 
 

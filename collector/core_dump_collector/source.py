@@ -14,9 +14,8 @@ import queue
 from typing import TYPE_CHECKING, Protocol
 
 from isal import isal_zlib
-from isal.igzip_lib import IsalError
 
-from core_dump_collector import corefile
+from core_dump_collector import corefile, gzipstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,9 +30,6 @@ SMALL_BYTES = 512 * 1024
 """Up to here a body is sent from memory, which saves the round trip of `Expect: 100-continue`."""
 STREAM_BUFFERS = 2
 """One part of a stream is filled while the other is sent."""
-GZIP_LEVEL = 1
-_GZIP_WINDOW = 31
-"""zlib's wbits: 15 bits of window, gzip framing; the header holds no time, so the same core gives the same bytes."""
 _DAMAGE_BYTES = 4096
 """A damaged stream is fed in small pieces: what a piece with an error would have given is lost with it."""
 
@@ -212,12 +208,12 @@ class FileSource:
 class GzipSource:
     """Bytes that are compressed while they are uploaded.
 
-    The compressor runs in the thread that asks for parts, so it works while other threads send.
+    The compressor's threads work while others send.
     """
 
     gzip = True
 
-    def __init__(self, blocks: Callable[[], Iterator[_Buffer]], bound_bytes: int, part_bytes: int) -> None:
+    def __init__(self, blocks: Callable[[], Iterator[bytes]], bound_bytes: int, part_bytes: int) -> None:
         """Take what is to be compressed, and an upper bound of what comes out."""
         self._blocks = blocks
         self.part_bytes = part_size(bound_bytes, part_bytes)
@@ -228,7 +224,7 @@ class GzipSource:
         for _ in range(STREAM_BUFFERS):
             free.put(mmap.mmap(-1, self.part_bytes))
         number, buffer, filled = 1, free.get(), 0
-        for piece in _deflate(self._blocks()):
+        for piece in gzipstream.compress(self._blocks()):
             rest = memoryview(piece)
             while rest:
                 if filled == self.part_bytes:
@@ -251,7 +247,9 @@ def open_source(dump: DumpFile, part_bytes: int, *, compress_raw: bool, salvaged
     """Choose how a dump is read."""
     compressed = corefile.is_compressed(dump.name)
     if salvaged and dump.name.endswith(".gz") and is_gzip(dump.fd):
-        return GzipSource(lambda: inflate(_read(dump.fd, _DAMAGE_BYTES)), 2 * dump.size_bytes, part_bytes)
+        return GzipSource(
+            lambda: gzipstream.decompress(_read(dump.fd, _DAMAGE_BYTES)), 2 * dump.size_bytes, part_bytes
+        )
     if compressed or not compress_raw:
         return FileSource(dump, part_bytes)
     bound = dump.data_bytes + dump.data_bytes // 64 + dump.size_bytes // 512 + MEBIBYTE
@@ -283,27 +281,3 @@ def _read(fd: int, block_bytes: int) -> Iterator[bytes]:
         if offset - dropped >= 8 * MEBIBYTE:
             drop_cache(fd, dropped, offset - dropped)
             dropped = offset
-
-
-def _deflate(blocks: Iterator[_Buffer]) -> Iterator[bytes]:
-    compressor = isal_zlib.compressobj(GZIP_LEVEL, isal_zlib.DEFLATED, _GZIP_WINDOW)
-    for block in blocks:
-        yield compressor.compress(block)
-    yield compressor.flush()
-
-
-def inflate(blocks: Iterator[bytes], piece_bytes: int = MEBIBYTE) -> Iterator[bytes]:
-    """Yield what decompresses of a gzip file of one or more members, up to the first damage; no piece is empty."""
-    stream = isal_zlib.decompressobj(wbits=_GZIP_WINDOW)
-    for block in blocks:
-        rest = block
-        while rest:
-            if stream.eof:
-                stream = isal_zlib.decompressobj(wbits=_GZIP_WINDOW)
-            try:
-                piece = stream.decompress(rest, piece_bytes)
-            except IsalError:  # type: ignore[misc]  # isal's stubs declare an instance
-                return
-            if piece:
-                yield piece
-            rest = stream.unused_data if stream.eof else stream.unconsumed_tail

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from core_dump_collector import source
+from core_dump_collector import gzipstream, source
 from core_dump_collector.dumpfile import DumpFile
 from core_dump_collector.multipart import SentPart, Whole
 from core_dump_collector.source import MEBIBYTE, Body, part_size
@@ -121,6 +121,28 @@ def test_a_file_that_becomes_shorter_is_an_error_and_never_a_shorter_part(tmp_pa
         assert part.error is not None
 
 
+# The compressed stream
+
+
+@given(st.lists(st.one_of(st.binary(max_size=2000), st.integers(0, 3 * MEBIBYTE).map(bytes)), max_size=6))
+@hypothesis_settings(max_examples=30, deadline=None)
+def test_what_is_compressed_is_one_gzip_member_and_the_same_each_time(pieces):
+    packed = b"".join(gzipstream.compress(pieces))
+    reader = zlib.decompressobj(wbits=31)
+    assert reader.decompress(packed) + reader.flush() == b"".join(pieces)
+    assert (reader.eof, reader.unused_data) == (True, b"")
+    assert b"".join(gzipstream.compress(iter(pieces))) == packed
+
+
+def test_compressor_reads_no_further_ahead_than_its_threads_need():
+    taken = []
+    packed = gzipstream.compress(taken.append(n) or bytes(MEBIBYTE) for n in range(100))
+    for _ in range(4):
+        next(packed)
+    packed.close()
+    assert 3 <= len(taken) <= 3 + gzipstream.THREADS
+
+
 # A salvaged partial
 
 DAMAGE = {
@@ -156,8 +178,8 @@ def test_what_decompresses_of_a_salvaged_dump_goes_up_as_valid_gzip(tmp_path, da
 
 @given(st.binary(max_size=300))
 def test_no_bytes_make_the_mending_fail(data):
-    list(source.inflate(iter([data[i : i + 7] for i in range(0, len(data), 7)])))
-    list(source.inflate(iter([b"\x1f\x8b\x08" + data])))
+    list(gzipstream.decompress(iter([data[i : i + 7] for i in range(0, len(data), 7)])))
+    list(gzipstream.decompress(iter([b"\x1f\x8b\x08" + data])))
 
 
 def test_a_salvaged_dump_that_was_never_gzip_goes_up_as_it_is(tmp_path):
