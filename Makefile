@@ -34,7 +34,7 @@ docs: $(READY) ## write the tables that come from code
 
 bench: ## benchmarks beside the peers
 	@$(MAKE) -s VENV=.venv-bench .venv-bench/bin/pip
-	.venv-bench/bin/pip install -q --disable-pip-version-check --group bench -e '.[cli]'
+	.venv-bench/bin/pip install -q --disable-pip-version-check --group bench -e .
 	.venv-bench/bin/python -m bench
 
 WATCH_DIR ?= /core_dumps

@@ -150,17 +150,27 @@ class Daemon:
             self._lose_watch()
 
     def _note(self, found: scan.Found) -> None:
-        name = found.name
-        if found.partial:
-            salvaged = dumpfile.salvage(self._directory, name)
-            if salvaged is None:
-                soon = time.monotonic() + dumpfile.ABANDONED_SECONDS + 1
-                self._scan_due = min(self._scan_due, soon)
-                return
+        name = self._take_over(found.name) if found.partial else found.name
+        if name is None:
+            soon = time.monotonic() + dumpfile.ABANDONED_SECONDS + 1
+            self._scan_due = min(self._scan_due, soon)
+        elif name:
+            now = time.monotonic()
+            self._backlog.add(name, now, size_bytes=found.size_bytes, written_at=found.written_at)
+
+    def _take_over(self, partial: str) -> str | None:
+        """Salvage a partial whose helper is dead; return as `dumpfile.salvage` does."""
+        try:
+            name = dumpfile.salvage(self._directory, partial)
+        except OSError as error:
+            log.warning("cannot take over a partial dump", file=partial, error=error.strerror)
+            return None
+        if name:
             self._metrics.salvaged.inc()
-            log.warning("took over an abandoned partial dump", file=salvaged)
-            name = salvaged
-        self._backlog.add(name, time.monotonic(), size_bytes=found.size_bytes, written_at=found.written_at)
+            log.warning("took over an abandoned partial dump", file=name)
+        elif name is not None:
+            log.warning("removed an abandoned partial dump: nothing in it", file=partial)
+        return name
 
     def _lose_watch(self) -> None:
         if self._health.is_ready:

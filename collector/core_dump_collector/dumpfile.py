@@ -16,14 +16,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
-import structlog
-
 from core_dump_collector import corefile, rename
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-log = structlog.get_logger()
 
 ABANDONED_SECONDS = 10.0
 """A partial touched more recently is left alone: its helper may not have locked it yet."""
@@ -198,11 +194,14 @@ class DumpFile:
 
 
 def salvage(directory: str, name: str) -> str | None:
-    """Publish an abandoned partial and return its new name; None when there is nothing to publish.
+    """Publish an abandoned partial and return its new name; None when it is not one, or not ours to publish.
 
     Only the helper's own are: what another user has put there is left alone. One is abandoned when nobody has
-    touched it for ABANDONED_SECONDS and its flock is free. One without content is removed. What is published is
-    flagged `truncated=salvaged` unless the helper has flagged it.
+    touched it for ABANDONED_SECONDS and its flock is free. One without content is removed: the empty string. What is
+    published is flagged `truncated=salvaged` unless the helper has flagged it.
+
+    Raises:
+        OSError: it cannot be published now.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -219,9 +218,6 @@ def salvage(directory: str, name: str) -> str | None:
             return _publish(parent, fd, name)
     except (UnfitError, BlockingIOError):
         return None
-    except OSError as error:
-        log.warning("cannot take over a partial dump", file=name, error=error.strerror)
-        return None
 
 
 def _publish(parent: int, fd: int, name: str) -> str | None:
@@ -231,8 +227,7 @@ def _publish(parent: int, fd: int, name: str) -> str | None:
         return None
     if identity.size_bytes == 0:
         os.unlink(name, dir_fd=parent)
-        log.warning("removed an abandoned partial dump: nothing in it", file=name)
-        return None
+        return ""
     names = _attribute_names(fd)
     for flag, value in _SALVAGED_FLAGS.items():
         if flag not in names and not _set_attribute(fd, flag, value):

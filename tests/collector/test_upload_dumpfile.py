@@ -242,7 +242,7 @@ class TestAbandonedPartial:
 
     def test_is_removed_when_nothing_is_in_it(self, watch_dir):
         (watch_dir / PARTIAL).touch()
-        assert dumpfile.salvage(str(watch_dir), PARTIAL) is None
+        assert dumpfile.salvage(str(watch_dir), PARTIAL) == ""
         assert not list(watch_dir.iterdir())
 
     def test_is_left_alone_while_its_helper_holds_the_lock(self, watch_dir):
