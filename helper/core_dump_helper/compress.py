@@ -7,16 +7,21 @@ import select
 import struct
 import sys
 import time
+from _queue import SimpleQueue
+from _thread import start_new_thread
 
 from core_dump_helper.settings import calibration_path
 from core_dump_helper.system import Refused, check_owner, enlarge, log, read_file, write_all
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from core_dump_helper.settings import Settings
 
 PIGZ = ("/usr/bin/pigz", "/usr/local/bin/pigz")
-SYNC_FLUSH = 2
+SYNC_FLUSH, FULL_FLUSH = 2, 3
 
 
 class Raw:
@@ -24,6 +29,7 @@ class Raw:
 
     name = "none"
     priority = (os.PRIO_PROCESS, 0)
+    in_a_hurry = False
 
     def __init__(self, dump: int) -> None:
         """Write to the descriptor `dump`."""
@@ -45,6 +51,8 @@ class Stream:
     """Compresses in this process. Each piece ends on a byte, so that what is on disk can always be ended properly."""
 
     priority = (os.PRIO_PROCESS, 0)
+    in_a_hurry = False
+    """Set while the crashed process waits for the compressor: then half of each piece goes to a second thread."""
 
     def __init__(self, dump: int, name: str, settings: Settings) -> None:
         """Write gzip to the descriptor `dump` with `isal` or the standard library; raises ImportError, OSError."""
@@ -59,17 +67,53 @@ class Stream:
         else:
             import zlib as codec  # type: ignore[no-redef]
         self.name, self.size, self._dump, self._codec, self._sum, self._end = name, 0, dump, codec, 0, 10
-        self._deflate = codec.compressobj(level, 8, -15)
+        self._new_deflate: Callable[[], Any] = lambda: codec.compressobj(level, 8, -15)
+        self._deflate = self._new_deflate()
+        self._may_start, self._started = len(os.sched_getaffinity(0)) > 1, False
+        self._given: SimpleQueue[memoryview] = SimpleQueue()
+        self._done: SimpleQueue[list[bytes]] = SimpleQueue()
         write_all(dump, b"\x1f\x8b\x08\0\0\0\0\0\0\xff")
 
     def write(self, piece: memoryview) -> None:
         """Compress the next piece; raises OSError."""
-        data, rest = self._deflate.compress(piece), self._deflate.flush(SYNC_FLUSH)
-        write_all(self._dump, data)
-        write_all(self._dump, rest)
+        if self.in_a_hurry and self._has_second_thread():
+            blocks = self._compress_halves(piece[: len(piece) // 2], piece[len(piece) // 2 :])
+        else:
+            blocks = [self._deflate.compress(piece), self._deflate.flush(SYNC_FLUSH)]
+        for block in blocks:  # joining them would copy them
+            write_all(self._dump, block)
         self._sum = self._codec.crc32(piece, self._sum)
         self.size += len(piece)
-        self._end += len(data) + len(rest)
+        self._end += sum(map(len, blocks))
+
+    def _has_second_thread(self) -> bool:
+        """Start it with the first call; False where there is no other core or no thread to be had."""
+        if self._may_start:
+            self._may_start = False
+            try:
+                start_new_thread(self._compress_second_halves, ())
+            except RuntimeError:
+                return False
+            self._started = True
+        return self._started
+
+    def _compress_halves(self, first: memoryview, second: memoryview) -> list[bytes]:
+        """Compress both at the same time; neither refers to anything before it once it is flushed fully."""
+        self._given.put(second)
+        blocks = [self._deflate.compress(first), self._deflate.flush(FULL_FLUSH)]
+        others = self._done.get()
+        if not others:
+            raise MemoryError("in the second thread")
+        return blocks + others
+
+    def _compress_second_halves(self) -> None:
+        deflate = self._new_deflate()
+        while True:
+            second = self._given.get()
+            try:
+                self._done.put([deflate.compress(second), deflate.flush(FULL_FLUSH)])
+            except MemoryError:
+                self._done.put([])
 
     def close(self) -> str:
         """End the file after the last whole piece: an empty last block, CRC and length (RFC 1952)."""
@@ -83,6 +127,7 @@ class Child:
     """Compresses in a pigz process, which writes to the file itself."""
 
     name = "pigz"
+    in_a_hurry = False  # it always is
 
     def __init__(self, dump: int, settings: Settings) -> None:
         """Start pigz; raises OSError when it cannot be."""

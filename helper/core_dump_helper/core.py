@@ -76,6 +76,11 @@ class Reader:
             yield buffer[:size]
             self._free.put(buffer)
 
+    @property
+    def is_full(self) -> bool:
+        """Tell whether the crashed process waits for the compressor: no buffer is left, or hardly one."""
+        return not self.ended and self._allocated == self._allowed <= self._full.qsize() + 2
+
     def stop(self, reason: str) -> None:
         """Read no more, for this reason; the first one stays."""
         self.reason = self.reason or reason

@@ -149,6 +149,7 @@ class Handler:
             if len(head) < wanted:
                 head += piece
                 wanted, expected = elf_length(head)
+            sink.in_a_hurry = reader.is_full
             try:
                 sink.write(piece)
             except OSError as error:
