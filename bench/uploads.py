@@ -94,12 +94,13 @@ def compare(bench: Bench, source: Path, rounds: int) -> Table:
                 else:
                     command = bench.peers(source, prefix)[name]
                     table[name].append(uploaders.run_command(command, bench.group, variables))
-                bench.empty_bucket()
+                if source.is_file():
+                    bench.empty_bucket()
     return dict(table)
 
 
 def _is_slow(table: Table, name: str) -> bool:
-    return table[name][0].wall > 3 * min(runs[0].wall for runs in table.values())
+    return table[name][0].wall > 1.2 * min(runs[0].wall for runs in table.values())
 
 
 def copy_for_us(source: Path, stage: Path, turn: int) -> list[Path]:
@@ -129,14 +130,13 @@ def raw_core(bench: Bench, core: Path, rounds: int) -> Table:
         for turn in range(rounds):
             shutil.rmtree(stage, ignore_errors=True)
             table[OURS].append(ours.run(copy_for_us(core, stage, turn)))
-            for compressor in ("igzip -1", "pigz -1") if turn == 0 else ("igzip -1",):
-                first = f"{compressor} -c {core} > {packed}"
-                begin = uploaders.run_command(first, bench.group, variables)
-                end = loop.run(packed, "raw/")
-                table[f"{compressor}, then boto3"].append(Run(begin.wall + end.wall, begin.cpu + end.cpu))
-                packed.unlink()
-            first = f"igzip -1 -c {core} > {packed} && {then}"
-            table["igzip -1, then s5cmd"].append(uploaders.run_command(first, bench.group, variables))
+            compress = f"igzip -1 -c {core} > {packed}"
+            begin = uploaders.run_command(compress, bench.group, variables)
+            end = loop.run(packed, "raw/")
+            table["igzip -1, then boto3"].append(Run(begin.wall + end.wall, begin.cpu + end.cpu))
+            packed.unlink()
+            both = uploaders.run_command(f"{compress} && {then}", bench.group, variables)
+            table["igzip -1, then s5cmd"].append(both)
             packed.unlink()
             bench.empty_bucket()
     return dict(table)
