@@ -111,15 +111,15 @@ class Crashes:
         self.report.add(Table("buffer", ("BUFFER_BYTES", "hold", "x limit", "file whole"), rows, note))
 
     def pressure(self, image: Path) -> None:
-        """Show what the buffer costs where memory is short: a neighbour holds all but `leave` bytes."""
+        """Show what the buffer costs where memory is short: a neighbour holds all but 2 GiB."""
         rows = []
-        for leave in (2 * GIB,):
+        leave = 2 * GIB
+        with victims.hog(leave + GIB):  # the process that crashes takes its share
             for handler in (self.shop.ours("auto", 0), self.shop.ours("auto")):
-                with victims.hog(leave + GIB):  # the process that crashes takes its share
-                    before = hold.stalled_seconds()
-                    with hold.watched(self.counted) as seen:
-                        crash = hold.take(handler, f"image:{image}", self.counted, self.shop)
-                    waited = hold.stalled_seconds() - before
+                before = hold.stalled_seconds()
+                with hold.watched(self.counted) as seen:
+                    crash = hold.take(handler, f"image:{image}", self.counted, self.shop)
+                waited = hold.stalled_seconds() - before
                 peak = f"{sum(seen.values()) / 1024:.0f} MiB"
                 rows.append((size(leave), handler.name, seconds(crash.hold), peak, seconds(waited)))
         head = ("available", "handler", "hold", "peak memory", "others stalled for memory")

@@ -62,10 +62,12 @@ with open(path, "wb") as out, open("/proc/self/mem", "rb") as memory:
 LOADER = """
 import mmap, os, signal, sys
 kind, _, rest = sys.argv[1].partition(":")
-size = int(rest) if kind == "zeros" else os.stat(rest).st_size
+size = os.stat(rest).st_size if kind == "image" else int(rest)
 memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 view, block = memoryview(memory), bytes(1 << 20)
-if kind == "zeros":
+if kind == "hog":
+    memory.madvise(mmap.MADV_HUGEPAGE)  # or it takes minutes
+if kind != "image":
     for offset in range(0, size, 1 << 20):
         view[offset:offset + (1 << 20)] = block[:min(1 << 20, size - offset)]
 else:
@@ -94,11 +96,10 @@ def make_random(path: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def loaded(what: str) -> Iterator[int]:
-    """Yield the pid of a process that holds `image:PATH` or `zeros:BYTES` as its own memory."""
-    process = subprocess.Popen([sys.executable, "-S", "-E", "-c", LOADER, what], stdout=subprocess.PIPE)
+    """Yield the pid of a process that holds `image:PATH`, `zeros:BYTES` or `hog:BYTES` as its own memory."""
+    process = _load(what)
     try:
-        if process.stdout is None or process.stdout.read(1) != b"r":
-            raise RuntimeError("the process to crash did not start")
+        _wait_loaded(process)
         yield process.pid
     finally:
         if process.stdout:
@@ -106,16 +107,28 @@ def loaded(what: str) -> Iterator[int]:
         process.returncode = -signal.SIGSEGV  # it was waited for by its pid
 
 
+def _load(what: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-S", "-E", "-c", LOADER, what], stdout=subprocess.PIPE)
+
+
+def _wait_loaded(process: subprocess.Popen[bytes]) -> None:
+    if process.stdout is None or process.stdout.read(1) != b"r":
+        raise RuntimeError("the process that holds memory did not start")
+
+
 @contextlib.contextmanager
 def hog(leave: int) -> Iterator[None]:
     """Hold so much memory that only `leave` bytes are available."""
     size = machine.memory_bytes("MemAvailable") - leave - (MIB << 6)
-    with loaded(f"zeros:{size}") as pid:
-        try:
-            yield
-        finally:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+    halves = [_load(f"hog:{size // 2}") for _ in range(2)]  # two cores fill it in half the time
+    try:
+        for process in halves:
+            _wait_loaded(process)
+        yield
+    finally:
+        for process in halves:
+            process.kill()
+            process.communicate()
 
 
 @contextlib.contextmanager
