@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from core_dump_collector.config import Settings
 
-_PRELOAD = ["__main__", "core_dump_collector.config", "core_dump_collector.preload"]
+_PRELOAD = ["__main__", "core_dump_collector.preload"]
 _KILL_SECONDS = 5.0
 
 

@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 
 from core_dump_collector import config
@@ -78,3 +80,11 @@ def test_every_setting_stands_in_the_table():
     for name, field in Settings.model_fields.items():
         assert f"`{name.upper()}`" in table
         assert field.description
+
+
+def test_workers_get_the_values_alone():
+    settings = config.load({"bucket_name": "s3://dumps/fleet", "object_tags": "team=a"})
+    given = pickle.loads(pickle.dumps(settings))
+    assert not isinstance(given, Settings)
+    assert vars(given) == dict(settings) | {"bucket": "dumps", "prefix": "fleet/"}
+    assert given == pickle.loads(pickle.dumps(settings)), "or each job would make a client of its own"

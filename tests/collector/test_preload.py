@@ -24,3 +24,12 @@ def test_full_garbage_collection_leaves_a_worker_what_it_shares():
         [sys.executable, "-c", FORK_AND_COLLECT], capture_output=True, text=True, timeout=60, check=True
     )
     assert int(done.stdout) < 2000
+
+
+def test_workers_load_nothing_that_only_the_daemon_needs():
+    script = "import sys, core_dump_collector.cli, core_dump_collector.preload; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "botocore" in done.stdout.split()
+    assert not {"pydantic", "structlog", "prometheus_client"} & set(done.stdout.split())
