@@ -177,4 +177,4 @@ def run(root: Path, report: Report, rounds: int) -> None:
             shop.limit(),
         ]
         bare.small("hold: 0.5 MB", handlers, 9, 1)
-        bare.small("hold: 64 at once", [handlers[0], *handlers[3:]], 2, 64)
+        bare.small("hold: 64 at once", [handlers[0], *handlers[3:]], 1, 64)
