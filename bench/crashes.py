@@ -164,7 +164,6 @@ def run(root: Path, report: Report, rounds: int) -> None:
         crashes.pressure(image)
         crashes.memory(image, choice)
         crashes.cache()
-    image.unlink()
     bare = Crashes(report, Workshop(root, None), None, rounds)
     shop = bare.shop
     with shop.systemd() as systemd:

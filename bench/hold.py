@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bench import victims
+from bench import machine, victims
 from bench.corepattern import core_pattern
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from bench.cgroup import Group
     from bench.handlers import Handler, Workshop
+
+WARM_BYTES = 1 << 30
+"""What any of the handlers takes for its buffer and its file."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def take_only(handler: Handler, what: str, group: Group) -> tuple[float, float]:
     """Crash one process; return seconds until it was released, and until the handler had ended."""
     present = len(group.members())
     with victims.loaded(what) as pid, core_pattern("|" + handler.pattern, handler.pipe_limit):
+        machine.warm(WARM_BYTES)
         begin, (hold,) = victims.crash([pid])
     return hold, group.wait_empty(leave=present) - begin
 

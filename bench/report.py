@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,11 +35,12 @@ class Report:
 
     def __init__(self, *, write: bool) -> None:
         """With `write`, every table goes into the document as well."""
-        self._write = write
+        self._write, self._begin = write, time.monotonic()
 
     def add(self, table: Table) -> None:
         """Show a table, and keep it."""
-        print(f"\n## {table.name}\n\n{table.markdown()}", flush=True)
+        after = time.monotonic() - self._begin
+        print(f"\n## {table.name} ({after:.0f} s after the start)\n\n{table.markdown()}", flush=True)
         if self._write:
             put(table.name, table.markdown())
 
