@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from bench.cgroup import Group
     from bench.handlers import Handler, Workshop
 
-WARM_BYTES = 1 << 30
-"""What any of the handlers takes for its buffer and its file."""
-
 
 @dataclass(frozen=True)
 class Crash:
@@ -57,7 +54,7 @@ def take_only(handler: Handler, what: str, group: Group) -> tuple[float, float]:
     """Crash one process; return seconds until it was released, and until the handler had ended."""
     present = len(group.members())
     with victims.loaded(what) as pid, core_pattern("|" + handler.pattern, handler.pipe_limit):
-        machine.warm(WARM_BYTES)
+        machine.warm()
         begin, (hold,) = victims.crash([pid])
     return hold, group.wait_empty(leave=present) - begin
 

