@@ -66,7 +66,7 @@ def compare(
     results = [Result(handler) for handler in handlers]
     for turn in range(rounds):
         for result in results if turn % 2 == 0 else reversed(results):
-            if turn and result.handler.once:
+            if turn >= result.handler.most_rounds:
                 continue
             crash = take(result.handler, what, group, workshop)
             result.crashes.append(crash)
