@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench import cgroup, hold, machine, plots, victims
@@ -84,14 +84,16 @@ class Crashes:
         self.report.add(Table("peak memory", ("handler", "dump", "peak"), rows))
 
     def cache(self) -> None:
-        """Show what 4 GiB written to the disk leave of the page cache."""
+        """Show what a dump written to the disk leaves of the page cache."""
         rows = []
-        for handler in (self.shop.ours("none"), self.shop.raw()):
+        for handler, count in ((self.shop.ours("none"), 4 * GIB), (self.shop.raw(), GIB)):
             before = machine.memory_bytes("Cached")
-            hold.take_only(handler, f"zeros:{4 * GIB}", self.counted)
-            rows.append((handler.name, size(before), size(machine.memory_bytes("Cached"))))
+            hold.take_only(handler, f"zeros:{count}", self.counted)
+            after = machine.memory_bytes("Cached")
+            rows.append((handler.name, size(count), size(before), size(after)))
             self.shop.clean()
-        self.report.add(Table("page cache", ("handler", "Cached before", "Cached after 4 GiB"), rows))
+        head = ("handler", "written", "Cached before", "Cached after")
+        self.report.add(Table("page cache", head, rows))
 
     def buffers(self, image: Path) -> None:
         """Show what the buffer buys."""
@@ -153,11 +155,7 @@ def run(root: Path, report: Report, rounds: int) -> None:
             Table("calibrate", ("`core-dump-helper --calibrate` took", "it chose"), [(seconds(took), choice)])
         )
         base = [shop.limit(), shop.igzip(), shop.ours("auto"), shop.ours(choice, 0)]
-        pigz = [
-            replace(shop.ours("pigz"), most_rounds=1),
-            replace(shop.ours("pigz", 0), most_rounds=2),
-            shop.pigz(),
-        ]
+        pigz = [shop.ours("pigz"), shop.ours("pigz", 0), shop.pigz()]
         every = [*base, *pigz, shop.ours("gzip", 0), shop.ours("none")]
         hold.take(pigz[0], f"image:{image}", group, shop)  # takes the most memory: see machine.warm
         with shop.systemd() as systemd:

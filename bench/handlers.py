@@ -77,7 +77,7 @@ class Workshop:
             "bare pigz -1",
             self.script("pigz", f"/usr/bin/pigz -1 > {self.out}/$$.gz"),
             "pigz -1 > FILE",
-            most_rounds=2,
+            most_rounds=1,
         )
 
     def raw(self) -> Handler:
@@ -117,7 +117,7 @@ class Workshop:
             label,
             f"{pattern} {ARGUMENTS}",
             f"core-dump-helper {ARGUMENTS} with COMPRESSOR={compressor}",
-            most_rounds=1 if compressor == "gzip" else 3,
+            most_rounds=1 if compressor in {"pigz", "gzip"} else 3,
         )
 
     def calibrate(self) -> tuple[float, str]:
