@@ -117,7 +117,7 @@ class Workshop:
             label,
             f"{pattern} {ARGUMENTS}",
             f"core-dump-helper {ARGUMENTS} with COMPRESSOR={compressor}",
-            most_rounds=1 if compressor in {"pigz", "gzip"} else 3,
+            most_rounds=3 if compressor in {"auto", "isal"} else 1,
         )
 
     def calibrate(self) -> tuple[float, str]:

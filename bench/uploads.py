@@ -100,7 +100,7 @@ def compare(bench: Bench, source: Path, rounds: int) -> Table:
 
 
 def _is_slow(table: Table, name: str) -> bool:
-    return table[name][0].wall > 1.2 * min(runs[0].wall for runs in table.values())
+    return table[name][0].wall > 1.1 * min(runs[0].wall for runs in table.values())
 
 
 def copy_for_us(source: Path, stage: Path, turn: int) -> list[Path]:
