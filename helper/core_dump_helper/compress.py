@@ -103,16 +103,17 @@ class Stream:
         blocks = [self._deflate.compress(first), self._deflate.flush(FULL_FLUSH)]
         others = self._done.get()
         if not others:
-            raise MemoryError("in the second thread")
+            raise MemoryError("the second thread failed")
         return blocks + others
 
     def _compress_second_halves(self) -> None:
-        deflate = self._new_deflate()
+        deflate = None
         while True:
             second = self._given.get()
             try:
+                deflate = deflate or self._new_deflate()
                 self._done.put([deflate.compress(second), deflate.flush(FULL_FLUSH)])
-            except MemoryError:
+            except Exception:  # noqa: BLE001 - whatever it is, the first thread waits for an answer
                 self._done.put([])
 
     def close(self) -> str:

@@ -70,13 +70,19 @@ def test_piece_that_does_not_fit_is_left_out_whole(stream, tmp_path, monkeypatch
     assert gzip.decompress((tmp_path / "dump").read_bytes()) == content[: 2 * MEBIBYTE]
 
 
-@pytest.mark.parametrize("stream", ["isal"], indirect=True)
-def test_second_thread_without_memory_fails_the_dump_and_leaves_nobody_waiting(stream):
-    class NoMemory:
-        def compress(self, _):
-            raise MemoryError
+def no_compressor():
+    raise MemoryError
 
-    stream._new_deflate = NoMemory
+
+class FailingCompressor:
+    def compress(self, _):
+        raise ValueError("any other error")
+
+
+@pytest.mark.parametrize("stream", ["isal"], indirect=True)
+@pytest.mark.parametrize("broken", [no_compressor, FailingCompressor])
+def test_second_thread_that_fails_fails_the_dump_and_leaves_nobody_waiting(stream, broken):
+    stream._new_deflate = broken
     stream.in_a_hurry = True
     with pytest.raises(MemoryError):
         stream.write(memory(MEBIBYTE))
