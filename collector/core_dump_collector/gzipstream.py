@@ -78,8 +78,8 @@ def decompress(blocks: Iterable[bytes], piece_bytes: int = 1 << 20) -> Iterator[
     """Yield what decompresses of a gzip file of one or more members, up to the first damage; no piece is empty."""
     stream = isal_zlib.decompressobj(wbits=_GZIP)
     for block in blocks:
-        rest = block
-        while rest:
+        rest, piece = block, b""
+        while rest or len(piece) == piece_bytes:  # a full piece may have left some behind
             if stream.eof:
                 stream = isal_zlib.decompressobj(wbits=_GZIP)
             try:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from isal import isal_zlib
 
 from core_dump_collector import gzipstream, source
 from core_dump_collector.dumpfile import DumpFile
@@ -174,6 +175,15 @@ def test_what_decompresses_of_a_salvaged_dump_goes_up_as_valid_gzip(tmp_path, da
         damage is not DAMAGE["zeros at the end"]
     ):  # zeros decode to something: deflate has its checksum at the end
         assert (content + content).startswith(mended)
+
+
+def test_no_byte_is_left_in_the_decompressor_wherever_a_stream_of_zeros_is_cut():
+    packer = isal_zlib.compressobj(1, isal_zlib.DEFLATED, 31)
+    whole = packer.compress(bytes(6 * MEBIBYTE)) + packer.flush()
+    for cut in range(4096, len(whole) - 8, 3):
+        blocks = (whole[start : min(cut, start + 4096)] for start in range(0, cut, 4096))
+        salvaged = sum(map(len, gzipstream.decompress(blocks)))
+        assert salvaged == len(isal_zlib.decompressobj(wbits=31).decompress(whole[:cut])), cut
 
 
 @given(st.binary(max_size=300))
