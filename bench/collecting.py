@@ -21,7 +21,7 @@ HEAD = ("who", "wall", "x ours", "CPU", "x ours' CPU", "rounds (wall)")
 def run(root: Path, report: Report, rounds: int) -> None:
     """Measure everything about the collector."""
     (root / "weed").mkdir()
-    with s3.seaweedfs(root / "weed") as server, cgroup.group("peers") as group:
+    with machine.warm_memory(), s3.seaweedfs(root / "weed") as server, cgroup.group("peers") as group:
         bench = Bench(root, server, group)
         uploaders.make_dumps(root / "many", 2000, 64 << 10)
         compare(

@@ -99,7 +99,7 @@ class Crashes:
         """Show what the buffer buys."""
         sizes = [0, 256 << 20, 512 << 20, 1 << 30]
         handlers = [self.shop.limit(), *(self.shop.ours("auto", count) for count in sizes)]
-        results, loads = self._compare(handlers, f"image:{image}", 1)
+        results, loads = self._compare(handlers, f"image:{image}", self.rounds)
         limit = results[0].median("hold")
         rows = [
             (
@@ -110,14 +110,14 @@ class Crashes:
             )
             for count, r in zip(sizes, results[1:], strict=True)
         ]
-        note = f"1 GiB of a service; one round; {loads}."
+        note = f"1 GiB of a service; medians of {self.rounds} alternating rounds; {loads}."
         self.report.add(Table("buffer", ("BUFFER_BYTES", "hold", "x limit", "file whole"), rows, note))
 
     def pressure(self, image: Path) -> None:
         """Show what the buffer costs where memory is short: a neighbour holds all but 2 GiB."""
         rows = []
         leave = 2 * GIB
-        with victims.hog(leave + GIB):  # the process that crashes takes its share
+        with victims.hog(leave + GIB), machine.warm_memory(leave):  # the process that crashes takes a GiB too
             for handler in (self.shop.ours("auto", 0), self.shop.ours("auto")):
                 before = hold.stalled_seconds()
                 with hold.watched(self.counted) as seen:
@@ -154,21 +154,9 @@ def run(root: Path, report: Report, rounds: int) -> None:
         report.add(
             Table("calibrate", ("`core-dump-helper --calibrate` took", "it chose"), [(seconds(took), choice)])
         )
-        base = [shop.limit(), shop.igzip(), shop.ours("auto"), shop.ours(choice, 0)]
-        pigz = [shop.ours("pigz"), shop.ours("pigz", 0), shop.pigz()]
-        every = [*base, *pigz, shop.ours("gzip", 0), shop.ours("none")]
-        hold.take(pigz[0], f"image:{image}", group, shop)  # takes the most memory: see machine.warm
-        with shop.systemd() as systemd:
-            crashes.large(
-                "hold: 1 GiB of a service", [*every, systemd, shop.manual()], f"image:{image}", rounds + 1
-            )
-            crashes.large("hold: 1 GiB of random bytes", [*base[:3], systemd], f"image:{noise}", 1)
-            crashes.large("hold: 4 GiB of touched zeros", base[:3], f"zeros:{4 * GIB}", 1)
-        noise.unlink()
-        crashes.buffers(image)
+        with machine.warm_memory():
+            large_processes(crashes, choice)
         crashes.pressure(image)
-        crashes.memory(image, choice)
-        crashes.cache()
     bare = Crashes(report, Workshop(root, None), None, rounds)
     shop = bare.shop
     with shop.systemd() as systemd:
@@ -181,4 +169,20 @@ def run(root: Path, report: Report, rounds: int) -> None:
             shop.limit(),
         ]
         bare.small("hold: 0.5 MB", handlers, 9, 1)
-        bare.small("hold: 64 at once", [handlers[0], *handlers[3:]], 1, 64)
+        bare.small("hold: 64 at once", [handlers[0], *handlers[3:]], 3, 64)
+
+
+def large_processes(crashes: Crashes, choice: str) -> None:
+    """Measure crashes of large processes; `choice` is what `--calibrate` has chosen."""
+    shop, image, noise = crashes.shop, crashes.shop.root / "image", crashes.shop.root / "noise"
+    base = [shop.limit(), shop.igzip(), shop.ours("auto"), shop.ours(choice, 0)]
+    rest = [shop.ours("pigz"), shop.ours("pigz", 0), shop.pigz(), shop.ours("gzip", 0), shop.ours("none")]
+    with shop.systemd() as systemd:
+        every = [*base, *rest, systemd, shop.manual()]
+        crashes.large("hold: 1 GiB of a service", every, f"image:{image}", crashes.rounds + 1)
+        crashes.large("hold: 1 GiB of random bytes", [*base[:3], systemd], f"image:{noise}", 1)
+        crashes.large("hold: 4 GiB of touched zeros", base[:3], f"zeros:{4 * GIB}", 1)
+    noise.unlink()
+    crashes.buffers(image)
+    crashes.memory(image, choice)
+    crashes.cache()

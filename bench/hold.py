@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bench import machine, victims
+from bench import victims
 from bench.corepattern import core_pattern
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ def take_only(handler: Handler, what: str, group: Group) -> tuple[float, float]:
     """Crash one process; return seconds until it was released, and until the handler had ended."""
     present = len(group.members())
     with victims.loaded(what) as pid, core_pattern("|" + handler.pattern, handler.pipe_limit):
-        machine.warm()
         begin, (hold,) = victims.crash([pid])
     return hold, group.wait_empty(leave=present) - begin
 

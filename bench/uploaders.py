@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import machine
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -83,7 +81,6 @@ class Run:
 
 def run_command(command: str, group: Group, variables: Mapping[str, str]) -> Run:
     """Run a peer's command, from nothing to its exit."""
-    machine.warm()
     cpu, begin = group.cpu_seconds(), time.perf_counter()
     subprocess.run(["/bin/sh", "-c", f"{group.join}; {command}"], env=dict(variables), check=True)
     return Run(time.perf_counter() - begin, group.cpu_seconds() - cpu)
@@ -98,7 +95,6 @@ class Loop:
 
     def run(self, path: Path, prefix: str) -> Run:
         """Upload a file or the files of a directory."""
-        machine.warm()
         cpu, begin = self.group.cpu_seconds(), time.perf_counter()
         print(path, prefix, file=self.process.stdin, flush=True)
         if self.process.stdout is None or self.process.stdout.readline() != "done\n":
@@ -132,7 +128,6 @@ class Collector:
 
     def run(self, files: list[Path], seconds: float = 300) -> Run:
         """Rename files into the directory, as the helper does; wait until every one is uploaded and deleted."""
-        machine.warm()
         cpu, begin = self.group.cpu_seconds(), time.perf_counter()
         for path in files:
             path.rename(self.directory / path.name)
