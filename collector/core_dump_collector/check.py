@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from core_dump_collector import corepattern, logs, upload
+from core_dump_collector import logs, upload
 from core_dump_collector.errors import ConfigError, RetryableError
+from core_dump_collector.node import corepattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

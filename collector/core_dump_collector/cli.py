@@ -103,7 +103,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _configure_host(options: argparse.Namespace) -> int:
-    from core_dump_collector import host  # noqa: PLC0415  likewise
+    from core_dump_collector.node import host  # noqa: PLC0415  likewise
 
     force = ["--force"] if options.force and not options.restore else []
     return host.configure(options.root, restore=options.restore, options=force)

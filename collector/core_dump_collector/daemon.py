@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from core_dump_collector import corepattern, dumpfile, scan
 from core_dump_collector.backlog import Backlog
-from core_dump_collector.brake import Brake
+from core_dump_collector.breaker import Brake
 from core_dump_collector.config import describe
-from core_dump_collector.drops import DropRecords
 from core_dump_collector.errors import ConfigError
 from core_dump_collector.health import HEARTBEAT_SECONDS, Health, Server
 from core_dump_collector.jobs import Job, Outcome, UploadResult
 from core_dump_collector.metrics import Metrics
+from core_dump_collector.node import corepattern, dumpfile, scan
+from core_dump_collector.node.drops import DropRecords
+from core_dump_collector.node.watch import Watch
 from core_dump_collector.pool import Pool
-from core_dump_collector.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,7 +19,8 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core_dump_collector import elfcore, gzipstream, source
+from core_dump_collector import elfcore
+from core_dump_collector.s3 import compression, parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -87,7 +88,7 @@ def fingerprint_of_file(
 ) -> Fingerprint | None:
     """Compute the fingerprint of a dump on disk, gzip or raw. An OSError of reading it passes through."""
     blocks = _read(descriptor)
-    pieces = gzipstream.decompress(blocks, PIECE_BYTES) if source.is_gzip(descriptor) else blocks
+    pieces = compression.decompress(blocks, PIECE_BYTES) if parts.is_gzip(descriptor) else blocks
     return fingerprint(lambda _: next(pieces, b""), most_bytes=most_bytes, seconds=seconds)
 
 

@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError
 
-from core_dump_collector import attempt, corefile, dumpfile, faults, fingerprint, sidecar, source
-from core_dump_collector.client import make_client
+from core_dump_collector import corefile, fingerprint, metadata
 from core_dump_collector.errors import ConfigError, PermanentError, RetryableError
 from core_dump_collector.jobs import Document, Job, Outcome, RetryReason, UploadResult
-from core_dump_collector.store import Store, TakenError, UnconditionalStoreError
-from core_dump_collector.transfer import Transfer
+from core_dump_collector.node import dumpfile
+from core_dump_collector.s3 import classify, parts, record
+from core_dump_collector.s3.client import make_client
+from core_dump_collector.s3.store import Store, TakenError, UnconditionalStoreError
+from core_dump_collector.s3.transfer import Transfer
 
 if TYPE_CHECKING:
     from core_dump_collector.config import Settings
-    from core_dump_collector.dumpfile import DumpFile
-    from core_dump_collector.sidecar import Facts, StoredObject
+    from core_dump_collector.metadata import Facts, StoredObject
+    from core_dump_collector.node.dumpfile import DumpFile
 
 MOST_BYTES = 50 << 40
 """Length of the longest file taken: S3's largest object (48.8 TiB; Amazon S3 User Guide, "Uploading objects"). A sparse
@@ -105,7 +107,7 @@ class _Connection:
             try:
                 client = make_client(settings)
             except BotoCoreError as error:
-                raise faults.translate(error) from error
+                raise classify.translate(error) from error
             self._open = (settings, Store(client, settings))
         return self._open[1]
 
@@ -130,7 +132,7 @@ def _store(document: Document, settings: Settings) -> UploadResult:
     """Store a record without a dump; one that is there already is the same."""
     key = f"{settings.prefix}{settings.node_name}/{document.name.rpartition('/')[2]}"
     try:
-        _CONNECTION.store(settings).put_document(key, sidecar.render_record(document, key, settings))
+        _CONNECTION.store(settings).put_document(key, metadata.render_record(document, key, settings))
     except PermanentError as error:
         raise RetryableError(RetryReason.SERVER, str(error)) from error
     return UploadResult(document.name, Outcome.UPLOADED, key=key)
@@ -142,30 +144,28 @@ def _retry(job: Job | Document, reason: RetryReason, detail: str) -> UploadResul
 
 def _upload(dump: DumpFile, settings: Settings) -> UploadResult:
     raw = dump.attributes()
-    facts = sidecar.gather(dump, raw, settings)
+    facts = metadata.gather(dump, raw, settings)
     if facts.sensitive is not None and not settings.upload_sensitive:
         return _result(dump, facts, Outcome.REFUSED, f"sensitive ({facts.sensitive}): left on disk")
     if dump.size_bytes > MOST_BYTES:
         return _result(dump, facts, Outcome.REFUSED, "larger than any object of S3: left on disk")
     dump.require_deletable()
     salvaged = dumpfile.SALVAGED in raw
-    read = source.open_source(
-        dump, settings.part_bytes, compress_raw=settings.compress_raw, salvaged=salvaged
-    )
+    read = parts.open_source(dump, settings.part_bytes, compress_raw=settings.compress_raw, salvaged=salvaged)
     suffix = ".gz" if read.gzip else ""
     key = corefile.build_key(settings.prefix, settings.key_template, facts.key_fields(), suffix=suffix)
     store = _CONNECTION.store(settings)
-    transfer = Transfer(store, dump, read, attempt.read(raw, trusted=dump.is_trusted), _headers(facts, read))
+    transfer = Transfer(store, dump, read, record.read(raw, trusted=dump.is_trusted), _headers(facts, read))
     try:
         stored, outcome = transfer.run(key)
         if settings.sidecar:
             crash = _fingerprint(dump) if settings.fingerprint else {}
-            store.put_document(stored.key + ".json", sidecar.render(facts, stored, settings.bucket, crash))
+            store.put_document(stored.key + ".json", metadata.render(facts, stored, settings.bucket, crash))
     except PermanentError as error:
         name = dump.quarantine()
         return _result(dump, facts, Outcome.QUARANTINED, f"{error}; moved to quarantine/{name}")
     if not dump.is_unchanged():
-        attempt.clear(dump)
+        record.clear(dump)
         raise RetryableError(RetryReason.LOCAL_IO, "the file was written to while it was uploaded")
     detail = "" if dump.unlink() else "deleted or replaced by somebody else meanwhile"
     return _result(dump, facts, outcome, detail, stored)
@@ -180,7 +180,7 @@ def _fingerprint(dump: DumpFile) -> dict[str, str]:
     return found.fields() if found else {}
 
 
-def _headers(facts: Facts, read: source.Source) -> dict[str, Any]:
+def _headers(facts: Facts, read: parts.Source) -> dict[str, Any]:
     kind = "application/gzip" if read.gzip else "application/octet-stream"
     return {"ContentType": kind, "Metadata": facts.user_metadata()}
 

@@ -1,4 +1,4 @@
-from core_dump_collector.brake import LONGEST_PAUSE_SECONDS, PATIENCE, Brake
+from core_dump_collector.breaker import LONGEST_PAUSE_SECONDS, PATIENCE, Brake
 from core_dump_collector.jobs import RetryReason
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from core_dump_collector.corepattern import is_ours, read
+from core_dump_collector.node.corepattern import is_ours, read
 
 
 @pytest.mark.parametrize(

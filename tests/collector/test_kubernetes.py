@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core_dump_collector.kubernetes import PodIdentity, identify
+from core_dump_collector.node.kubernetes import PodIdentity, identify
 
 UID = "5f0c1f0e-3c1b-4d55-9a2e-0123456789ab"
 CONTAINER_ID = "ab" * 32

@@ -11,7 +11,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError, EndpointConnectionError
 from tests.support.s3 import BUCKET
 
-from core_dump_collector.smallput import SmallPut
+from core_dump_collector.s3.smallbody import SmallPut
 
 OWN = {
     "amz-sdk-invocation-id",

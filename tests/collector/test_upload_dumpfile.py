@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from core_dump_collector import dumpfile
-from core_dump_collector.dumpfile import DumpFile, Unfit, UnfitError
+from core_dump_collector.node import dumpfile
+from core_dump_collector.node.dumpfile import DumpFile, Unfit, UnfitError
 
 NAME = "core-app-1700000000-42-11.gz"
 PARTIAL = NAME + ".partial"
@@ -100,7 +100,7 @@ def test_a_reader_does_not_make_a_file_busy(watch_dir):
 
 MEET_A_WRITER = """
 import os, sys
-from core_dump_collector import dumpfile
+from core_dump_collector.node import dumpfile
 fd = os.open(sys.argv[1], os.O_RDONLY)
 dumpfile._take_lease(fd)
 try:

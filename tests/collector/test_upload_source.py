@@ -15,10 +15,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from isal import isal_zlib
 
-from core_dump_collector import gzipstream, source
-from core_dump_collector.dumpfile import DumpFile
-from core_dump_collector.multipart import SentPart, Whole
-from core_dump_collector.source import MEBIBYTE, Body, part_size
+from core_dump_collector.node.dumpfile import DumpFile
+from core_dump_collector.s3 import compression, parts
+from core_dump_collector.s3.multipart import SentPart, Whole
+from core_dump_collector.s3.parts import MEBIBYTE, Body, part_size
 
 RAW = "core-app-1700000000-42-11"
 on_disk = hypothesis_settings(
@@ -40,7 +40,7 @@ def read_all(body):
 def parts_of(path, part_bytes, **options):
     """Return the bodies of a file's parts, read the way botocore reads them."""
     with DumpFile(str(path.parent), path.name) as dump:
-        read = source.open_source(dump, part_bytes, **({"compress_raw": True, "salvaged": False} | options))
+        read = parts.open_source(dump, part_bytes, **({"compress_raw": True, "salvaged": False} | options))
         bodies = []
         numbers = []
         for part in read.parts():
@@ -103,19 +103,19 @@ def test_compressed_files_go_up_as_they_are(tmp_path, name):
 def test_no_more_than_two_parts_of_a_stream_exist_at_a_time(tmp_path):
     (tmp_path / RAW).write_bytes(os.urandom(10 * MEBIBYTE))
     with DumpFile(str(tmp_path), RAW) as dump:
-        parts = source.open_source(dump, MEBIBYTE, compress_raw=True, salvaged=False).parts()
-        first, second = next(parts), next(parts)
+        found = parts.open_source(dump, MEBIBYTE, compress_raw=True, salvaged=False).parts()
+        first, second = next(found), next(found)
         first.release()
-        third = next(parts)  # would wait for ever if `first` had kept its buffer
+        third = next(found)  # would wait for ever if `first` had kept its buffer
         second.release()
         third.release()
-        assert sum(part.size_bytes for part in parts if part.release() is None) > 6 * MEBIBYTE
+        assert sum(part.size_bytes for part in found if part.release() is None) > 6 * MEBIBYTE
 
 
 def test_a_file_that_becomes_shorter_is_an_error_and_never_a_shorter_part(tmp_path):
     (tmp_path / "core.gz").write_bytes(b"x" * 1000)
     with DumpFile(str(tmp_path), "core.gz") as dump:
-        (part,) = source.open_source(dump, MEBIBYTE, compress_raw=True, salvaged=False).parts()
+        (part,) = parts.open_source(dump, MEBIBYTE, compress_raw=True, salvaged=False).parts()
         os.truncate(tmp_path / "core.gz", 10)
         with pytest.raises(OSError, match="shorter"):
             part.crc32()
@@ -128,20 +128,20 @@ def test_a_file_that_becomes_shorter_is_an_error_and_never_a_shorter_part(tmp_pa
 @given(st.lists(st.one_of(st.binary(max_size=2000), st.integers(0, 3 * MEBIBYTE).map(bytes)), max_size=6))
 @hypothesis_settings(max_examples=30, deadline=None)
 def test_what_is_compressed_is_one_gzip_member_and_the_same_each_time(pieces):
-    packed = b"".join(gzipstream.compress(pieces))
+    packed = b"".join(compression.compress(pieces))
     reader = zlib.decompressobj(wbits=31)
     assert reader.decompress(packed) + reader.flush() == b"".join(pieces)
     assert (reader.eof, reader.unused_data) == (True, b"")
-    assert b"".join(gzipstream.compress(iter(pieces))) == packed
+    assert b"".join(compression.compress(iter(pieces))) == packed
 
 
 def test_compressor_reads_no_further_ahead_than_its_threads_need():
     taken = []
-    packed = gzipstream.compress(taken.append(n) or bytes(MEBIBYTE) for n in range(100))
+    packed = compression.compress(taken.append(n) or bytes(MEBIBYTE) for n in range(100))
     for _ in range(4):
         next(packed)
     packed.close()
-    assert 3 <= len(taken) <= 3 + gzipstream.THREADS
+    assert 3 <= len(taken) <= 3 + compression.THREADS
 
 
 # A salvaged partial
@@ -182,14 +182,14 @@ def test_no_byte_is_left_in_the_decompressor_wherever_a_stream_of_zeros_is_cut()
     whole = packer.compress(bytes(6 * MEBIBYTE)) + packer.flush()
     for cut in range(4096, len(whole) - 8, 3):
         blocks = (whole[start : min(cut, start + 4096)] for start in range(0, cut, 4096))
-        salvaged = sum(map(len, gzipstream.decompress(blocks)))
+        salvaged = sum(map(len, compression.decompress(blocks)))
         assert salvaged == len(isal_zlib.decompressobj(wbits=31).decompress(whole[:cut])), cut
 
 
 @given(st.binary(max_size=300))
 def test_no_bytes_make_the_mending_fail(data):
-    list(gzipstream.decompress(iter([data[i : i + 7] for i in range(0, len(data), 7)])))
-    list(gzipstream.decompress(iter([b"\x1f\x8b\x08" + data])))
+    list(compression.decompress(iter([data[i : i + 7] for i in range(0, len(data), 7)])))
+    list(compression.decompress(iter([b"\x1f\x8b\x08" + data])))
 
 
 def test_a_salvaged_dump_that_was_never_gzip_goes_up_as_it_is(tmp_path):
@@ -212,7 +212,7 @@ def test_a_sparse_core_is_not_taken_for_a_huge_one(tmp_path):
     with (tmp_path / RAW).open("wb") as file:
         file.truncate(2**40)
     with DumpFile(str(tmp_path), RAW) as dump:
-        read = source.open_source(dump, 16 * MEBIBYTE, compress_raw=True, salvaged=False)
+        read = parts.open_source(dump, 16 * MEBIBYTE, compress_raw=True, salvaged=False)
         assert read.part_bytes == 16 * MEBIBYTE
 
 
@@ -248,7 +248,7 @@ def test_an_etag_that_is_no_md5_proves_nothing():
 def test_a_body_reads_and_seeks_like_a_file(tmp_path, content, acts):
     (tmp_path / "core.gz").write_bytes(b"before" + content + b"after")
     with (tmp_path / "core.gz").open("rb") as file:
-        part = source.FilePart(file.fileno(), 1, 6, len(content), last=True)
+        part = parts.FilePart(file.fileno(), 1, 6, len(content), last=True)
         body, like = Body(part), io.BytesIO(content)
         assert len(body) == len(content)
         for act in acts:

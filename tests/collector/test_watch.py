@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.support.collector import flood
 
-from core_dump_collector.watch import Watch
+from core_dump_collector.node.watch import Watch
 
 
 def read_all(watch, *, until, seconds=10):

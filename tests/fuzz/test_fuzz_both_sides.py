@@ -12,10 +12,12 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from tests.support.uploads import settings
 
-from core_dump_collector import attempt, corefile, drops, sidecar
-from core_dump_collector.dumpfile import DumpFile
-from core_dump_collector.sidecar import StoredObject
-from core_dump_collector.watch import Watch
+from core_dump_collector import corefile, metadata
+from core_dump_collector.metadata import StoredObject
+from core_dump_collector.node import drops
+from core_dump_collector.node.dumpfile import DumpFile
+from core_dump_collector.node.watch import Watch
+from core_dump_collector.s3 import record
 from core_dump_helper.core import HEADER_LIMIT, elf_length
 from core_dump_helper.naming import file_name
 from core_dump_helper.process import describe, set_attributes
@@ -77,9 +79,9 @@ def test_every_attribute_of_the_helper_is_read_by_the_collector(watch_dir, value
     os.close(descriptor)
     with DumpFile(str(watch_dir), path.name) as dump:
         raw = dump.attributes()
-        facts = sidecar.gather(dump, raw, settings())
+        facts = metadata.gather(dump, raw, settings())
     assert {name.removeprefix(corefile.ATTRIBUTE_PREFIX): value for name, value in raw.items()} == values
-    told = json.loads(sidecar.render(facts, StoredObject("k", 1, 2), "dumps"))
+    told = json.loads(metadata.render(facts, StoredObject("k", 1, 2), "dumps"))
     assert set(told) >= set(values)
     assert (told["pid"], told["signal"]) == (42, 11)
     assert all(
@@ -164,11 +166,11 @@ FIELDS = st.fixed_dictionaries(
 @limits(deadline=None)
 @given(st.binary() | (JSON | FIELDS).map(lambda value: json.dumps(value).encode()), st.booleans())
 def test_no_bytes_in_the_record_of_an_attempt_fail(raw, trusted):
-    read = attempt.read({corefile.ATTEMPT: raw}, trusted=trusted)
+    read = record.read({corefile.ATTEMPT: raw}, trusted=trusted)
     if read is not None:
         assert type(read.key) is str
         assert type(read.size) is int
-        assert trusted or read.state is attempt.State.SENDING
+        assert trusted or read.state is record.State.SENDING
 
 
 @pytest.mark.parametrize("kind", [1, 2])

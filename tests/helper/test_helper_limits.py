@@ -11,7 +11,7 @@ import pytest
 from tests.helper.conftest import elf
 from tests.support.collector import wait_until
 
-from core_dump_collector.dumpfile import DumpFile
+from core_dump_collector.node.dumpfile import DumpFile
 
 
 def test_waiting_for_a_slot_takes_nothing_from_the_time_that_a_dump_has(station):

@@ -13,8 +13,8 @@ import pytest
 from tests.support import s3
 from tests.support.uploads import KEY, NAME, connected, send
 
-from core_dump_collector import dumpfile
 from core_dump_collector.jobs import Outcome
+from core_dump_collector.node import dumpfile
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="mounts, changes owners: needs root: sudo make test"

@@ -405,7 +405,7 @@ def test_credentials_renewed_in_the_environment_are_taken_up(seaweed, bucket, du
 
 
 def test_a_fault_of_ours_is_a_result_and_not_an_exception(seaweed, bucket, dump, monkeypatch):
-    monkeypatch.setattr("core_dump_collector.sidecar.gather", lambda *_: 1 / 0)
+    monkeypatch.setattr("core_dump_collector.metadata.gather", lambda *_: 1 / 0)
     with connected(seaweed.environ()):
         result = send(dump(SMALL))
     assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.INTERNAL)

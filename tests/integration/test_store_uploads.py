@@ -9,9 +9,10 @@ import pytest
 from tests.support import s3
 from tests.support.uploads import KEY, MEBIBYTE, NAME, connected, send, settings
 
-from core_dump_collector import sidecar, source, upload
+from core_dump_collector import metadata, upload
 from core_dump_collector.errors import ConfigError, RetryableError
 from core_dump_collector.jobs import Outcome, RetryReason
+from core_dump_collector.s3 import parts
 
 RAW = NAME.removesuffix(".gz")
 
@@ -73,7 +74,7 @@ def test_the_store_has_the_checksum_of_the_whole_object(bucket, watch_dir, size)
     content = os.urandom(size)
     send(put(watch_dir, content))
     head = bucket.head_object(Bucket=s3.BUCKET, Key=KEY, ChecksumMode="ENABLED")
-    assert head["ChecksumCRC32"] == as_sidecar(bucket)["crc32"] == sidecar.encode_crc32(zlib.crc32(content))
+    assert head["ChecksumCRC32"] == as_sidecar(bucket)["crc32"] == metadata.encode_crc32(zlib.crc32(content))
 
 
 @pytest.mark.usefixtures("_admin")
@@ -85,7 +86,8 @@ def test_the_sidecar_says_what_is_known(bucket, watch_dir):
     assert document.pop("uploaded_at").endswith("Z")
     assert document.pop("collector_version")
     assert document == {
-        "schema": 1, "key": KEY, "bucket": "dumps", "size_bytes": 4, "crc32": sidecar.encode_crc32(zlib.crc32(b"dump")),
+        "schema": 1, "key": KEY, "bucket": "dumps", "size_bytes": 4,
+        "crc32": metadata.encode_crc32(zlib.crc32(b"dump")),
         "node": "node-1", "state": "truncated", "truncated": "killed", "sensitive": True,
         "sensitive_reason": "dumpable=2", "pid": 4242, "comm": "a\\xff\nb", "exe": "/opt/é", "signal": 11,
         "timestamp": 1_700_000_000,
@@ -220,7 +222,7 @@ def test_a_file_that_grows_meanwhile_stays_and_goes_up_whole_the_next_time(
 
         monkeypatch.setattr(owner, name, grown)
 
-    grow_before(*((source.FilePart, "crc32") if moment == "while it is read" else (sidecar, "render")))
+    grow_before(*((parts.FilePart, "crc32") if moment == "while it is read" else (metadata, "render")))
     result = send(path)
     assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.LOCAL_IO)
     whole = path.read_bytes()
@@ -234,13 +236,13 @@ def test_a_file_that_grows_meanwhile_stays_and_goes_up_whole_the_next_time(
 @pytest.mark.usefixtures("_admin")
 def test_a_file_swapped_while_it_is_uploaded_is_not_deleted(bucket, watch_dir, monkeypatch):
     path = put(watch_dir, b"old")
-    real = sidecar.render
+    real = metadata.render
 
     def swap(*arguments):
         put(watch_dir, b"new", "new").rename(path)
         return real(*arguments)
 
-    monkeypatch.setattr(sidecar, "render", swap)
+    monkeypatch.setattr(metadata, "render", swap)
     assert send(path).outcome == Outcome.UPLOADED
     assert path.read_bytes() == b"new"
     assert s3.body_of(bucket, KEY) == b"old"

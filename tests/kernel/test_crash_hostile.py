@@ -15,7 +15,7 @@ from tests.kernel.conftest import attributes, core_of
 from tests.support import kernel
 from tests.torture.crashes import compile_crasher
 
-from core_dump_collector import dumpfile
+from core_dump_collector.node import dumpfile
 
 OPEN, ACCESS, MODIFY, CREATE, DELETE = 0x20, 0x1, 0x2, 0x100, 0x200
 TRAPS = ("usr/bin/pigz", "usr/bin/python3", "usr/local/bin/pigz", "bin/sh", "core-dump-helper")

@@ -11,7 +11,7 @@ import pytest
 from tests.support import s3
 from tests.support.collector import running, wait_until
 
-from core_dump_collector.drops import DropRecords
+from core_dump_collector.node.drops import DropRecords
 
 HASH = "0123456789abcdef01234567"
 NOW = 1_700_000_000

@@ -13,9 +13,10 @@ import pytest
 from tests.support import s3
 from tests.support.uploads import KEY, MEBIBYTE, NAME, connected, send
 
-from core_dump_collector import corefile, dumpfile, scan
-from core_dump_collector.dumpfile import DumpFile
+from core_dump_collector import corefile
 from core_dump_collector.jobs import Outcome, RetryReason
+from core_dump_collector.node import dumpfile, scan
+from core_dump_collector.node.dumpfile import DumpFile
 
 SOMEBODY = 12345
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user, needs root")

@@ -7,9 +7,10 @@ import os
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from core_dump_collector import multipart, upload
+from core_dump_collector import upload
 from core_dump_collector.config import Settings
 from core_dump_collector.jobs import Job, UploadResult
+from core_dump_collector.s3 import multipart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

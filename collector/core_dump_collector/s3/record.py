@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from core_dump_collector import corefile
 
 if TYPE_CHECKING:
-    from core_dump_collector.dumpfile import DumpFile
+    from core_dump_collector.node.dumpfile import DumpFile
 
 ATTRIBUTE = corefile.ATTEMPT
 

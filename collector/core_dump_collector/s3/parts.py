@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from isal import isal_zlib
 
-from core_dump_collector import corefile, gzipstream
+from core_dump_collector import corefile
+from core_dump_collector.s3 import compression
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from core_dump_collector.dumpfile import DumpFile
+    from core_dump_collector.node.dumpfile import DumpFile
 
 BLOCK_BYTES = 256 * 1024
 MEBIBYTE = 1024 * 1024
@@ -224,7 +225,7 @@ class GzipSource:
         for _ in range(STREAM_BUFFERS):
             free.put(mmap.mmap(-1, self.part_bytes))
         number, buffer, filled = 1, free.get(), 0
-        for piece in gzipstream.compress(self._blocks()):
+        for piece in compression.compress(self._blocks()):
             rest = memoryview(piece)
             while rest:
                 if filled == self.part_bytes:
@@ -248,7 +249,7 @@ def open_source(dump: DumpFile, part_bytes: int, *, compress_raw: bool, salvaged
     compressed = corefile.is_compressed(dump.name)
     if salvaged and dump.name.endswith(".gz") and is_gzip(dump.fd):
         return GzipSource(
-            lambda: gzipstream.decompress(_read(dump.fd, _DAMAGE_BYTES)), 2 * dump.size_bytes, part_bytes
+            lambda: compression.decompress(_read(dump.fd, _DAMAGE_BYTES)), 2 * dump.size_bytes, part_bytes
         )
     if compressed or not compress_raw:
         return FileSource(dump, part_bytes)

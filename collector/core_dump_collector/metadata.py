@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from core_dump_collector import __version__, corefile, kubernetes
+from core_dump_collector import __version__, corefile
+from core_dump_collector.node import kubernetes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from core_dump_collector.config import Settings
-    from core_dump_collector.dumpfile import DumpFile
     from core_dump_collector.jobs import Document
+    from core_dump_collector.node.dumpfile import DumpFile
 
 MOST_BYTES = 64 * 1024
 _MOST_METADATA_TEXT = 128

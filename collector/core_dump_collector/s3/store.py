@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from core_dump_collector import faults
 from core_dump_collector.errors import RetryableError
 from core_dump_collector.jobs import RetryReason
-from core_dump_collector.sidecar import encode_crc32
-from core_dump_collector.smallput import SmallPut
+from core_dump_collector.metadata import encode_crc32
+from core_dump_collector.s3 import classify
+from core_dump_collector.s3.smallbody import SmallPut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
     from core_dump_collector.config import Settings
-    from core_dump_collector.source import Part
+    from core_dump_collector.s3.parts import Part
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _UPLOAD_ID = re.compile(r"[\x21-\x7e]{1,512}")
@@ -210,14 +210,14 @@ class Store:
                 Bucket=self._bucket, Key=key, ChecksumMode="ENABLED", **self._owner
             )
         except ClientError as error:
-            status = faults.status_of(error)
+            status = classify.status_of(error)
             if status == 404:  # noqa: PLR2004
                 return None
             if 400 <= status < 500:  # noqa: PLR2004  a HEAD has no body: 403 is all that it says
                 raise PermissionError(status) from error
-            raise faults.translate(error) from error
+            raise classify.translate(error) from error
         except BotoCoreError as error:
-            raise faults.translate(error) from error
+            raise classify.translate(error) from error
         return Found(answer["ContentLength"], answer.get("ChecksumCRC32"), str(answer.get("ETag", "")))
 
     def put_document(self, key: str, document: bytes) -> None:
@@ -272,11 +272,11 @@ class Store:
         except BotoCoreError as error:
             if part is not None and part.error is not None:
                 raise part.error from error
-            raise faults.translate(error) from error
+            raise classify.translate(error) from error
         return answer
 
     def _explain(self, error: ClientError, parameters: Mapping[str, Any]) -> Exception:
-        status, code = faults.status_of(error), faults.code_of(error)
+        status, code = classify.status_of(error), classify.code_of(error)
         if "IfNoneMatch" in parameters:
             if status == 412 and code == "PreconditionFailed":  # noqa: PLR2004
                 return TakenError()
@@ -287,7 +287,7 @@ class Store:
                 return ConflictError()
         if code == "NoSuchUpload":
             return GoneError()
-        return faults.translate(error)
+        return classify.translate(error)
 
     def _is_proven(self, answer: Mapping[str, Any], part: Part, crc32: int) -> bool:
         """Compare what the store says it got with what was sent; False when its answer says neither.

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from isal import isal_zlib
 
-from core_dump_collector.client import SENDERS
 from core_dump_collector.errors import RetryableError
 from core_dump_collector.jobs import RetryReason
-from core_dump_collector.sidecar import encode_crc32
-from core_dump_collector.store import ConflictError, Store, StoredPart, TakenError, etag_of
+from core_dump_collector.metadata import encode_crc32
+from core_dump_collector.s3.client import SENDERS
+from core_dump_collector.s3.store import ConflictError, Store, StoredPart, TakenError, etag_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from core_dump_collector.source import Part
+    from core_dump_collector.s3.parts import Part
 
 PART_TRIES = 4
 FIRST_PAUSE_SECONDS = 0.2

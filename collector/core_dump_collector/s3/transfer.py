@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from core_dump_collector import attempt, corefile, multipart
-from core_dump_collector.attempt import Attempt, State
+from core_dump_collector import corefile
 from core_dump_collector.errors import PermanentError, RetryableError
 from core_dump_collector.jobs import Outcome, RetryReason
-from core_dump_collector.sidecar import StoredObject, encode_crc32
-from core_dump_collector.store import (
+from core_dump_collector.metadata import StoredObject, encode_crc32
+from core_dump_collector.s3 import multipart, record
+from core_dump_collector.s3.record import Attempt, State
+from core_dump_collector.s3.store import (
     Found,
     GoneError,
     Store,
@@ -28,8 +29,8 @@ from core_dump_collector.store import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from core_dump_collector.dumpfile import DumpFile
-    from core_dump_collector.source import Part, Source
+    from core_dump_collector.node.dumpfile import DumpFile
+    from core_dump_collector.s3.parts import Part, Source
 
 MOST_COPIES = 100
 """Keys tried for one dump before it is left for a later attempt."""
@@ -130,7 +131,7 @@ class Transfer:
         except (RetryableError, PermanentError) as error:
             known = not (isinstance(error, RetryableError) and error.outcome_unknown)
             if known and (not tried or _is_checksum(error)):
-                attempt.clear(self._dump)
+                record.clear(self._dump)
             raise
         if not proven:
             self._check_size(sent.stored)
@@ -300,7 +301,7 @@ class Transfer:
     # The record
 
     def _record(self, state: State, stored: StoredObject, upload_id: str = "") -> None:
-        attempt.write(
+        record.write(
             self._dump,
             Attempt(
                 state=state,
@@ -316,7 +317,7 @@ class Transfer:
     def _give_up(self, key: str, upload_id: str) -> None:
         """Abort and forget: the next attempt begins anew."""
         self._store.abort(key, upload_id)
-        attempt.clear(self._dump)
+        record.clear(self._dump)
 
 
 def _is_checksum(error: RetryableError | PermanentError) -> bool:

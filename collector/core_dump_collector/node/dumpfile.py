@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
-from core_dump_collector import corefile, rename
+from core_dump_collector import corefile
+from core_dump_collector.node import rename
 
 if TYPE_CHECKING:
     from types import TracebackType
