@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import threading
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from core_dump_collector import corefile
-from core_dump_collector.errors import ConfigError
+from core_dump_format.keys import check_template, parse_location
+from core_dump_format.text import printable
 from core_dumps.client import S3, Page, Row, explain
 from core_dumps.dump import MOST_SIDECAR_BYTES, SIDECAR_SUFFIX, Dump
 from core_dumps.errors import CliError, UsageError
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 SIDECAR_READERS = 24
 MOST_DELETED = 1000
 """So many keys DeleteObjects takes (Amazon S3 API Reference)."""
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _GONE = frozenset({"NoSuchKey", "404"})
 
 
@@ -40,15 +38,14 @@ class Bucket:
         Raises:
             UsageError: the address or the template cannot be.
         """
-        name, _, prefix = address.removeprefix("s3://").partition("/")
-        if not _BUCKET.fullmatch(name):
-            raise UsageError("--bucket or BUCKET_NAME takes a bucket's name or s3://bucket/prefix")
         try:
-            corefile.check_template(template)
-        except ConfigError as error:
-            raise UsageError(str(error)) from None
-        self.name = name
-        self.prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
+            self.name, self.prefix = parse_location(address)
+        except ValueError as error:
+            raise UsageError(f"--bucket or BUCKET_NAME: {error}") from None
+        try:
+            check_template(template)
+        except ValueError as error:
+            raise UsageError(f"KEY_TEMPLATE={printable(template)!r}: {error}") from None
         self.requests: Counter[str] = Counter()
         self._template = template
         self._lock = threading.Lock()
@@ -56,7 +53,7 @@ class Bucket:
         self._s3 = S3()
         self.client = self._s3.client
         self.client.meta.events.register("before-send.s3.*", self._count)
-        self._quick = self._s3.quick_reader(name)
+        self._quick = self._s3.quick_reader(self.name)
 
     def close(self) -> None:
         """Close the connections."""
@@ -140,9 +137,9 @@ class Bucket:
         except ClientError as error:
             if error.response.get("Error", {}).get("Code") in _GONE:
                 return dump
-            raise explain(error, f"reading {corefile.display(key)}") from error
+            raise explain(error, f"reading {printable(key)}") from error
         except BotoCoreError as error:
-            raise explain(error, f"reading {corefile.display(key)}") from error
+            raise explain(error, f"reading {printable(key)}") from error
 
     def delete(self, dumps: Iterable[Dump]) -> Iterator[Dump]:
         """Delete dumps and yield each that is gone: the objects first, so that a sidecar left behind is found again.
@@ -174,14 +171,14 @@ class Bucket:
         for problem in answer.get("Errors", []):
             code, message = str(problem.get("Code", "error")), str(problem.get("Message", ""))
             told = ClientError({"Error": {"Code": code, "Message": message}}, "DeleteObjects")
-            raise explain(told, f"deleting {corefile.display(str(problem.get('Key')))}", "s3:DeleteObject")
+            raise explain(told, f"deleting {printable(str(problem.get('Key')))}", "s3:DeleteObject")
 
     def _delete_each(self, keys: Sequence[str]) -> None:
         for key in keys:
             try:
                 self.client.delete_object(Bucket=self.name, Key=key)
             except (BotoCoreError, ClientError) as error:
-                raise explain(error, f"deleting {corefile.display(key)}", "s3:DeleteObject") from error
+                raise explain(error, f"deleting {printable(key)}", "s3:DeleteObject") from error
 
     def presign(self, dump: Dump, seconds: int) -> str:
         """Return a URL that gives the dump to whoever has it."""

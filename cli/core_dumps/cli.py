@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from core_dump_format.text import printable
 from core_dumps import __version__, show, when
 from core_dumps.errors import CliError, NoMatchError, UsageError
 from core_dumps.options import Selection, ending, with_selection
@@ -160,7 +161,7 @@ def get(
         fetched = fetch(bucket, dump, target, bars, keep_compressed=keep_compressed, force=force)
     warn(dump, fetched.warning)
     verified = ", ".join(fetched.verified) or "nothing: no checksum is known"
-    typer.echo(f"{show.safe(fetched.path)}: {show.size(fetched.size_bytes)}, verified: {verified}")
+    typer.echo(f"{printable(fetched.path)}: {show.size(fetched.size_bytes)}, verified: {verified}")
 
 
 def warn(dump: Dump, *texts: str | None) -> None:
@@ -216,7 +217,7 @@ def bt(
     line = _debugger_line(selection, sysroot or [], debugger_program, arguments, batch=True)
     code, text = debugger.backtrace(line)
     for part in text.splitlines():
-        typer.echo(show.safe(part, 10_000))
+        typer.echo(printable(part, 10_000))
     if code:
         raise CliError(f"{debugger_program} failed (exit {code})")
 

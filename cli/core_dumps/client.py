@@ -21,7 +21,7 @@ from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies
 from urllib3.exceptions import HTTPError
 
-from core_dump_collector import corefile
+from core_dump_format.text import printable
 from core_dumps import __version__
 from core_dumps.errors import CliError, UsageError
 
@@ -57,9 +57,9 @@ def explain(error: Exception, what: str, needed: str = "s3:ListBucket and s3:Get
     if code == "AccessDenied":
         return CliError(f"{what}: access denied: these credentials need {needed}")
     if isinstance(error, EndpointConnectionError):
-        place = corefile.display(str(error.kwargs["endpoint_url"]).partition("?")[0])
+        place = printable(str(error.kwargs["endpoint_url"]).partition("?")[0])
         return CliError(f"{what}: nobody answers at {place}: check the network and AWS_ENDPOINT_URL_S3")
-    return CliError(f"{what}: {_ADVICE.get(code) or corefile.display(str(error))}")
+    return CliError(f"{what}: {_ADVICE.get(code) or printable(str(error))}")
 
 
 class S3:
@@ -83,7 +83,7 @@ class S3:
         try:
             self.client = cast("S3Client", self._session.create_client("s3", config=config))
         except (BotoCoreError, ValueError) as error:
-            raise UsageError(f"S3: {corefile.display(str(error))}") from None
+            raise UsageError(f"S3: {printable(str(error))}") from None
 
     def quick_reader(self, bucket: str) -> QuickReader | None:
         """Return a reader of small objects; None where requests are signed in another way than it knows."""

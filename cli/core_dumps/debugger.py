@@ -11,6 +11,7 @@ import time
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
+from core_dump_format.text import printable
 from core_dumps import show
 from core_dumps.buildid import Modules, read_modules
 from core_dumps.errors import CliError, UsageError
@@ -67,12 +68,12 @@ def check(program: str, roots: Sequence[str]) -> None:
     """
     if shutil.which(program) is None:
         raise UsageError(
-            f"{show.safe(program)} is not installed: --debugger takes gdb or lldb, or a path of one"
+            f"{printable(program)} is not installed: --debugger takes gdb or lldb, or a path of one"
         )
     for root in roots:
         if not os.path.isdir(root) or any(c in root for c in '\n\r:"'):
             raise UsageError(
-                f"--sysroot {show.safe(root)}: takes a directory (its name without ':' and '\"')"
+                f"--sysroot {printable(root)}: takes a directory (its name without ':' and '\"')"
             )
 
 

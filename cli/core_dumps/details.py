@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from core_dump_format.text import printable
 from core_dumps import show
 from core_dumps.dump import signal_name
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from core_dump_collector.elfcore import Core
+    from core_dump_format.elf import Core
     from core_dumps.dump import Dump
     from core_dumps.head import Head
 
@@ -45,7 +46,7 @@ def print_info(console: Console, bucket: str, dump: Dump, head: Head | None) -> 
     if head is None:
         return
     if head.core is None:
-        console.print(f"{'Core':>14}: {show.safe(head.problem)}")
+        console.print(f"{'Core':>14}: {printable(head.problem)}")
         return
     console.print()
     for line in _core_lines(head.core, head):
@@ -61,29 +62,29 @@ def _facts(bucket: str, dump: Dump) -> Iterator[tuple[str, Text]]:
         value = dump.get(field)
         if value is not None:
             unit = " ms" if field == "duration_ms" else ""
-            yield label, Text(show.safe(value, 1100) + unit)
+            yield label, Text(printable(value, 1100) + unit)
     yield (
         "Storage",
-        Text(f"s3://{bucket}/{show.safe(dump.key, 1100)} (")
+        Text(f"s3://{bucket}/{printable(dump.key, 1100)} (")
         .append_text(show.states(dump.states))
         .append(")"),
     )
     yield "Size on Store", Text(show.size(dump.size_bytes))
     if dump.damage:
-        yield "Sidecar", Text(show.safe(dump.damage), style="red")
+        yield "Sidecar", Text(printable(dump.damage), style="red")
 
 
 def _core_lines(core: Core, head: Head) -> Iterator[str]:
     if core.signal is not None:
         yield f"The core says: {signal_name(core.signal)}{_cause(core)}"
     if core.arguments:
-        yield f"Arguments: {show.safe(core.arguments)}"
+        yield f"Arguments: {printable(core.arguments)}"
     yield f"A whole core has {core.expected_bytes} bytes"
     yield f"\n{len(core.threads)} threads, the one that crashed first:"
     for thread in core.threads[:MOST_SHOWN]:
         file = core.file_at(thread.pc)
         where = (
-            f"{show.safe(file.path)}+{thread.pc - file.start + file.offset_bytes:#x}"
+            f"{printable(file.path)}+{thread.pc - file.start + file.offset_bytes:#x}"
             if file
             else "not in a file"
         )
@@ -93,7 +94,7 @@ def _core_lines(core: Core, head: Head) -> Iterator[str]:
     paths = list(dict.fromkeys(file.path for file in core.files))
     yield f"\n{len(paths)} mapped files:"
     for path in paths[: 4 * MOST_SHOWN]:
-        yield f"  {head.build_ids.get(path, '-'):40}  {show.safe(path)}"
+        yield f"  {head.build_ids.get(path, '-'):40}  {printable(path)}"
     if len(paths) > 4 * MOST_SHOWN:
         yield f"  … and {len(paths) - 4 * MOST_SHOWN} more"
 

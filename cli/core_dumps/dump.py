@@ -7,7 +7,7 @@ import signal as signals
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from core_dump_collector import corefile
+from core_dump_format.attributes import METADATA_FIELDS, METADATA_FLAGS, METADATA_NUMBERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,15 +17,6 @@ MOST_SIDECAR_BYTES = 64 * 1024
 """As docs/contracts.md has it; a longer one is not read."""
 MOST_NUMBER = 2**64 - 1
 """What fits into the attributes; a larger number is no fact."""
-
-FLAGS = frozenset({"sensitive"})
-NUMBERS = corefile.NUMBERS | {"schema", "size_bytes"}
-TEXTS = (corefile.TEXTS - FLAGS) | {
-    *("key", "bucket", "crc32", "node", "uploaded_at", "collector_version", "state", "sensitive_reason"),
-    *("namespace", "pod", "container", "fingerprint", "build_id", "frames"),
-}
-FIELDS = NUMBERS | TEXTS | FLAGS
-"""What a sidecar can say, and so what MATCH and --field can ask for."""
 
 Value = str | int | bool
 
@@ -129,9 +120,9 @@ def read_sidecar(document: bytes, key: str) -> dict[str, Value]:
 
 
 def _is_of_type(name: str, value: object) -> bool:
-    if name in NUMBERS:
+    if name in METADATA_NUMBERS:
         return type(value) is int and 0 <= value <= MOST_NUMBER
-    return isinstance(value, bool if name in FLAGS else str) and name in FIELDS
+    return isinstance(value, bool if name in METADATA_FLAGS else str) and name in METADATA_FIELDS
 
 
 def signal_name(number: int) -> str:

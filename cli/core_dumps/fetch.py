@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Protocol
 
-from core_dump_collector import corefile, elfcore
+from core_dump_format import elf
+from core_dump_format.crc32 import encode_crc32
+from core_dump_format.text import printable
 from core_dumps.errors import CliError, RefusedError
-from core_dumps.inflate import inflate, reader
-from core_dumps.parts import BLOCK, FETCHERS, PART_BYTES, crc_text, identify, most_bytes, read_part
+from core_dumps.parts import BLOCK, FETCHERS, PART_BYTES, identify, most_bytes, read_part, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +73,7 @@ def fetch(  # noqa: PLR0913  what, to where, how
         CliError: it cannot be read or written.
     """
     if not force and os.path.lexists(target):
-        raise CliError(f"{corefile.display(target)} exists: --force replaces it, -o FILE names another")
+        raise CliError(f"{printable(target)} exists: --force replaces it, -o FILE names another")
     directory, name = os.path.split(os.path.abspath(target))
     try:
         folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -81,7 +82,7 @@ def fetch(  # noqa: PLR0913  what, to where, how
         finally:
             os.close(folder)
     except OSError as error:
-        raise CliError(f"{corefile.display(target)}: {error.strerror}") from error
+        raise CliError(f"{printable(target)}: {error.strerror}") from error
 
 
 class _Fetch:
@@ -121,7 +122,7 @@ class _Fetch:
         try:
             found = os.fstat(descriptor)
             if found.st_uid != os.geteuid() or found.st_nlink != 1 or not stat.S_ISREG(found.st_mode):
-                raise CliError(f"{corefile.display(name)} is in the way: remove it")
+                raise CliError(f"{printable(name)} is in the way: remove it")
             yield descriptor
         finally:
             os.close(descriptor)
@@ -164,11 +165,11 @@ class _Fetch:
         crc = 0
         for piece in self._pieces(file):
             crc = zlib.crc32(piece, crc)
-        found = crc_text(crc)
+        found = encode_crc32(crc)
         if found != expected:
             for name in (self._download, self._download + ".parts"):
                 os.unlink(name, dir_fd=self._folder)
-            raise RefusedError(f"CRC-32 is {found}, but {corefile.display(expected)} was uploaded: not kept")
+            raise RefusedError(f"CRC-32 is {found}, but {printable(expected)} was uploaded: not kept")
         self._verified.append("CRC-32")
 
     def _pieces(self, file: int) -> Iterator[bytes]:
@@ -181,11 +182,11 @@ class _Fetch:
     def _unpack(self, file: int) -> tuple[int, str | None]:
         """Decompress into a sparse file; return its length and a warning."""
         pieces = self._pieces(file)
-        first = self._promise(inflate(self._pieces(file)))
+        first = self._promise(unpack(self._pieces(file)))
         limit = most_bytes(self._dump, first)
         self._progress.start("decompress", self._size)
         with self._private(self._core, os.O_TRUNC) as core:
-            size = _write_sparse(core, self._bounded(inflate(pieces), limit))
+            size = _write_sparse(core, self._bounded(unpack(pieces), limit))
             os.ftruncate(core, size)
             warning = self._check_length(first, size)
             os.fsync(core)
@@ -206,8 +207,8 @@ class _Fetch:
     def _promise(self, pieces: Iterator[bytes]) -> int | None:
         self._progress.start("look", None)
         try:
-            return elfcore.read_core(elfcore.Forward(reader(pieces), 64 * 1024 * 1024)).expected_bytes
-        except elfcore.NotACoreError:
+            return elf.read_core(elf.Forward.over(pieces, 64 * 1024 * 1024)).expected_bytes
+        except elf.NotACoreError:
             return None
 
     def _check_raw(self, file: int) -> str | None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from core_dump_collector import corefile, elfcore
+from core_dump_format import elf
+from core_dump_format.gzip import inflate_until_damage
+from core_dump_format.text import printable
 from core_dumps.client import explain
-from core_dumps.errors import RefusedError
-from core_dumps.inflate import inflate, reader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +29,7 @@ MOST_CORE_BYTES = 64 * 1024 * 1024
 class Head:
     """What the front of a core says."""
 
-    core: elfcore.Core | None = None
+    core: elf.Core | None = None
     build_ids: dict[str, str] = field(default_factory=dict)
     """Of mapped files, as far as the front reaches."""
     problem: str | None = None
@@ -45,27 +45,20 @@ def ranges(bucket: Bucket, dump: Dump) -> Iterator[bytes]:
             with answer["Body"] as body:
                 yield body.read(last + 1 - at)
         except (BotoCoreError, ClientError) as error:
-            raise explain(error, f"reading {corefile.display(dump.key)}") from error
+            raise explain(error, f"reading {printable(dump.key)}") from error
         at, size = last + 1, size * 2
 
 
 def read_head(bucket: Bucket, dump: Dump) -> Head:
     """Read what the front of a core says; a damaged one says why instead."""
     blocks = ranges(bucket, dump)
-    pieces = inflate(blocks) if dump.compressed else blocks
-    source = elfcore.Forward(reader(_until_damage(pieces)), MOST_CORE_BYTES)
+    pieces = inflate_until_damage(blocks) if dump.compressed else blocks
+    source = elf.Forward.over(pieces, MOST_CORE_BYTES)
     head = Head()
     try:
-        head.core = elfcore.read_core(source)
-    except elfcore.NotACoreError as error:
+        head.core = elf.read_core(source)
+    except elf.NotACoreError as error:
         head.problem = str(error)
         return head
-    head.build_ids, _ = elfcore.build_ids(head.core, source)
+    head.build_ids, _ = elf.build_ids(head.core, source)
     return head
-
-
-def _until_damage(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    try:
-        yield from pieces
-    except RefusedError:
-        return

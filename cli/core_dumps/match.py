@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core_dumps.dump import FIELDS, Dump, signal_number
+from core_dump_format.attributes import METADATA_FIELDS
+from core_dumps.dump import Dump, signal_number
 from core_dumps.errors import UsageError
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ def _parse_word(word: str) -> tuple[str, str]:
     field, separator, value = word.partition("=")
     if separator and "/" not in field:
         name = field.removeprefix("COREDUMP_").lower()
-        if name not in FIELDS:
-            raise UsageError(f"{field[:40]!r} is no field; there are {', '.join(sorted(FIELDS))}")
+        if name not in METADATA_FIELDS:
+            raise UsageError(f"{field[:40]!r} is no field; there are {', '.join(sorted(METADATA_FIELDS))}")
         if name == "signal" and signal_number(value) is None:
             raise UsageError(f"{value[:40]!r} is no signal: takes SIGSEGV, SEGV or 11")
         return name, value

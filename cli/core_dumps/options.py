@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from core_dump_format.text import printable
 from core_dumps import match, show, when
 from core_dumps.errors import CliError, NoMatchError, UsageError
 from core_dumps.match import Query
@@ -161,7 +162,7 @@ def ending() -> Iterator[None]:
         raise typer.Exit(CLOSED_PIPE) from None
     except OSError as error:
         _abandon_stdout()
-        what = "writing the output" if error.errno == errno.ENOSPC else show.safe(error.filename or "")
+        what = "writing the output" if error.errno == errno.ENOSPC else printable(error.filename or "")
         show.note(f"{what}: {error.strerror or error}".removeprefix(": "))
         raise typer.Exit(1) from None
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 from typing import TYPE_CHECKING
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from core_dump_collector import corefile
+from core_dump_format.gzip import DamagedError, inflate
+from core_dump_format.text import printable
 from core_dumps.client import explain
 from core_dumps.errors import RefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from core_dumps.bucket import Bucket
     from core_dumps.dump import Dump
@@ -31,11 +31,11 @@ def identify(bucket: Bucket, dump: Dump) -> tuple[str, str | None]:
     """
     if dump.size_bytes is None:
         states = ", ".join(dump.states)
-        raise RefusedError(f"{corefile.display(dump.key)}: there is only a record, no dump ({states})")
+        raise RefusedError(f"{printable(dump.key)}: there is only a record, no dump ({states})")
     try:
         answer = bucket.client.head_object(Bucket=bucket.name, Key=dump.key, ChecksumMode="ENABLED")
     except (BotoCoreError, ClientError) as error:
-        raise explain(error, f"reading {corefile.display(dump.key)}") from error
+        raise explain(error, f"reading {printable(dump.key)}") from error
     if answer["ContentLength"] != dump.size_bytes:
         raise RefusedError("the object's size changed since it was listed: start again")
     whole = answer.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT"
@@ -61,7 +61,7 @@ def read_part(bucket: Bucket, dump: Dump, etag: str, number: int) -> Iterator[by
                 at += len(piece)
                 yield piece
     except (BotoCoreError, ClientError) as error:
-        raise explain(error, f"downloading {corefile.display(dump.key)}") from error
+        raise explain(error, f"downloading {printable(dump.key)}") from error
     if at != end:
         raise RefusedError("the store sent fewer bytes than it was asked for: start again, it resumes")
 
@@ -80,6 +80,13 @@ def most_bytes(dump: Dump, promise: int | None) -> int:
     return min(promises)
 
 
-def crc_text(crc: int) -> str:
-    """Return a CRC-32 as S3 writes it."""
-    return base64.b64encode(crc.to_bytes(4, "big")).decode()
+def unpack(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the decompressed content of a gzip object.
+
+    Raises:
+        RefusedError: it is damaged, or ends early.
+    """
+    try:
+        yield from inflate(blocks)
+    except DamagedError as error:
+        raise RefusedError(str(error)) from None

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from core_dump_collector import corefile
+from core_dump_format.text import printable
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -24,15 +24,6 @@ _STATE_STYLES = {
 _UNIT = 1024.0
 _SUFFIXES = "BKMGTPE"
 _LAST_TIMESTAMP = 253_402_214_400
-
-
-def safe(text: object, most: int = corefile.MOST_SHOWN) -> str:
-    """Return text that cannot steer a terminal: what does not print is escaped, and its length is bounded."""
-    plain = str(text)
-    if len(plain) <= most and plain.isprintable():
-        return plain
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in plain[: most + 1])
-    return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
 def size(count: int | None) -> str:
@@ -76,4 +67,4 @@ def console(file: TextIO | None = None) -> Console:
 
 def note(text: str) -> None:
     """Tell the user something that is not the answer."""
-    sys.stderr.write(f"core-dumps: {safe(text, 2000)}\n")
+    sys.stderr.write(f"core-dumps: {printable(text, 2000)}\n")

@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from core_dumps import show
+from core_dump_format.crc32 import encode_crc32
+from core_dump_format.text import printable
 from core_dumps.errors import RefusedError
 from core_dumps.head import read_head
-from core_dumps.inflate import inflate
-from core_dumps.parts import FETCHERS, PART_BYTES, crc_text, identify, most_bytes, read_part
+from core_dumps.parts import FETCHERS, PART_BYTES, identify, most_bytes, read_part, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,23 +42,23 @@ def stream(
         CliError: it cannot be read.
     """
     etag, remote_crc = identify(bucket, dump)
-    unpack = dump.compressed and not keep_compressed
+    packed = dump.compressed and not keep_compressed
     head = None if keep_compressed else read_head(bucket, dump).core
     promise = head.expected_bytes if head else None
-    limit = most_bytes(dump, promise) if unpack else dump.size_bytes or 0
+    limit = most_bytes(dump, promise) if packed else dump.size_bytes or 0
     progress.start("download", dump.size_bytes)
     sum_, written = _Sum(), 0
     blocks = _blocks(bucket, dump, etag, progress, sum_)
-    for piece in inflate(blocks) if unpack else blocks:
+    for piece in unpack(blocks) if packed else blocks:
         written += len(piece)
         if written > limit:
             raise RefusedError(f"more comes out of it than the {limit} bytes that it promises: cut off there")
         output.write(piece)
     output.flush()
-    expected, found = dump.text("crc32") or remote_crc, crc_text(sum_.crc)
+    expected, found = dump.text("crc32") or remote_crc, encode_crc32(sum_.crc)
     if expected is not None and expected != found:
         raise RefusedError(
-            f"CRC-32 is {found}, but {show.safe(expected)} was uploaded: do not use what was written"
+            f"CRC-32 is {found}, but {printable(expected)} was uploaded: do not use what was written"
         )
     told = dump.number("bytes")
     if not keep_compressed and told is not None and told != written:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from core_dump_format.text import printable
 from core_dumps import show
 from core_dumps.dump import Dump, signal_name
 
@@ -29,12 +30,12 @@ def row(dump: Dump) -> list[str]:
     """Return the cells of a dump."""
     return [
         show.moment(dump.timestamp),
-        show.safe(dump.text("node") or "-", 63),
-        show.safe(dump.text("pod") or "-", 63),
-        show.safe(dump.text("pid") or "-"),
-        show.safe(dump.text("uid") or "-"),
+        printable(dump.text("node") or "-", 63),
+        printable(dump.text("pod") or "-", 63),
+        printable(dump.text("pid") or "-"),
+        printable(dump.text("uid") or "-"),
         dump.signal_name or "-",
-        show.safe(dump.program, 80),
+        printable(dump.program, 80),
         show.size(dump.size_bytes),
         ",".join(dump.states),
     ]
@@ -144,9 +145,9 @@ def group_row(group: Group) -> list[str]:
         show.moment(group.first),
         show.moment(group.last),
         newest.signal_name or "-",
-        show.safe(newest.program, 80),
-        show.safe(newest.text("fingerprint") or "-", 16),
-        show.safe((newest.text("frames") or "-"), 120),
+        printable(newest.program, 80),
+        printable(newest.text("fingerprint") or "-", 16),
+        printable((newest.text("frames") or "-"), 120),
     ]
 
 
@@ -168,4 +169,4 @@ def stat_rows(dumps: Iterable[Dump]) -> Iterator[list[str]]:
     """Yield count, signal and executable of each kind of crash, the most frequent first."""
     counts = Counter((dump.program, dump.number("signal")) for dump in dumps)
     for (program, signal), count in counts.most_common():
-        yield [str(count), "-" if signal is None else signal_name(signal), show.safe(program, 100)]
+        yield [str(count), "-" if signal is None else signal_name(signal), printable(program, 100)]

@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from core_dump_collector import corefile
+from core_dump_format.keys import clean_segment
+from core_dump_format.names import parse_name
 from core_dumps.dump import SIDECAR_SUFFIX, Dump, Value
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Walk:
         """Return the one folder that the query leaves of a segment."""
         field = segment[1:-1]
         value = self._query.only(field) if segment == f"{{{field}}}" and field in _PLACES else None
-        return None if value is None else corefile.clean(value)
+        return None if value is None else clean_segment(value)
 
     def _step(self, folder: tuple[str, int]) -> list[tuple[str, int]]:
         """Return what lies one level below a folder and may hold what is meant."""
@@ -144,7 +145,7 @@ class Walk:
         after, end = "", ""
         thread, segment = self._query.only("thread"), self._segments[depth]
         if segment == "{name}" and thread is not None:
-            prefix += f"core-{corefile.clean(thread)}-"
+            prefix += f"core-{clean_segment(thread)}-"
             if (
                 self._query.since >= 10**9
             ):  # so many digits have all times since 2001, so text sorts as numbers
@@ -179,7 +180,7 @@ class Walk:
             {k: v for k, v in match.groupdict().items() if k in _PLACES} if match else {}
         )
         last = key.rpartition("/")[2]
-        core = corefile.parse(last)
+        core = parse_name(last)
         if core is not None:
             named["thread"], named["pid"] = core.comm, core.pid
             named["signal"], named["timestamp"] = core.signal, core.timestamp

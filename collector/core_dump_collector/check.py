@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from core_dump_collector import logs, upload
+from core_dump_collector import upload
 from core_dump_collector.errors import ConfigError, RetryableError
 from core_dump_collector.node import corepattern
+from core_dump_format.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,7 +90,7 @@ def _check_attributes(fd: int, directory: str) -> Finding:
 
 def _check_pattern(directory: str) -> Finding:
     pattern = corepattern.read()
-    shown = logs.printable(pattern)
+    shown = printable(pattern)
     if not corepattern.is_ours(pattern, directory):
         return Finding(
             Level.FAIL,
@@ -112,5 +113,5 @@ def _check_store(settings: Settings) -> Finding:
     try:
         shown = upload.verify_store(settings)
     except (ConfigError, RetryableError) as error:
-        return Finding(Level.FAIL, f"bucket {target}: {logs.printable(str(error))}")
+        return Finding(Level.FAIL, f"bucket {target}: {printable(str(error))}")
     return Finding(Level.WARN if "WARNING" in shown else Level.GOOD, f"bucket {target}: {shown}")

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core_dump_collector.errors import ConfigError
+from core_dump_format.keys import check_template, parse_location
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 MEBIBYTE = 1024 * 1024
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-_PREFIX = re.compile(r"[A-Za-z0-9!_.*'()/=+-]{0,512}")
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 _TAG = re.compile(r"[\w .:/=+@-]{1,128}")
 MOST_TAGS = 10
@@ -123,13 +122,12 @@ class Settings(BaseSettings):
     @property
     def bucket(self) -> str:
         """Return the bare bucket name."""
-        return self.bucket_name.removeprefix("s3://").partition("/")[0]
+        return parse_location(self.bucket_name).bucket
 
     @property
     def prefix(self) -> str:
         """Return the key prefix, empty or ending in a slash."""
-        prefix = self.bucket_name.removeprefix("s3://").partition("/")[2].strip("/")
-        return prefix + "/" if prefix else ""
+        return parse_location(self.bucket_name).prefix
 
     def __reduce__(self) -> tuple[type[SimpleNamespace], tuple[()], dict[str, object]]:
         """Give workers the values alone, as attributes of the same names: what has checked them takes 15 MiB."""
@@ -142,19 +140,13 @@ class Settings(BaseSettings):
     @field_validator("bucket_name")
     @classmethod
     def _check_bucket(cls, value: str) -> str:
-        bucket, _, prefix = value.removeprefix("s3://").partition("/")
-        if not _BUCKET.fullmatch(bucket):
-            raise ValueError("takes a bucket's name (3 to 63 of a-z 0-9 . -) or s3://bucket/prefix")
-        if not _PREFIX.fullmatch(prefix) or ".." in prefix or "//" in prefix:
-            raise ValueError("takes a prefix of A-Z a-z 0-9 and !_.*'()/=+- without '..' or '//'")
+        parse_location(value)
         return value
 
     @field_validator("key_template")
     @classmethod
     def _check_template(cls, value: str) -> str:
-        from core_dump_collector import corefile  # noqa: PLC0415  keeps config importable alone
-
-        corefile.check_template(value)
+        check_template(value)
         return value
 
     @field_validator("node_name")

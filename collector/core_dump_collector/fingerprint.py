@@ -19,13 +19,14 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core_dump_collector import elfcore
-from core_dump_collector.s3 import compression, parts
+from core_dump_collector.s3 import parts
+from core_dump_format import elf
+from core_dump_format.gzip import inflate_until_damage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from core_dump_collector.elfcore import Core, Thread
+    from core_dump_format.elf import Core, Thread
 
 MOST_BYTES = 256 * 1024 * 1024
 SECONDS = 2.0
@@ -64,16 +65,16 @@ def fingerprint(
         most_bytes: how far it is read at most.
         seconds: how long at most.
     """
-    forward = elfcore.Forward(read, most_bytes, seconds)
+    forward = elf.Forward(read, most_bytes, seconds)
     try:
-        core = elfcore.read_core(forward)
-    except elfcore.NotACoreError:
+        core = elf.read_core(forward)
+    except elf.NotACoreError:
         return None
     if not core.threads:
         return None
     crashed = core.threads[0]
     stack_at = (crashed.sp, STACK_BYTES)
-    build_ids, memory = elfcore.build_ids(core, forward, [stack_at])
+    build_ids, memory = elf.build_ids(core, forward, [stack_at])
     frames = tuple(_frames(core, crashed, memory.get(crashed.sp, b"")))
     executable = core.executable()
     build_id = build_ids.get(executable) if executable else None
@@ -88,7 +89,7 @@ def fingerprint_of_file(
 ) -> Fingerprint | None:
     """Compute the fingerprint of a dump on disk, gzip or raw. An OSError of reading it passes through."""
     blocks = _read(descriptor)
-    pieces = compression.decompress(blocks, PIECE_BYTES) if parts.is_gzip(descriptor) else blocks
+    pieces = inflate_until_damage(blocks, PIECE_BYTES) if parts.is_gzip(descriptor) else blocks
     return fingerprint(lambda _: next(pieces, b""), most_bytes=most_bytes, seconds=seconds)
 
 

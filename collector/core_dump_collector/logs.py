@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from core_dump_format.text import printable
+
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
     from core_dump_collector.config import Settings
 
+_MOST_BYTES = 2000
 LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -25,15 +28,8 @@ def _escape(_logger: object, _method: str, event: MutableMapping[str, Any]) -> M
     """Make every text printable: a hostile file name must not start a new line or a terminal escape."""
     for name, value in event.items():
         if isinstance(value, str):
-            event[name] = printable(value)
+            event[name] = printable(value, _MOST_BYTES)
     return event
-
-
-def printable(text: str) -> str:
-    """Return text with control characters, surrogates and the like as backslash escapes."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def configure(settings: Settings) -> None:

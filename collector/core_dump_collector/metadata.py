@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from core_dump_collector import __version__, corefile
+from core_dump_collector import __version__
 from core_dump_collector.node import kubernetes
+from core_dump_format.attributes import read_attributes
+from core_dump_format.crc32 import encode_crc32
+from core_dump_format.keys import date_and_hour
+from core_dump_format.names import parse_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,7 +60,7 @@ class Facts:
 
     def key_fields(self) -> dict[str, str | int | None]:
         """Return the values of KEY_TEMPLATE."""
-        date, hour = corefile.date_and_hour(self.timestamp)
+        date, hour = date_and_hour(self.timestamp)
         attributes = self.attributes
         return {
             "node": self.node,
@@ -91,8 +94,8 @@ class StoredObject:
 
 def gather(dump: DumpFile, raw: dict[str, bytes], settings: Settings) -> Facts:
     """Put together what is known; attributes win over the name, since the helper wrote them."""
-    attributes = corefile.read_attributes(raw)
-    named = corefile.parse(dump.name)
+    attributes = read_attributes(raw)
+    named = parse_name(dump.name)
     if named is not None:
         from_name: dict[str, str | int] = {
             "comm": named.comm,
@@ -163,11 +166,6 @@ def render_record(record: Document, key: str, settings: Settings) -> bytes:
     if pod is not None:
         document |= {"namespace": pod.namespace, "pod": pod.pod}
     return json.dumps(document, indent=1).encode() + b"\n"
-
-
-def encode_crc32(crc: int) -> str:
-    """Return a CRC-32 as S3 writes it: base64 of four bytes, big-endian."""
-    return base64.b64encode(crc.to_bytes(4, "big")).decode()
 
 
 def _find_pod(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError
 
-from core_dump_collector import corefile, fingerprint, metadata
+from core_dump_collector import fingerprint, metadata
 from core_dump_collector.errors import ConfigError, PermanentError, RetryableError
 from core_dump_collector.jobs import Document, Job, Outcome, RetryReason, UploadResult
 from core_dump_collector.node import dumpfile
@@ -22,6 +22,9 @@ from core_dump_collector.s3 import classify, parts, record
 from core_dump_collector.s3.client import make_client
 from core_dump_collector.s3.store import Store, TakenError, UnconditionalStoreError
 from core_dump_collector.s3.transfer import Transfer
+from core_dump_format.attributes import SALVAGED
+from core_dump_format.keys import build_key
+from core_dump_format.text import printable
 
 if TYPE_CHECKING:
     from core_dump_collector.config import Settings
@@ -58,7 +61,7 @@ def process(job: Job | Document, settings: Settings) -> UploadResult:
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
         result = _retry(job, RetryReason.INTERNAL, f"{place}: {type(error).__name__}: {error}")
-    return replace(result, seconds=time.monotonic() - started, detail=corefile.display(result.detail))
+    return replace(result, seconds=time.monotonic() - started, detail=printable(result.detail))
 
 
 def verify_store(settings: Settings) -> str:
@@ -150,10 +153,10 @@ def _upload(dump: DumpFile, settings: Settings) -> UploadResult:
     if dump.size_bytes > MOST_BYTES:
         return _result(dump, facts, Outcome.REFUSED, "larger than any object of S3: left on disk")
     dump.require_deletable()
-    salvaged = dumpfile.SALVAGED in raw
+    salvaged = SALVAGED in raw
     read = parts.open_source(dump, settings.part_bytes, compress_raw=settings.compress_raw, salvaged=salvaged)
     suffix = ".gz" if read.gzip else ""
-    key = corefile.build_key(settings.prefix, settings.key_template, facts.key_fields(), suffix=suffix)
+    key = build_key(settings.prefix, settings.key_template, facts.key_fields(), suffix=suffix)
     store = _CONNECTION.store(settings)
     transfer = Transfer(store, dump, read, record.read(raw, trusted=dump.is_trusted), _headers(facts, read))
     try:

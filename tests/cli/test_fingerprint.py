@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core_dump_collector import elfcore
 from core_dump_collector.fingerprint import fingerprint, fingerprint_of_file
+from core_dump_format import elf
 
 EXE, LIB, STACK = 0x5000_0000_0000, 0x7000_0000_0000, 0x7FFF_0000_0000
 BUILD_ID = bytes(range(20))
@@ -143,6 +143,6 @@ def test_lying_cores_never_raise(data):
         )
     cut = data.draw(st.integers(0, len(content)))
     of(bytes(content[:cut]))
-    source = elfcore.Forward(io.BytesIO(bytes(content)).read, 1 << 30)
-    with contextlib.suppress(elfcore.NotACoreError):
-        elfcore.build_ids(elfcore.read_core(source), source)
+    source = elf.Forward(io.BytesIO(bytes(content)).read, 1 << 30)
+    with contextlib.suppress(elf.NotACoreError):
+        elf.build_ids(elf.read_core(source), source)

@@ -12,12 +12,14 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from tests.support.uploads import settings
 
-from core_dump_collector import corefile, metadata
+from core_dump_collector import metadata
 from core_dump_collector.metadata import StoredObject
 from core_dump_collector.node import drops
 from core_dump_collector.node.dumpfile import DumpFile
 from core_dump_collector.node.watch import Watch
 from core_dump_collector.s3 import record
+from core_dump_format.attributes import ATTRIBUTE_PREFIX, NUMBERS, TEXTS, UPLOAD_RECORD
+from core_dump_format.names import LEAST_TIMESTAMP, is_candidate, is_partial, parse_name, unpartial
 from core_dump_helper.core import HEADER_LIMIT, elf_length
 from core_dump_helper.naming import file_name
 from core_dump_helper.process import describe, set_attributes
@@ -45,7 +47,7 @@ def crash_of(comm, timestamp, pid, signal):
 @limits(deadline=None)
 @given(
     COMM,
-    st.integers(corefile._LEAST_TIMESTAMP, 10**19),
+    st.integers(LEAST_TIMESTAMP, 10**19),
     st.integers(0, 2**22),
     st.integers(0, 64),
     st.integers(0, 9999),
@@ -53,21 +55,17 @@ def crash_of(comm, timestamp, pid, signal):
 )
 def test_every_name_of_the_helper_is_parsed_to_equal_fields(comm, timestamp, pid, signal, copy, suffix):
     name = file_name(crash_of(comm, timestamp, pid, signal), copy, suffix)
-    read = corefile.parse(name)
+    read = parse_name(name)
     assert read is not None
     assert (read.timestamp, read.pid, read.signal) == (timestamp, pid, signal)
     assert (read.copy or 0, read.compressed) == (copy, suffix == ".gz")
-    assert corefile.is_candidate(name, ("core*",))
-    assert corefile.is_partial(name + ".partial")
-    assert corefile.unpartial(name + ".partial") == name
+    assert is_candidate(name, ("core*",))
+    assert is_partial(name + ".partial")
+    assert unpartial(name + ".partial") == name
 
 
 @FEW
-@given(
-    st.dictionaries(
-        st.sampled_from(sorted(corefile.TEXTS - {"truncated"})), st.binary(min_size=1, max_size=300)
-    )
-)
+@given(st.dictionaries(st.sampled_from(sorted(TEXTS - {"truncated"})), st.binary(min_size=1, max_size=300)))
 def test_every_attribute_of_the_helper_is_read_by_the_collector(watch_dir, values):
     values |= {"pid": b"42", "signal": b"11"}
     for name, form in (("container_id", b"c" * 64), ("pod_uid", b"01234567-89ab-cdef-0123-456789abcdef")):
@@ -80,7 +78,7 @@ def test_every_attribute_of_the_helper_is_read_by_the_collector(watch_dir, value
     with DumpFile(str(watch_dir), path.name) as dump:
         raw = dump.attributes()
         facts = metadata.gather(dump, raw, settings())
-    assert {name.removeprefix(corefile.ATTRIBUTE_PREFIX): value for name, value in raw.items()} == values
+    assert {name.removeprefix(ATTRIBUTE_PREFIX): value for name, value in raw.items()} == values
     told = json.loads(metadata.render(facts, StoredObject("k", 1, 2), "dumps"))
     assert set(told) >= set(values)
     assert (told["pid"], told["signal"]) == (42, 11)
@@ -94,7 +92,7 @@ def test_every_attribute_that_the_helper_names_is_known_to_the_collector():
     known = set(describe(crash_of(b"app", 1_700_000_000, os.getpid(), 11)))
     written = known | {"sensitive", "bytes", "expected_bytes", "truncated", "compressor", "duration_ms"}
     assert {"comm", "exe", "cmdline", "threads", "ns_pid", "tid"} - {"tid"} <= written
-    assert written <= corefile.NUMBERS | corefile.TEXTS
+    assert written <= NUMBERS | TEXTS
 
 
 @FEW
@@ -166,7 +164,7 @@ FIELDS = st.fixed_dictionaries(
 @limits(deadline=None)
 @given(st.binary() | (JSON | FIELDS).map(lambda value: json.dumps(value).encode()), st.booleans())
 def test_no_bytes_in_the_record_of_an_attempt_fail(raw, trusted):
-    read = record.read({corefile.ATTEMPT: raw}, trusted=trusted)
+    read = record.read({UPLOAD_RECORD: raw}, trusted=trusted)
     if read is not None:
         assert type(read.key) is str
         assert type(read.size) is int

@@ -13,10 +13,10 @@ import pytest
 from tests.support import s3
 from tests.support.uploads import KEY, MEBIBYTE, NAME, connected, send
 
-from core_dump_collector import corefile
 from core_dump_collector.jobs import Outcome, RetryReason
 from core_dump_collector.node import dumpfile, scan
 from core_dump_collector.node.dumpfile import DumpFile
+from core_dump_format.attributes import ATTRIBUTE_PREFIX, UPLOAD_RECORD, read_attributes
 
 SOMEBODY = 12345
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user, needs root")
@@ -39,7 +39,7 @@ def plant(directory, content, name=NAME, owner=SOMEBODY, **attributes):
     path = directory / name
     path.write_bytes(content)
     for attribute, value in attributes.items():
-        os.setxattr(path, corefile.ATTRIBUTE_PREFIX + attribute, value)
+        os.setxattr(path, ATTRIBUTE_PREFIX + attribute, value)
     os.chown(path, owner, owner)
     return path
 
@@ -48,7 +48,7 @@ def record(path, state, content, **changes):
     """Forge the record of an attempt."""
     fields = {"state": state, "key": KEY, "modified_ns": path.stat().st_mtime_ns, "size": len(content)}
     fields |= {"crc32": 0, "upload_id": "", "part_bytes": 5 * MEBIBYTE} | changes
-    os.setxattr(path, corefile.ATTEMPT, json.dumps(fields).encode())
+    os.setxattr(path, UPLOAD_RECORD, json.dumps(fields).encode())
 
 
 @pytest.mark.usefixtures("_connected")
@@ -109,7 +109,7 @@ def test_more_and_longer_attributes_than_ours_are_not_read(watch_dir):
 @pytest.mark.parametrize("pod_uid", [b"../../../../etc", b"a/b", b"", b"x" * 36, b"..%2f", b"\xff" * 36])
 def test_pod_uid_that_is_none_is_left_out(pod_uid):
     raw = {"user.coredump.pod_uid": pod_uid, "user.coredump.container_id": pod_uid}
-    assert corefile.read_attributes(raw) == {}
+    assert read_attributes(raw) == {}
 
 
 def test_partial_of_another_user_is_left_alone(shared_dir, monkeypatch):

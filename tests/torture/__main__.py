@@ -193,9 +193,9 @@ def judge(torture: Torture, server: s3.S3Server) -> list[str]:
 
 def pid_of(key: str) -> str:
     """Return the pid in a dump's key: `core-NAME-TIME-PID-SIGNAL[-COPY].gz`."""
-    from core_dump_collector import corefile
+    from core_dump_format.names import parse_name
 
-    name = corefile.parse(key.rpartition("/")[2])
+    name = parse_name(key.rpartition("/")[2])
     assert name is not None, key
     return str(name.pid)
 

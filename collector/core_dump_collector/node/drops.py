@@ -15,9 +15,9 @@ from itertools import islice
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
-from core_dump_collector import corefile
 from core_dump_collector.jobs import Document
 from core_dump_collector.metrics import DROP_REASONS
+from core_dump_format.attributes import ATTRIBUTE_PREFIX, read_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -167,8 +167,6 @@ def _parse(name: str, text: bytes) -> Record | None:
     if reason not in DROP_REASONS or not all(re.fullmatch(rb"[0-9]{1,15}", count) for count in counts):
         return None
     told = {key: pairs.get(key.encode(), b"") for key in ("exe", "container_id", "pod_uid", "signal")}
-    workload = corefile.read_attributes(
-        {corefile.ATTRIBUTE_PREFIX + key: value for key, value in told.items() if value}
-    )
+    workload = read_attributes({ATTRIBUTE_PREFIX + key: value for key, value in told.items() if value})
     kept, suppressed, first, last, seconds = map(int, counts)
     return Record(name, reason, kept, suppressed, first, last, seconds, tuple(workload.items()))

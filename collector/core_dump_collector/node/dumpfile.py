@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
-from core_dump_collector import corefile
 from core_dump_collector.node import rename
+from core_dump_format.attributes import ATTRIBUTE_NAMES, ATTRIBUTE_PREFIX, SALVAGED, UPLOAD_RECORD
+from core_dump_format.names import QUARANTINE, unpartial
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -26,10 +27,9 @@ ABANDONED_SECONDS = 10.0
 """A partial touched more recently is left alone: its helper may not have locked it yet."""
 QUIET_SECONDS = 60.0
 """Where no lease can be had (NFS, a file of another user without CAP_LEASE), this long without a write is ready."""
-SALVAGED = corefile.SALVAGED
 """Set on a salvaged partial: its compressed stream has no end and is repaired while it is uploaded."""
 
-_SALVAGED_FLAGS = {SALVAGED: b"1", corefile.ATTRIBUTE_PREFIX + "truncated": b"salvaged"}
+_SALVAGED_FLAGS = {SALVAGED: b"1", ATTRIBUTE_PREFIX + "truncated": b"salvaged"}
 """Where they cannot be set, the sticky bit stands for them, which means nothing else on a file."""
 _OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -141,7 +141,7 @@ class DumpFile:
 
         Of a file that others can change only the record of our own attempt, which is to be judged with that in mind.
         """
-        known = corefile.ATTRIBUTE_NAMES if self.is_trusted else {corefile.ATTEMPT}
+        known = ATTRIBUTE_NAMES if self.is_trusted else {UPLOAD_RECORD}
         found = dict(_SALVAGED_FLAGS) if self.is_trusted and self._status.st_mode & stat.S_ISVTX else {}
         with contextlib.suppress(OSError):
             found |= {name: os.getxattr(self.fd, name) for name in os.listxattr(self.fd) if name in known}
@@ -184,8 +184,8 @@ class DumpFile:
         if not _is_at(self._directory, self.name, self.identity):
             raise UnfitError(Unfit.VANISHED, "replaced by another file while it was uploaded")
         with contextlib.suppress(FileExistsError):
-            os.mkdir(corefile.QUARANTINE, 0o700, dir_fd=self._directory)
-        target = os.open(corefile.QUARANTINE, _DIRECTORY_FLAGS | os.O_NOFOLLOW, dir_fd=self._directory)
+            os.mkdir(QUARANTINE, 0o700, dir_fd=self._directory)
+        target = os.open(QUARANTINE, _DIRECTORY_FLAGS | os.O_NOFOLLOW, dir_fd=self._directory)
         try:
             if not _is_ours(os.fstat(target)):
                 raise OSError(errno.EPERM, "quarantine/ belongs to others, or others may write to it")
@@ -233,7 +233,7 @@ def _publish(parent: int, fd: int, name: str) -> str | None:
     for flag, value in _SALVAGED_FLAGS.items():
         if flag not in names and not _set_attribute(fd, flag, value):
             os.fchmod(fd, stat.S_ISVTX | 0o600)
-    published = rename.move(parent, name, parent, corefile.unpartial(name))
+    published = rename.move(parent, name, parent, unpartial(name))
     os.fsync(parent)
     return published
 

@@ -7,7 +7,7 @@ import ctypes
 import errno
 import os
 
-from core_dump_collector import corefile
+from core_dump_format.names import with_copy
 
 MOST_COPIES = 9999
 _RENAME_NOREPLACE = 1
@@ -17,7 +17,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 def move(parent: int, name: str, target: int, wanted: str) -> str:
     """Rename without replacing: a taken name gets `-1`, `-2`, ..."""
     for copy in range(MOST_COPIES):
-        candidate = corefile.with_copy(wanted, copy)
+        candidate = with_copy(wanted, copy)
         with contextlib.suppress(FileExistsError):
             _rename_new(parent, name, target, candidate)
             return candidate

@@ -11,7 +11,7 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core_dump_collector import corefile
+from core_dump_format.names import QUARANTINE, is_candidate, is_partial, unpartial
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,8 +31,8 @@ class Found:
 
 def look(directory: str, name: str, *, patterns: tuple[str, ...]) -> Found | None:
     """Return what a name is, or None when it does not concern us or is gone. Never opens it."""
-    partial = corefile.is_partial(name)
-    if not corefile.is_candidate(corefile.unpartial(name) if partial else name, patterns):
+    partial = is_partial(name)
+    if not is_candidate(unpartial(name) if partial else name, patterns):
         return None
     try:
         status = os.lstat(os.path.join(directory, name))
@@ -59,7 +59,7 @@ def count_quarantined(directory: str) -> int:
     """Return how many files lie in quarantine/."""
     try:
         fd = os.open(
-            os.path.join(directory, corefile.QUARANTINE),
+            os.path.join(directory, QUARANTINE),
             os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
         )
     except OSError:

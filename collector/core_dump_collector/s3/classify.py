@@ -21,9 +21,9 @@ from botocore.exceptions import (
     TokenRetrievalError,
 )
 
-from core_dump_collector import corefile
 from core_dump_collector.errors import PermanentError, RetryableError
 from core_dump_collector.jobs import RetryReason
+from core_dump_format.text import printable
 
 _MOST_DETAIL = 200
 
@@ -117,4 +117,4 @@ def _reason_of_status(status: int) -> RetryReason:
 
 
 def _shorten(text: str) -> str:
-    return corefile.display(" ".join(text.split()))[:_MOST_DETAIL]
+    return printable(" ".join(text.split()))[:_MOST_DETAIL]

@@ -1,4 +1,4 @@
-"""Owns gzip both ways: what is compressed while it is uploaded, and what can be had from a damaged stream."""
+"""Owns the compression of raw cores while they are uploaded: one gzip member, made on several threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from isal import isal_zlib
-from isal.igzip_lib import IsalError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -24,8 +23,6 @@ _LAST_BLOCK = b"\x03\0"
 """RFC 1951, section 3.2.3: an empty block that is marked as the last."""
 _RAW = -15
 """zlib's wbits: 15 bits of window, no framing."""
-_GZIP = 31
-"""zlib's wbits: 15 bits of window, gzip framing."""
 
 
 def compress(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -72,20 +69,3 @@ def _compress_block(block: bytes) -> tuple[bytes, int, int]:
     compressor = isal_zlib.compressobj(LEVEL, isal_zlib.DEFLATED, _RAW)
     piece = compressor.compress(block) + compressor.flush(isal_zlib.Z_SYNC_FLUSH)
     return piece, isal_zlib.crc32(block), len(block)
-
-
-def decompress(blocks: Iterable[bytes], piece_bytes: int = 1 << 20) -> Iterator[bytes]:
-    """Yield what decompresses of a gzip file of one or more members, up to the first damage; no piece is empty."""
-    stream = isal_zlib.decompressobj(wbits=_GZIP)
-    for block in blocks:
-        rest, piece = block, b""
-        while rest or len(piece) == piece_bytes:  # a full piece may have left some behind
-            if stream.eof:
-                stream = isal_zlib.decompressobj(wbits=_GZIP)
-            try:
-                piece = stream.decompress(rest, piece_bytes)
-            except IsalError:  # type: ignore[misc]  # isal's stubs declare an instance
-                return
-            if piece:
-                yield piece
-            rest = stream.unused_data if stream.eof else stream.unconsumed_tail

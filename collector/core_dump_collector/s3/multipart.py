@@ -18,9 +18,9 @@ from isal import isal_zlib
 
 from core_dump_collector.errors import RetryableError
 from core_dump_collector.jobs import RetryReason
-from core_dump_collector.metadata import encode_crc32
 from core_dump_collector.s3.client import SENDERS
 from core_dump_collector.s3.store import ConflictError, Store, StoredPart, TakenError, etag_of
+from core_dump_format.crc32 import encode_crc32
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

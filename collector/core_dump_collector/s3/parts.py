@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from isal import isal_zlib
 
-from core_dump_collector import corefile
 from core_dump_collector.s3 import compression
+from core_dump_format.gzip import inflate_until_damage
+from core_dump_format.names import is_compressed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -246,10 +247,10 @@ def _buffer_part(
 
 def open_source(dump: DumpFile, part_bytes: int, *, compress_raw: bool, salvaged: bool) -> Source:
     """Choose how a dump is read."""
-    compressed = corefile.is_compressed(dump.name)
+    compressed = is_compressed(dump.name)
     if salvaged and dump.name.endswith(".gz") and is_gzip(dump.fd):
         return GzipSource(
-            lambda: compression.decompress(_read(dump.fd, _DAMAGE_BYTES)), 2 * dump.size_bytes, part_bytes
+            lambda: inflate_until_damage(_read(dump.fd, _DAMAGE_BYTES)), 2 * dump.size_bytes, part_bytes
         )
     if compressed or not compress_raw:
         return FileSource(dump, part_bytes)

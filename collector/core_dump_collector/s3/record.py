@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from core_dump_collector import corefile
+from core_dump_format.attributes import MOST_ATTRIBUTE_BYTES, UPLOAD_RECORD
 
 if TYPE_CHECKING:
     from core_dump_collector.node.dumpfile import DumpFile
 
-ATTRIBUTE = corefile.ATTEMPT
+ATTRIBUTE = UPLOAD_RECORD
 
 
 class State(StrEnum):
@@ -75,7 +75,7 @@ def read(raw: dict[str, bytes], *, trusted: bool) -> Attempt | None:
 def write(dump: DumpFile, attempt: Attempt) -> None:
     """Record an attempt; one that would not fit is not recorded."""
     value = json.dumps(asdict(attempt), separators=(",", ":")).encode()
-    if len(value) <= corefile.MOST_ATTRIBUTE_BYTES:
+    if len(value) <= MOST_ATTRIBUTE_BYTES:
         dump.set_attribute(ATTRIBUTE, value)
     else:
         clear(dump)

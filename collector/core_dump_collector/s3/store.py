@@ -16,9 +16,9 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from core_dump_collector.errors import RetryableError
 from core_dump_collector.jobs import RetryReason
-from core_dump_collector.metadata import encode_crc32
 from core_dump_collector.s3 import classify
 from core_dump_collector.s3.smallbody import SmallPut
+from core_dump_format.crc32 import encode_crc32
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

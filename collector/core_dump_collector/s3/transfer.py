@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from core_dump_collector import corefile
 from core_dump_collector.errors import PermanentError, RetryableError
 from core_dump_collector.jobs import Outcome, RetryReason
-from core_dump_collector.metadata import StoredObject, encode_crc32
+from core_dump_collector.metadata import StoredObject
 from core_dump_collector.s3 import multipart, record
 from core_dump_collector.s3.record import Attempt, State
 from core_dump_collector.s3.store import (
@@ -25,6 +24,8 @@ from core_dump_collector.s3.store import (
     TakenError,
     UnconditionalStoreError,
 )
+from core_dump_format.crc32 import encode_crc32
+from core_dump_format.names import with_copy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -84,19 +85,19 @@ class Transfer:
         self._drop_stale_attempt()
         before, first = self._before, 0
         if before is not None:
-            keys = [corefile.with_copy(wanted_key, copy) for copy in range(MOST_COPIES)]
+            keys = [with_copy(wanted_key, copy) for copy in range(MOST_COPIES)]
             if before.key in keys and before.state == State.STORED:
                 return StoredObject(before.key, before.size, before.crc32), Outcome.ALREADY_STORED
             first = keys.index(before.key) if before.key in keys else 0
         for copy in range(first, MOST_COPIES):
-            key = corefile.with_copy(wanted_key, copy)
+            key = with_copy(wanted_key, copy)
             try:
                 return self._send(key)
             except CollisionError:
                 self._before = None
             except BlindError as error:
                 self._blind = True
-                return self._send(corefile.with_copy(wanted_key, 1000 + error.crc32 % 9000))
+                return self._send(with_copy(wanted_key, 1000 + error.crc32 % 9000))
         raise RetryableError(RetryReason.SERVER, f"{MOST_COPIES} keys are taken by other dumps of this name")
 
     def _drop_stale_attempt(self) -> None:

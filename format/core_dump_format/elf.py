@@ -2,7 +2,7 @@
 
 A core is read from its front to its back, once, so that it can come out of a decompressor. Every count and length in
 it may lie: each is held against a bound before it is used. 64-bit little-endian cores of x86-64 and AArch64 are
-understood whole, others as far as their length. Sources: elf(5), core(5), include/uapi/linux/elfcore.h and
+understood whole, others as far as their length. Sources: elf(5), core(5), include/uapi/linux/elf.h and
 fs/binfmt_elf.c in the kernel.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import time
-from bisect import bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,6 +30,7 @@ _EHDR = struct.Struct("<16xHHIQQQIHHHHHH")
 _PHDR = struct.Struct("<IIQQQQQQ")
 _NHDR = struct.Struct("<III")
 _ET_CORE, _PT_LOAD, _PT_NOTE, _PN_XNUM = 4, 1, 4, 0xFFFF
+_NT_PRSTATUS, _NT_PRPSINFO, _NT_AUXV, _NT_SIGINFO, _NT_FILE = 1, 3, 6, 0x53494749, 0x46494C45
 _NT_GNU_BUILD_ID = 3
 _AT_ENTRY = 9
 _REGISTERS_AT = 112
@@ -59,6 +60,12 @@ class Forward:
         self._position = 0
         """Offset of the first kept byte."""
 
+    @classmethod
+    def over(cls, pieces: Iterable[bytes], most_bytes: int, seconds: float = float("inf")) -> Forward:
+        """Read from pieces of any length."""
+        coming = iter(pieces)
+        return cls(lambda _: next(coming, b""), most_bytes, seconds)
+
     def take(self, offset: int, size: int) -> bytes:
         """Return bytes at an offset not before what was taken last; the same offset may be taken again.
 
@@ -83,7 +90,10 @@ class Forward:
         self._kept = self._kept[offset - self._position :]
         self._position = offset
         pieces, have = [self._kept], len(self._kept)
-        while have < size and (piece := self._more()):
+        while have < size:
+            piece = self._more()
+            if not piece:
+                break
             pieces.append(piece)
             have += len(piece)
         self._kept = b"".join(pieces)
@@ -121,7 +131,7 @@ class Thread(NamedTuple):
     fp: int
 
 
-@dataclass(slots=True)
+@dataclass
 class Core:
     """What the headers and notes of a core say. The first thread is the one that crashed."""
 
@@ -146,7 +156,7 @@ class Core:
 
     def file_at(self, address: int) -> MappedFile | None:
         """Return the mapped file that holds an address."""
-        below = bisect_right(self.files, address, key=lambda file: file.start)
+        below = bisect_left(self.files, (address + 1,))
         found = self.files[below - 1] if below else None
         return found if found and address < found.end else None
 
@@ -169,7 +179,7 @@ class Core:
         return segment.offset + inside, min(size, segment.file_bytes - inside)
 
     def _segment_below(self, address: int) -> Segment | None:
-        below = bisect_right(self.segments, address, key=lambda segment: segment.address)
+        below = bisect_left(self.segments, (address + 1,))
         return self.segments[below - 1] if below else None
 
 
@@ -225,27 +235,24 @@ def _notes(block: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_note(core: Core, kind: int, content: bytes) -> None:
-    match kind:  # the NT_ numbers of elf.h: PRSTATUS, PRPSINFO, AUXV, SIGINFO, FILE
-        case 1 if len(core.threads) < MOST_THREADS and core.machine in _REGISTERS:
-            core.threads.append(_thread(core.machine, content))
-        case 3:
-            core.uid, core.gid, core.pid = struct.unpack_from("<III", content, 16)
-            core.comm, core.arguments = _text(content[40:56]), _text(content[56:136])
-        case 6:
-            for key, value in struct.iter_unpack("<QQ", content[: len(content) // 16 * 16]):
-                if key == _AT_ENTRY:
-                    core.entry = value
-        case 0x53494749:
-            core.signal, _, core.code = struct.unpack_from("<iii", content)
-            (value,) = struct.unpack_from("<Q", content, 16)
-            if core.code <= 0:
-                core.sender_pid = value & 0xFFFFFFFF
-            elif core.signal in _FAULTS:
-                core.fault_address = value
-        case 0x46494C45:
-            core.files = sorted(_mapped(content))
-        case _:
-            pass
+    if kind == _NT_PRSTATUS and len(core.threads) < MOST_THREADS and core.machine in _REGISTERS:
+        core.threads.append(_thread(core.machine, content))
+    elif kind == _NT_PRPSINFO:
+        core.uid, core.gid, core.pid = struct.unpack_from("<III", content, 16)
+        core.comm, core.arguments = _text(content[40:56]), _text(content[56:136])
+    elif kind == _NT_AUXV:
+        for key, value in struct.iter_unpack("<QQ", content[: len(content) // 16 * 16]):
+            if key == _AT_ENTRY:
+                core.entry = value
+    elif kind == _NT_SIGINFO:
+        core.signal, _, core.code = struct.unpack_from("<iii", content)
+        (value,) = struct.unpack_from("<Q", content, 16)
+        if core.code <= 0:
+            core.sender_pid = value & 0xFFFFFFFF
+        elif core.signal in _FAULTS:
+            core.fault_address = value
+    elif kind == _NT_FILE:
+        core.files = sorted(_mapped(content))
 
 
 def _thread(machine: int, content: bytes) -> Thread:
@@ -262,7 +269,7 @@ def _mapped(content: bytes) -> Iterator[MappedFile]:
     if count > min(MOST_FILES, len(content) // 25):
         return
     names = content[16 + 24 * count :].split(b"\0")
-    for number, name in zip(range(count), names, strict=False):
+    for number, name in zip(range(count), names):
         start, end, offset = struct.unpack_from("<QQQ", content, 16 + 24 * number)
         yield MappedFile(start, end, offset * unit, _text(name))
 
@@ -273,9 +280,9 @@ def _text(raw: bytes) -> str:
 
 def take_memory(core: Core, source: Forward, wanted: Iterable[tuple[int, int]]) -> dict[int, bytes]:
     """Return what the core holds of some (address, size) ranges, as far as the source reaches."""
-    places = [(place, address) for address, size in set(wanted) if (place := core.where(address, size))]
     found: dict[int, bytes] = {}
-    for (offset, size), address in sorted(places):
+    places = [(core.where(address, size), address) for address, size in set(wanted)]
+    for (offset, size), address in sorted((place, address) for place, address in places if place):
         try:
             found[address] = source.take(offset, size)
         except EndError:

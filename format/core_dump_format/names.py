@@ -1,0 +1,83 @@
+"""Owns the names of files in the watch directory: `core-%e-%t-%p-%s[-N][.gz][.partial]` (docs/contracts.md)."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+PARTIAL_SUFFIX = ".partial"
+QUARANTINE = "quarantine"
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".xz", ".lz4", ".bz2", ".zip")
+"""Files that are uploaded as they are: compressing them a second time saves nothing."""
+MOST_NAME_BYTES = 255
+
+_NUMBERS = r"-(?P<timestamp>[0-9]{1,20})-(?P<pid>[0-9]{1,10})-(?P<signal>[0-9]{1,3})"
+_FIRST = re.compile(r"core-(?P<comm>[A-Za-z0-9._+-]*)" + _NUMBERS + r"(?P<copy>)(\.gz)?")
+_COPY = re.compile(r"core-(?P<comm>[A-Za-z0-9._+-]*)" + _NUMBERS + r"-(?P<copy>[0-9]{1,4})(\.gz)?")
+LEAST_TIMESTAMP = 100_000_000
+"""March 1973: a smaller number in the timestamp's place is a pid, so the number after the signal counts copies."""
+
+
+class CoreName(NamedTuple):
+    """The fields of a dump's name."""
+
+    comm: str
+    timestamp: int
+    """Unix seconds."""
+    pid: int
+    signal: int
+    copy: int | None
+    compressed: bool
+
+
+def parse_name(name: str) -> CoreName | None:
+    """Parse the name of a dump; return None if it does not follow the grammar."""
+    if len(name) > MOST_NAME_BYTES:
+        return None
+    match = _FIRST.fullmatch(name)
+    if match is None or int(match["timestamp"]) < LEAST_TIMESTAMP:
+        as_copy = _COPY.fullmatch(name)
+        if as_copy is not None and (match is None or int(as_copy["timestamp"]) >= LEAST_TIMESTAMP):
+            match = as_copy
+    if match is None:
+        return None
+    copy = match["copy"]
+    return CoreName(
+        comm=match["comm"],
+        timestamp=int(match["timestamp"]),
+        pid=int(match["pid"]),
+        signal=int(match["signal"]),
+        copy=int(copy) if copy else None,
+        compressed=name.endswith(".gz"),
+    )
+
+
+def is_partial(name: str) -> bool:
+    """Tell whether a name belongs to a dump that is still being written."""
+    return name.endswith(PARTIAL_SUFFIX) and not name.startswith(".")
+
+
+def is_candidate(name: str, patterns: tuple[str, ...]) -> bool:
+    """Tell whether the collector uploads files of this name."""
+    if not name or name.startswith(".") or name == QUARANTINE or name.endswith(PARTIAL_SUFFIX):
+        return False
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def unpartial(name: str) -> str:
+    """Return the name under which a salvaged partial is published."""
+    return name[: -len(PARTIAL_SUFFIX)] if name.endswith(PARTIAL_SUFFIX) else name
+
+
+def with_copy(name: str, copy: int) -> str:
+    """Return a name or key with `-COPY` before its `.gz`, for a name that other bytes have taken."""
+    if copy == 0:
+        return name
+    stem = name[:-3] if name.endswith(".gz") else name
+    return f"{stem}-{copy}{name[len(stem) :]}"
+
+
+def is_compressed(name: str) -> bool:
+    """Tell by its name whether a file is already compressed, and so uploaded unchanged."""
+    return name.endswith(COMPRESSED_SUFFIXES)
