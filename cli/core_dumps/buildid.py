@@ -10,7 +10,9 @@ import urllib.request
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core_dump_format import elf
+from core_dump_format.core import read_build_ids, read_core
+from core_dump_format.elf import PAGE, NotACoreError, build_id_of
+from core_dump_format.stream import Forward
 from core_dumps import show
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ TIMEOUT_SECONDS = 60
 _BUILD_ID = re.compile(r"[0-9a-f]{8,128}")
 
 
-class CoreFile(elf.Forward):
+class CoreFile(Forward):
     """A core on this machine, read wherever is asked."""
 
     def __init__(self, descriptor: int) -> None:
@@ -71,9 +73,9 @@ def read_modules(core_path: str, executable: str | None, roots: Sequence[str], c
     descriptor = os.open(core_path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         source = CoreFile(descriptor)
-        core = elf.read_core(source)
-        build_ids, _ = elf.build_ids(core, source)
-    except elf.NotACoreError:
+        core = read_core(source)
+        build_ids, _ = read_build_ids(core, source)
+    except NotACoreError:
         return Modules(None, ())
     finally:
         os.close(descriptor)
@@ -156,7 +158,7 @@ def read_build_id(path: str) -> str | None:
 
     try:
         with open(path, "rb") as file:
-            quick = elf.build_id_of(file.read(elf.PAGE))
+            quick = build_id_of(file.read(PAGE))
             if quick is not None:
                 return quick
             file.seek(0)

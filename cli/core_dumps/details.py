@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from core_dump_format.elf import Core
+    from core_dump_format.core import Core
     from core_dumps.dump import Dump
     from core_dumps.head import Head
 
@@ -80,7 +80,8 @@ def _core_lines(core: Core, head: Head) -> Iterator[str]:
     if core.arguments:
         yield f"Arguments: {printable(core.arguments)}"
     yield f"A whole core has {core.expected_bytes} bytes"
-    yield f"\n{len(core.threads)} threads, the one that crashed first:"
+    yield f"Machine: {core.machine}, {core.form.bits} bits"
+    yield f"\n{core.thread_count} threads, the one that crashed first:"
     for thread in core.threads[:MOST_SHOWN]:
         file = core.file_at(thread.pc)
         where = (
@@ -89,8 +90,8 @@ def _core_lines(core: Core, head: Head) -> Iterator[str]:
             else "not in a file"
         )
         yield f"  {thread.tid:>8}  pc {thread.pc:#018x}  sp {thread.sp:#018x}  {where}"
-    if len(core.threads) > MOST_SHOWN:
-        yield f"  … and {len(core.threads) - MOST_SHOWN} more"
+    if core.thread_count > MOST_SHOWN:
+        yield f"  … and {core.thread_count - MOST_SHOWN} more"
     paths = list(dict.fromkeys(file.path for file in core.files))
     yield f"\n{len(paths)} mapped files:"
     for path in paths[: 4 * MOST_SHOWN]:

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Protocol
 
-from core_dump_format import elf
+from core_dump_format.core import read_core
 from core_dump_format.crc32 import encode_crc32
+from core_dump_format.elf import NotACoreError
+from core_dump_format.stream import Forward
 from core_dump_format.text import printable
 from core_dumps.errors import CliError, RefusedError
 from core_dumps.parts import BLOCK, FETCHERS, PART_BYTES, identify, most_bytes, read_part, unpack
@@ -207,8 +209,8 @@ class _Fetch:
     def _promise(self, pieces: Iterator[bytes]) -> int | None:
         self._progress.start("look", None)
         try:
-            return elf.read_core(elf.Forward.over(pieces, 64 * 1024 * 1024)).expected_bytes
-        except elf.NotACoreError:
+            return read_core(Forward.over(pieces, 64 * 1024 * 1024)).expected_bytes
+        except NotACoreError:
             return None
 
     def _check_raw(self, file: int) -> str | None:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from core_dump_format import elf
+from core_dump_format.core import Core, read_build_ids, read_core
+from core_dump_format.elf import NotACoreError
 from core_dump_format.gzip import inflate_until_damage
+from core_dump_format.stream import Forward
 from core_dump_format.text import printable
 from core_dumps.client import explain
 
@@ -29,7 +31,7 @@ MOST_CORE_BYTES = 64 * 1024 * 1024
 class Head:
     """What the front of a core says."""
 
-    core: elf.Core | None = None
+    core: Core | None = None
     build_ids: dict[str, str] = field(default_factory=dict)
     """Of mapped files, as far as the front reaches."""
     problem: str | None = None
@@ -53,12 +55,12 @@ def read_head(bucket: Bucket, dump: Dump) -> Head:
     """Read what the front of a core says; a damaged one says why instead."""
     blocks = ranges(bucket, dump)
     pieces = inflate_until_damage(blocks) if dump.compressed else blocks
-    source = elf.Forward.over(pieces, MOST_CORE_BYTES)
+    source = Forward.over(pieces, MOST_CORE_BYTES)
     head = Head()
     try:
-        head.core = elf.read_core(source)
-    except elf.NotACoreError as error:
+        head.core = read_core(source)
+    except NotACoreError as error:
         head.problem = str(error)
         return head
-    head.build_ids, _ = elf.build_ids(head.core, source)
+    head.build_ids, _ = read_build_ids(head.core, source)
     return head

@@ -15,18 +15,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
+import time
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from core_dump_collector.s3 import parts
-from core_dump_format import elf
+from core_dump_format.core import read_build_ids, read_core
+from core_dump_format.elf import NotACoreError
 from core_dump_format.gzip import inflate_until_damage
+from core_dump_format.stream import Forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from core_dump_format.elf import Core, Thread
+    from core_dump_format.core import Core, Thread
 
 MOST_BYTES = 256 * 1024 * 1024
 SECONDS = 2.0
@@ -34,7 +37,6 @@ FRAMES = 5
 STACK_BYTES = 16 * 1024
 BLOCK_BYTES = 64 * 1024
 PIECE_BYTES = 256 * 1024
-"""zlib's wbits: 15 bits of window, gzip framing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +67,16 @@ def fingerprint(
         most_bytes: how far it is read at most.
         seconds: how long at most.
     """
-    forward = elf.Forward(read, most_bytes, seconds)
+    forward = Forward(read, most_bytes, seconds)
     try:
-        core = elf.read_core(forward)
-    except elf.NotACoreError:
+        core = read_core(forward)
+    except NotACoreError:
         return None
     if not core.threads:
         return None
     crashed = core.threads[0]
     stack_at = (crashed.sp, STACK_BYTES)
-    build_ids, memory = elf.build_ids(core, forward, [stack_at])
+    build_ids, memory = read_build_ids(core, forward, [stack_at])
     frames = tuple(_frames(core, crashed, memory.get(crashed.sp, b"")))
     executable = core.executable()
     build_id = build_ids.get(executable) if executable else None
@@ -88,14 +90,15 @@ def fingerprint_of_file(
     descriptor: int, *, most_bytes: int = MOST_BYTES, seconds: float = SECONDS
 ) -> Fingerprint | None:
     """Compute the fingerprint of a dump on disk, gzip or raw. An OSError of reading it passes through."""
-    blocks = _read(descriptor)
+    blocks = _read(descriptor, time.monotonic() + seconds)
     pieces = inflate_until_damage(blocks, PIECE_BYTES) if parts.is_gzip(descriptor) else blocks
     return fingerprint(lambda _: next(pieces, b""), most_bytes=most_bytes, seconds=seconds)
 
 
-def _read(descriptor: int) -> Iterator[bytes]:
+def _read(descriptor: int, until: float) -> Iterator[bytes]:
+    """Yield the file in blocks up to a deadline; blocks from which nothing decompresses must not outlast it."""
     at = 0
-    while block := os.pread(descriptor, BLOCK_BYTES, at):
+    while time.monotonic() < until and (block := os.pread(descriptor, BLOCK_BYTES, at)):
         at += len(block)
         yield block
 
@@ -117,11 +120,11 @@ def _place(core: Core, address: int) -> str:
 
 
 def _chain(core: Core, thread: Thread, stack: bytes) -> list[int]:
-    """Follow saved frame pointers: each points at the next one, with the return address behind it."""
+    """Follow saved frame pointers: each points to the next one, followed by the return address."""
     found: list[int] = []
-    at = thread.fp
-    while len(found) < FRAMES and thread.sp <= at <= thread.sp + len(stack) - 16 and at % 8 == 0:
-        following, address = struct.unpack_from("<QQ", stack, at - thread.sp)
+    at, word = thread.fp, core.form.word_bytes
+    while len(found) < FRAMES and thread.sp <= at <= thread.sp + len(stack) - 2 * word and at % word == 0:
+        following, address = core.form.words(stack, at - thread.sp, 2)
         if not _in_file_code(core, address):
             break
         found.append(address)
@@ -133,13 +136,8 @@ def _chain(core: Core, thread: Thread, stack: bytes) -> list[int]:
 
 def _scan(core: Core, stack: bytes) -> list[int]:
     """Return the first words of a stack that point into the code of a mapped file."""
-    found: list[int] = []
-    for (word,) in struct.iter_unpack("<Q", stack[: len(stack) // 8 * 8]):
-        if len(found) == FRAMES:
-            break
-        if _in_file_code(core, word):
-            found.append(word)
-    return found
+    words = core.form.words(stack, 0, len(stack) // core.form.word_bytes)
+    return list(islice((word for word in words if _in_file_code(core, word)), FRAMES))
 
 
 def _in_file_code(core: Core, address: int) -> bool:

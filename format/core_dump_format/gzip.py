@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 1 << 20
 """Length of the output that exists at a time, however well a bomb is compressed."""
+MOST_EMPTY_MEMBERS = 1000
+"""In a row. One takes 20 bytes and some microseconds: millions would keep a reader busy without a result."""
 _GZIP = 31
 """zlib's wbits: 15 bits of window, gzip framing."""
 
@@ -34,18 +36,21 @@ def inflate(blocks: Iterable[bytes], piece_bytes: int = PIECE_BYTES) -> Iterator
         DamagedError: after everything before the damage was yielded.
     """
     stream = _new_stream(wbits=_GZIP)
-    started = False
+    started, empty = False, 0
     for block in blocks:
         rest, piece = block, b""
         while rest or len(piece) == piece_bytes:  # the decompressor may hold more than one full piece
             if stream.eof:
-                stream = _new_stream(wbits=_GZIP)
+                stream, empty = _new_stream(wbits=_GZIP), empty + 1
+                if empty > MOST_EMPTY_MEMBERS:
+                    raise DamagedError("thousands of gzip members have no content")
             started = True
             try:
                 piece = stream.decompress(rest, piece_bytes)
             except _DAMAGE as error:
                 raise DamagedError(f"the gzip data is damaged: {error}") from None
             if piece:
+                empty = 0
                 yield piece
             rest = stream.unused_data if stream.eof else stream.unconsumed_tail
     if started and not stream.eof:

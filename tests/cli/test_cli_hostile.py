@@ -95,7 +95,7 @@ def test_lying_headers_are_refused_with_a_line(cli, gz):
     cli.put(name(1), gz(elf(8192, count=0xFFFF)))
     cli.put(name(2), gz(elf(8192, promised=2**62)))
     cli.put(name(3), b"\x1f\x8bgarbage")
-    assert "more than 65,534 segments" in cli.run("info", "1").stdout
+    assert "the number of its segments is not known" in cli.run("info", "1").stdout
     assert "0 threads" in cli.run("info", "2").stdout
     assert "ends within its headers" in cli.run("info", "3").stdout
     assert "truncated: 8192 of the" in cli.run("get", "2", "-o", "kept").stderr

@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core_dump_collector.fingerprint import fingerprint, fingerprint_of_file
-from core_dump_format import elf
+from core_dump_format.core import read_build_ids, read_core
+from core_dump_format.elf import NotACoreError
+from core_dump_format.stream import Forward
 
 EXE, LIB, STACK = 0x5000_0000_0000, 0x7000_0000_0000, 0x7FFF_0000_0000
 BUILD_ID = bytes(range(20))
@@ -37,7 +39,7 @@ def first_page():
     )
 
 
-def core(*, slide=0, pc=0x1234, signal=11, stack=(), fp=0, tid=7, gap=0):
+def core(*, slide=0, pc=0x1234, signal=11, stack=(), fp=0, tid=7, gap=0, exe_path=b"/usr/bin/app"):
     """Return a core of one thread; `slide` moves everything, as address space randomisation does."""
     exe, lib, sp = EXE + slide, LIB + slide, STACK + slide
     registers = [0] * 27
@@ -46,7 +48,7 @@ def core(*, slide=0, pc=0x1234, signal=11, stack=(), fp=0, tid=7, gap=0):
     status += struct.pack("<27Q", *registers)
     files = struct.pack("<QQ", 2, 4096) + struct.pack("<6Q", exe, exe + 0x4000, 0, lib, lib + 0x4000, 0)
     notes = note(1, status) + note(6, struct.pack("<4Q", 9, exe + 0x1000, 0, 0))
-    notes += note(0x46494C45, files + b"/usr/bin/app\0/usr/lib/libc.so.6\0")
+    notes += note(0x46494C45, files + exe_path + b"\0/usr/lib/libc.so.6\0")
     notes += note(0x53494749, struct.pack("<iiiiQ", signal, 0, 1, 0, 0))
     words = b"".join(
         struct.pack("<Q", {"exe": exe, "lib": lib, "sp": sp, "": 0}[base] + value) for base, value in stack
@@ -84,6 +86,10 @@ def test_another_place_signal_or_caller_is_another_crash():
         core(stack=CALLERS[2:]),
     ]
     assert len({of(crash).id for crash in crashes}) == len(crashes)
+
+
+def test_program_replaced_while_it_ran_gives_the_same_fingerprint():
+    assert of(core(stack=CALLERS, exe_path=b"/usr/bin/app (deleted)")) == of(core(stack=CALLERS))
 
 
 def test_frame_pointers_win_over_words_that_lie_about():
@@ -143,6 +149,6 @@ def test_lying_cores_never_raise(data):
         )
     cut = data.draw(st.integers(0, len(content)))
     of(bytes(content[:cut]))
-    source = elf.Forward(io.BytesIO(bytes(content)).read, 1 << 30)
-    with contextlib.suppress(elf.NotACoreError):
-        elf.build_ids(elf.read_core(source), source)
+    source = Forward(io.BytesIO(bytes(content)).read, 1 << 30)
+    with contextlib.suppress(NotACoreError):
+        read_build_ids(read_core(source), source)
