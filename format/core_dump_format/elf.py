@@ -145,7 +145,7 @@ def read_header(source: Forward) -> Header:
         NotACoreError: it is not one, or it is impossible.
         EndError: it ends before.
     """
-    form = Form(source.reach(0, 6))
+    form = Form(source.take(0, 6))
     kind, machine, _, _, table, sections, _, own_bytes, row_bytes, count, section_bytes, section_count, _ = (
         form.header.unpack(source.take(0, form.header.size))
     )
