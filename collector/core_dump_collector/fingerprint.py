@@ -1,14 +1,13 @@
-"""Owns the fingerprint of a crash: the same for the same crash, whichever node, pid or address layout it had.
+"""Owns the fingerprint of a crash: equal for the same bug, whatever the node, the pid or the address layout.
 
-It is made of the executable's build ID (its name where there is none), the signal, and where the crashing thread was:
-file and offset of its program counter and of the callers that its stack names. Callers come from the chain of frame
-pointers where there is one, else from the words on the stack that point into code; the core holds neither code nor
-unwind tables, so they are evidence for grouping, not a backtrace.
+It hashes the executable's build ID (its name if it has none), the signal, and the places of the crashing thread: file
+and offset of the program counter and of the callers found on its stack. Callers come from the chain of frame pointers
+if there is one, else from stack words that point into code. A core holds neither code nor unwind tables, so the places
+are evidence for grouping, not a backtrace.
 
-`fingerprint_of_file(descriptor)` takes a dump as it lies on disk, gzip or raw, and leaves the descriptor's position
-alone; `fingerprint(read)` anything that yields the uncompressed core from its start.
-
-It never raises for what is in the core, reads forward only, and stops at `most_bytes` and `seconds`.
+`fingerprint_of_file(descriptor)` reads a dump on disk, gzip or raw, and leaves the descriptor's position unchanged;
+`fingerprint(read)` reads any uncompressed core from its start. Both read forward only and stop at `most_bytes` and
+`seconds`; no content of a core makes them raise.
 """
 
 from __future__ import annotations
@@ -41,31 +40,31 @@ PIECE_BYTES = 256 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """A crash, told apart from others."""
+    """What distinguishes one crash from another."""
 
     id: str
     """16 hexadecimal digits."""
     build_id: str | None
-    """Of the executable."""
+    """Build ID of the executable."""
     frames: tuple[str, ...]
     """`file+0xoffset`, the crashing program counter first."""
 
     def fields(self) -> dict[str, str]:
-        """Return what the sidecar says of it, flat."""
-        told = {"fingerprint": self.id, "frames": " ".join(self.frames)}
+        """Return the fields of the metadata object."""
+        fields = {"fingerprint": self.id, "frames": " ".join(self.frames)}
         return told | ({"build_id": self.build_id} if self.build_id else {})
 
 
 def fingerprint(
     read: Callable[[int], bytes], *, most_bytes: int = MOST_BYTES, seconds: float = SECONDS
 ) -> Fingerprint | None:
-    """Compute the fingerprint of a core; None for what is none, or says nothing of its threads.
+    """Compute the fingerprint of a core; return None if the data is not a core or has no thread notes.
 
     Args:
-        read: `read(n)` returns up to n of the next bytes of the uncompressed core, none at its end. An OSError of
-            its own, or a decompressor's, passes through.
-        most_bytes: how far it is read at most.
-        seconds: how long at most.
+        read: `read(n)` returns up to n of the next bytes of the uncompressed core, and none at its end. Its
+            errors pass through.
+        most_bytes: limit of the bytes read.
+        seconds: limit of the time spent.
     """
     forward = Forward(read, most_bytes, seconds)
     try:
@@ -89,14 +88,14 @@ def fingerprint(
 def fingerprint_of_file(
     descriptor: int, *, most_bytes: int = MOST_BYTES, seconds: float = SECONDS
 ) -> Fingerprint | None:
-    """Compute the fingerprint of a dump on disk, gzip or raw. An OSError of reading it passes through."""
+    """Compute the fingerprint of a dump on disk, gzip or raw. An OSError while reading it passes through."""
     blocks = _read(descriptor, time.monotonic() + seconds)
     pieces = inflate_until_damage(blocks, PIECE_BYTES) if parts.is_gzip(descriptor) else blocks
     return fingerprint(lambda _: next(pieces, b""), most_bytes=most_bytes, seconds=seconds)
 
 
 def _read(descriptor: int, until: float) -> Iterator[bytes]:
-    """Yield the file in blocks up to a deadline; blocks from which nothing decompresses must not outlast it."""
+    """Yield the file in blocks until a deadline, which also holds for blocks that decompress to nothing."""
     at = 0
     while time.monotonic() < until and (block := os.pread(descriptor, BLOCK_BYTES, at)):
         at += len(block)
