@@ -52,7 +52,7 @@ class Fingerprint:
     def fields(self) -> dict[str, str]:
         """Return the fields of the metadata object."""
         fields = {"fingerprint": self.id, "frames": " ".join(self.frames)}
-        return told | ({"build_id": self.build_id} if self.build_id else {})
+        return fields | ({"build_id": self.build_id} if self.build_id else {})
 
 
 def fingerprint(
