@@ -1,3 +1,5 @@
 """`core-dumps`: what coredumpctl is for one host, for the bucket of a fleet."""
 
-__version__ = "0.1.0"
+from importlib.metadata import version
+
+__version__ = version("core-dump-handler")

@@ -1,3 +1,5 @@
 """Uploads the core dumps of one node to S3; see docs/architecture.md for the flow."""
 
-__version__ = "0.1.0"
+from importlib.metadata import version
+
+__version__ = version("core-dump-handler")

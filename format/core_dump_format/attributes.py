@@ -20,7 +20,7 @@ NUMBERS = frozenset(
 )
 TEXTS = frozenset(
     {"hostname", "comm", "exe", "cmdline", "thread", "cgroup", "container_id", "pod_uid"}
-    | {"truncated", "sensitive", "compressor"}
+    | {"truncated", "sensitive", "compressor", "helper_version"}
 )
 UPLOAD_RECORD = ATTRIBUTE_PREFIX + "upload"
 """The upload in progress; the collector's own (s3/record)."""

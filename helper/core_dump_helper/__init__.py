@@ -1,31 +1,33 @@
-"""Take one core dump from the kernel's pipe, compress it, and publish it whole in the watch directory.
+"""Receive one core dump from the kernel, compress it, and publish it complete in the watch directory.
 
-The kernel starts this program at every crash, as root, in the initial namespaces, with no environment and with only
-descriptor 0 (the core) and perhaps 3 (a pidfd) open: core(5). It imports little because it starts so often.
-Every argument, and all of /proc/PID, is chosen by whoever crashed. docs/helper.md says more.
+The kernel starts this program at every crash, as root, in the initial namespaces, without environment variables. Only
+descriptor 0 (the core) and, on some kernels, descriptor 3 (a pidfd) are open: core(5). It imports little because it
+starts so often. The crashed process chooses every argument and all of /proc/PID. See docs/helper.md.
 """
 
 from __future__ import annotations
 
 import sys
 
+from core_dump_helper.crash import parse_arguments
 from core_dump_helper.handler import Handler
-from core_dump_helper.settings import CONFIG, Settings, parse_arguments
+from core_dump_helper.settings import CONFIG, Settings
 from core_dump_helper.system import Refused, log, secure_process
 
 VERSION = "0.1.0"
-HELP = """core-dump-helper: started by the kernel through kernel.core_pattern, once for each crash.
+"""Of the whole project: pyproject.toml reads it here."""
+HELP = """core-dump-helper: the kernel starts it through kernel.core_pattern, once for each crash.
 
   core-dump-helper [-C<path>] -P%P -p%p -i%I -u%u -g%g -s%s -t%t -c%c -d%d -F%F -h%h -- %e   < core
   core-dump-helper --calibrate [-C<path>]   measure the compressors of this host and remember the fastest
-  core-dump-helper --help | --version
+  core-dump-helper --help | --version       print this text or the version
 
--C<path> names another configuration file than /etc/core-dump-handler/helper.conf. Its keys and their defaults:
+-C<path> names another configuration file than /etc/core-dump-handler/helper.conf. Its settings and their defaults:
 """
 
 
 def main() -> int:
-    """Do what the command line says; the kernel ignores the exit code."""
+    """Run one command; return its exit code, which the kernel ignores."""
     argv = sys.argv[1:]
     if not argv or argv[0] == "--help":
         print(HELP + "".join("  %s=%s\n" % item for item in Settings.defaults().items()), end="")
@@ -33,16 +35,17 @@ def main() -> int:
     if argv[0] == "--version":
         print("core-dump-helper", VERSION)
         return 0
+    crash = parse_arguments(argv)
     if argv[0] == "--calibrate":
         from core_dump_helper.calibrate import calibrate
 
-        return calibrate(parse_arguments(argv[1:]).get("C") or CONFIG)
+        return calibrate(crash.config or CONFIG)
     try:
-        Handler(argv, secure_process()).run()
+        Handler(crash, secure_process()).run()
     except Refused as refused:
-        log("no dump: " + ": ".join(filter(None, refused.args)))
+        log("%s: no dump: %s" % (crash, refused))
         return 1
-    except Exception as error:  # noqa: BLE001 - nobody reads a traceback here; our end releases the process
-        log("no dump: %s: %s" % (type(error).__name__, error), 3)
+    except Exception as error:  # noqa: BLE001 - nobody reads a traceback here; exiting releases the process
+        log("%s: no dump: %s: %s" % (crash, type(error).__name__, error), 3)
         return 1
     return 0

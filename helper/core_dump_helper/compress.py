@@ -1,93 +1,116 @@
-"""Owns the compressors: this process, pigz, or none."""
+"""Owns the writers, which put the core into the dump: gzip by this process, gzip by pigz, or uncompressed."""
 
 from __future__ import annotations
 
 import os
 import select
-import struct
 import sys
 import time
 from _queue import SimpleQueue
+from _struct import pack
 from _thread import start_new_thread
 
 from core_dump_helper.settings import calibration_path
-from core_dump_helper.system import Refused, check_owner, enlarge, log, read_file, write_all
+from core_dump_helper.system import Refused, check_owner, enlarge_pipe, log, read_file, write_all
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     from core_dump_helper.settings import Settings
 
 PIGZ = ("/usr/bin/pigz", "/usr/local/bin/pigz")
-SYNC_FLUSH, FULL_FLUSH = 2, 3
+COMPRESSORS = ("pigz", "isal", "gzip")
+"""In the order in which they are tried."""
+MAX_ISAL_LEVEL = 3
+MAX_PATIENCE_SECONDS = 60
+GZIP_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
+EMPTY_LAST_BLOCK = b"\x03\0"
+RAW_DEFLATE = -15
+DEFLATED, SYNC_FLUSH, FULL_FLUSH = 8, 2, 3
 
 
-class Raw:
-    """Keeps the core as it is; runs of zeros become holes."""
+class SparseWriter:
+    """Writes the core as it is; runs of zeros become holes."""
 
     name = "none"
     priority = (os.PRIO_PROCESS, 0)
-    in_a_hurry = False
+    parallel = False
 
     def __init__(self, dump: int) -> None:
-        """Write to the descriptor `dump`."""
+        """Store the descriptor `dump`."""
         self._dump, self.size = dump, 0
 
+    def start(self) -> None:
+        """Nothing precedes the core."""
+
     def write(self, piece: memoryview) -> None:
-        """Take the next piece; raises OSError."""
+        """Write the next piece; raises OSError."""
         if any(piece[:64]) or piece != bytes(len(piece)):
             write_all(self._dump, piece)
         self.size = os.lseek(self._dump, self.size + len(piece), os.SEEK_SET)
 
     def close(self) -> str:
-        """End the file; return why it is not valid, or nothing."""
+        """Give the file its length, which may end in a hole; return why it is not valid, or an empty string."""
         os.ftruncate(self._dump, self.size)
         return ""
 
 
-class Stream:
-    """Compresses in this process. Each piece ends on a byte, so that what is on disk can always be ended properly."""
+class GzipWriter:
+    """Compresses in this process, with isal or zlib.
+
+    Each piece is flushed to a whole byte, so that a dump which is cut short can always be ended properly.
+    """
 
     priority = (os.PRIO_PROCESS, 0)
-    in_a_hurry = False
-    """Set while the crashed process waits for the compressor: then half of each piece goes to a second thread."""
+    parallel = False
+    """Set while the crashed process waits for the compressor: half of each piece then goes to a second thread."""
 
     def __init__(self, dump: int, name: str, settings: Settings) -> None:
-        """Write gzip to the descriptor `dump` with `isal` or the standard library; raises ImportError, OSError."""
-        level = settings.LEVEL
-        if name == "isal":
-            if settings.PYTHON_PATH:
-                check_owner(settings.PYTHON_PATH)
-                sys.path.append(settings.PYTHON_PATH)
+        """Store the descriptor `dump` and the compressor's name, `isal` or `gzip`."""
+        self.name, self.size = name, 0
+        self._dump, self._settings, self._level = dump, settings, settings.LEVEL
+        self._crc, self._end = 0, len(GZIP_HEADER)
+        self._codec: Any = None
+        self._deflate: Any = None
+        self._may_start, self._started = True, False
+        self._halves: SimpleQueue[memoryview] = SimpleQueue()
+        self._blocks: SimpleQueue[list[bytes]] = SimpleQueue()
+
+    def start(self) -> None:
+        """Load the compressor and write the gzip header; raises ImportError, OSError."""
+        if self.name == "isal":
+            path = self._settings.PYTHON_PATH
+            if path:
+                check_owner(path)
+                sys.path.append(path)
             from isal import isal_zlib as codec
 
-            level = min(level, 3)
+            self._level = min(self._level, MAX_ISAL_LEVEL)
         else:
             import zlib as codec  # type: ignore[no-redef]
-        self.name, self.size, self._dump, self._codec, self._sum, self._end = name, 0, dump, codec, 0, 10
-        self._new_deflate: Callable[[], Any] = lambda: codec.compressobj(level, 8, -15)
+        self._codec = codec
         self._deflate = self._new_deflate()
-        self._may_start, self._started = len(os.sched_getaffinity(0)) > 1, False
-        self._given: SimpleQueue[memoryview] = SimpleQueue()
-        self._done: SimpleQueue[list[bytes]] = SimpleQueue()
-        write_all(dump, b"\x1f\x8b\x08\0\0\0\0\0\0\xff")
+        self._may_start = len(os.sched_getaffinity(0)) > 1
+        write_all(self._dump, GZIP_HEADER)
+
+    def _new_deflate(self) -> Any:  # noqa: ANN401 - zlib and isal share no type
+        return self._codec.compressobj(self._level, DEFLATED, RAW_DEFLATE)
 
     def write(self, piece: memoryview) -> None:
-        """Compress the next piece; raises OSError."""
-        if self.in_a_hurry and self._has_second_thread():
+        """Compress the next piece; raises OSError, MemoryError."""
+        if self.parallel and self._has_second_thread():
             blocks = self._compress_halves(piece[: len(piece) // 2], piece[len(piece) // 2 :])
         else:
             blocks = [self._deflate.compress(piece), self._deflate.flush(SYNC_FLUSH)]
         for block in blocks:  # joining them would copy them
             write_all(self._dump, block)
-        self._sum = self._codec.crc32(piece, self._sum)
+        self._crc = self._codec.crc32(piece, self._crc)
         self.size += len(piece)
         self._end += sum(map(len, blocks))
 
     def _has_second_thread(self) -> bool:
-        """Start it with the first call; False where there is no other core or no thread to be had."""
+        """Start the second thread at the first call; return False without a second CPU or thread."""
         if self._may_start:
             self._may_start = False
             try:
@@ -98,10 +121,10 @@ class Stream:
         return self._started
 
     def _compress_halves(self, first: memoryview, second: memoryview) -> list[bytes]:
-        """Compress both at the same time; neither refers to anything before it once it is flushed fully."""
-        self._given.put(second)
+        """Compress both halves at the same time; after a full flush, neither refers to earlier data."""
+        self._halves.put(second)
         blocks = [self._deflate.compress(first), self._deflate.flush(FULL_FLUSH)]
-        others = self._done.get()
+        others = self._blocks.get()
         if not others:
             raise MemoryError("the second thread failed")
         return blocks + others
@@ -109,69 +132,80 @@ class Stream:
     def _compress_second_halves(self) -> None:
         deflate = None
         while True:
-            second = self._given.get()
+            second = self._halves.get()
             try:
                 deflate = deflate or self._new_deflate()
-                self._done.put([deflate.compress(second), deflate.flush(FULL_FLUSH)])
-            except Exception:  # noqa: BLE001 - whatever it is, the first thread waits for an answer
-                self._done.put([])
+                self._blocks.put([deflate.compress(second), deflate.flush(FULL_FLUSH)])
+            except Exception:  # noqa: BLE001 - the first thread waits for an answer, whatever failed
+                self._blocks.put([])
 
     def close(self) -> str:
-        """End the file after the last whole piece: an empty last block, CRC and length (RFC 1952)."""
+        """End the file after the last whole piece: an empty last block, CRC-32 and length (RFC 1952)."""
         os.ftruncate(self._dump, self._end)
         os.lseek(self._dump, self._end, os.SEEK_SET)
-        write_all(self._dump, b"\x03\0" + struct.pack("<II", self._sum, self.size & 0xFFFFFFFF))
+        write_all(self._dump, EMPTY_LAST_BLOCK + pack("<II", self._crc, self.size & 0xFFFFFFFF))
         return ""
 
 
-class Child:
-    """Compresses in a pigz process, which writes to the file itself."""
+class PigzWriter:
+    """Compresses in a pigz process, which writes to the dump itself."""
 
     name = "pigz"
-    in_a_hurry = False  # it always is
+    parallel = False
+    """Has no effect: pigz always uses every CPU."""
 
     def __init__(self, dump: int, settings: Settings) -> None:
-        """Start pigz; raises OSError when it cannot be."""
+        """Store the descriptor `dump`."""
+        self.size, self.priority = 0, (os.PRIO_PROCESS, 0)
+        self._dump, self._level = dump, settings.LEVEL
+        self._patience = min(MAX_PATIENCE_SECONDS, settings.DEADLINE_SECONDS)
+        self._pid = self._pipe = -1
+        self._poll = select.poll()
+
+    def start(self) -> None:
+        """Start pigz; raises OSError if it cannot be started."""
         program = next((path for path in PIGZ if os.access(path, os.X_OK)), "no pigz")
-        self.size, self._patience = 0, min(60, settings.DEADLINE_SECONDS)
         source, self._pipe = os.pipe()
-        told, tell = os.pipe()
+        failure, report = os.pipe()
         self._pid = os.fork()
         if not self._pid:
-            try:
-                os.setpgid(0, 0)
-                os.dup2(source, 0)
-                os.dup2(dump, 1)
-                os.execve(program, ["pigz", "-c", "-%d" % settings.LEVEL], {"PATH": "/usr/bin:/bin"})  # noqa: S606
-            finally:
-                os.write(tell, b"!")
-                os._exit(127)
+            self._exec(program, source, report)
         os.close(source)
-        os.close(tell)
-        failed = os.read(told, 1)  # exec closes the other end
-        os.close(told)
+        os.close(report)
+        failed = os.read(failure, 1)  # exec closes the other end
+        os.close(failure)
         if failed:
             os.close(self._pipe)
             os.waitpid(self._pid, 0)
             raise OSError(8, "cannot start %s" % program)
         self.priority = (os.PRIO_PGRP, self._pid)
-        enlarge(self._pipe)
+        enlarge_pipe(self._pipe)
         os.set_blocking(self._pipe, False)
-        self._poll = select.poll()
         self._poll.register(self._pipe, select.POLLOUT)
 
+    def _exec(self, program: str, source: int, report: int) -> None:
+        """Become pigz, in a process group of its own; otherwise report it and end."""
+        try:
+            os.setpgid(0, 0)
+            os.dup2(source, 0)
+            os.dup2(self._dump, 1)
+            os.execve(program, ["pigz", "-c", "-%d" % self._level], {"PATH": "/usr/bin:/bin"})  # noqa: S606
+        finally:
+            os.write(report, b"!")
+            os._exit(127)
+
     def write(self, piece: memoryview) -> None:
-        """Hand the next piece to pigz; raises OSError when it died or takes nothing."""
+        """Pass the next piece to pigz; raises OSError if pigz died or reads nothing for too long."""
         view = piece
         while len(view):
             if not self._poll.poll(self._patience * 1000):
                 os.kill(self._pid, 9)
-                raise TimeoutError("takes nothing for %d s" % self._patience)
+                raise TimeoutError("pigz has read nothing for %d s" % self._patience)
             view = view[os.write(self._pipe, view) :]
         self.size += len(piece)
 
     def close(self) -> str:
-        """Wait for pigz to end; return `compressor_failed` unless it said that all is well."""
+        """Wait for pigz to end; return `compressor_failed` unless it reported success."""
         os.close(self._pipe)
         end, pause = time.monotonic() + self._patience, 0.0005
         while True:
@@ -184,22 +218,35 @@ class Child:
             pause = min(0.05, pause * 2)
 
 
-def open_sink(dump: int, settings: Settings, config: str) -> Raw | Stream | Child:
-    """Start the configured compressor, else the next that works."""
-    choice = settings.COMPRESSOR
-    if choice == "none":
-        return Raw(dump)
-    if choice == "auto":
+def make_writer(name: str, dump: int, settings: Settings) -> SparseWriter | GzipWriter | PigzWriter:
+    """Return the writer of a compressor, not started."""
+    if name == "none":
+        return SparseWriter(dump)
+    return PigzWriter(dump, settings) if name == "pigz" else GzipWriter(dump, name, settings)
+
+
+def start_writer(dump: int, settings: Settings, config: str) -> SparseWriter | GzipWriter | PigzWriter:
+    """Start the configured compressor, or the next one that works; raises Refused if none does."""
+    choice = settings.COMPRESSOR if settings.COMPRESSOR != "auto" else fastest_compressor(config)
+    others = [name for name in COMPRESSORS if name != choice]
+    for name in [choice, *others] if choice else others:
+        writer = make_writer(name, dump, settings)
         try:
-            check_owner(calibration_path(config))
-            choice = read_file(calibration_path(config), 64).decode("ascii", "replace").strip()
-        except OSError:
-            pass
-    order = ["pigz", "isal", "gzip"]
-    for name in [choice, *order] if choice in order else order:
-        try:
-            return Child(dump, settings) if name == "pigz" else Stream(dump, name, settings)
+            writer.start()
         except (OSError, ImportError) as error:
             if name == choice:
                 log("%s does not work: %s" % (name, error))
+        else:
+            return writer
     raise Refused("directory", "no compressor can write")
+
+
+def fastest_compressor(config: str) -> str:
+    """Return the compressor that `--calibrate` found fastest, or an empty string if it did not run."""
+    path = calibration_path(config)
+    try:
+        check_owner(path)
+        name = read_file(path, 64).decode("ascii", "replace").strip()
+    except OSError:
+        return ""
+    return name if name in COMPRESSORS else ""

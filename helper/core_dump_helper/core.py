@@ -1,16 +1,16 @@
-"""Owns reading the core from the kernel's pipe, and how long it should be."""
+"""Owns reading the core from the kernel's pipe, and the length that its ELF headers promise."""
 
 from __future__ import annotations
 
 import os
 import select
-import struct
 import sys
 import time
 from _queue import Empty, SimpleQueue
+from _struct import calcsize, iter_unpack, unpack_from
 from _thread import start_new_thread
 
-from core_dump_helper.system import CHUNK, enlarge, log, read_fields
+from core_dump_helper.system import CHUNK, enlarge_pipe, log, read_fields
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -18,56 +18,111 @@ if TYPE_CHECKING:
 
     from core_dump_helper.settings import Settings
 
-FEW = 4  # buffers that every dump may have
+MIN_BUFFERS = 4
+"""Buffers that every dump may use, however little memory there is."""
+GROWTH_BUFFERS = 64
 MAP_POPULATE = 0x8000  # a third less time for a new buffer than a page fault for each of its pages
+IDENT_BYTES = 64
+"""Bytes that hold the ELF header of either class: elf(5)."""
 HEADER_LIMIT = 16 << 20
+PN_XNUM = 0xFFFF
+"""Number of segments in the ELF header when the real number does not fit."""
+
+
+class ElfHeader:
+    """The fields of an ELF header, of either class and byte order, that tell how long a core is."""
+
+    def __init__(self, head: bytes | bytearray) -> None:
+        """Read the first IDENT_BYTES of an ELF file."""
+        order = "<" if head[5] == 1 else ">"
+        wide = head[4] == 2
+        self.row = order + ("8xQ16xQ16x" if wide else "4xI8xI12x")
+        """Layout of a program header: offset and size in the file."""
+        self.table, self._sections = unpack_from(order + ("QQ" if wide else "II"), head, 32 if wide else 28)
+        counts = unpack_from(order + "HHHH", head, 54 if wide else 42)
+        self.row_bytes, self.rows, self._section_bytes, self._section_count = counts
+
+    def is_valid(self) -> bool:
+        """Return whether the table has the usual layout and starts within the limit."""
+        return bool(self.row_bytes == calcsize(self.row) and self.table <= HEADER_LIMIT)
+
+    def table_end(self, head: bytes | bytearray) -> int:
+        """Return where the program headers end, as far as `head` tells.
+
+        From 65,535 segments on, the first segment tells their number, because it lies right behind the table.
+        """
+        rows = self.rows
+        if rows == PN_XNUM and len(head) >= self.table + self.row_bytes:
+            rows = max(0, unpack_from(self.row, head, self.table)[0] - self.table) // self.row_bytes
+        elif len(head) < self.table + self.row_bytes:
+            rows = 1
+        return int(self.table + rows * self.row_bytes)
+
+    def sections_end(self) -> int:
+        """Return where the section headers end, or 0 if there are none."""
+        return self._sections + self._section_bytes * self._section_count if self._sections else 0
 
 
 def elf_length(head: bytes | bytearray) -> tuple[int, int]:
-    """Return how many leading bytes must be known, and (when `head` has them) the length its headers promise.
+    """Return how many leading bytes must be known, and the length that the headers in `head` promise.
 
-    The kernel says nothing when a dump ends early because its process was killed: only this length tells.
-    0, 0 for what is no ELF file. From 65,535 segments on, the first one, which lies behind the table, tells how many.
+    The length is 0 as long as `head` is too short; both are 0 if it is not an ELF file. Only this length reveals a
+    dump that ended early because its process was killed: the kernel does not report it.
     """
-    if len(head) < 64:
-        return 64, 0
+    if len(head) < IDENT_BYTES:
+        return IDENT_BYTES, 0
     if head[:4] != b"\x7fELF" or head[4] not in (1, 2) or head[5] not in (1, 2):
         return 0, 0
-    order = "<" if head[5] == 1 else ">"
-    offsets, layout, at = ("QQ", "8xQ16xQ16x", 54) if head[4] == 2 else ("II", "4xI8xI12x", 42)
-    layout = order + layout
-    table, sections = struct.unpack_from(order + offsets, head, 32 if head[4] == 2 else 28)
-    size, count, section_size, section_count = struct.unpack_from(order + "HHHH", head, at)
-    if size != struct.calcsize(layout) or table > HEADER_LIMIT:
+    header = ElfHeader(head)
+    if not header.is_valid():
         return 0, 0
-    end = table + size
-    if len(head) >= end:
-        if count == 0xFFFF:  # PN_XNUM
-            count = max(0, struct.unpack_from(layout, head, table)[0] - table) // size
-        end = table + count * size
+    end = header.table_end(head)
     if end > HEADER_LIMIT:
         return 0, 0
     if len(head) < end:
         return end, 0
-    length = max([offset + held for offset, held in struct.iter_unpack(layout, head[table:end])], default=0)
-    return end, max(length, end, sections + section_size * section_count if sections else 0)
+    rows = iter_unpack(header.row, head[header.table : end])
+    length = max([offset + held for offset, held in rows], default=0)
+    return end, max(length, end, header.sections_end())
+
+
+class LengthCheck:
+    """Learns from the first pieces of a core how long the whole core must be."""
+
+    def __init__(self) -> None:
+        """Start without a byte."""
+        self.expected = 0
+        """Bytes that the headers promise; 0 while unknown."""
+        self._head, self._needed = bytearray(), IDENT_BYTES
+
+    def feed(self, piece: memoryview) -> None:
+        """Look at the next piece."""
+        if len(self._head) < self._needed:
+            self._head += piece
+            self._needed, self.expected = elf_length(self._head)
+
+    def verdict(self, size: int) -> str:
+        """Return why a core of `size` bytes is incomplete, or an empty string."""
+        if self.expected and size >= self.expected:
+            return ""
+        return "killed" if self._needed else "not_elf"
 
 
 class Reader:
     """Reads the core in its own thread, ahead of the compressor, so that the crashed process is released early."""
 
-    def __init__(self, descriptor: int, settings: Settings, deadline: float) -> None:
-        """Prepare to read `descriptor`, which is closed at the end, at a limit, or at `deadline` (monotonic)."""
+    def __init__(self, descriptor: int, settings: Settings, buffer_bytes: int, deadline: float) -> None:
+        """Store the descriptor, which is closed at the end of the core, at a limit, or at `deadline` (monotonic)."""
         self.reason, self.size, self.ended = "", 0, False
         self._descriptor, self._deadline = descriptor, deadline
         self._limit = settings.MAX_DUMP_BYTES or sys.maxsize
-        self._most, self._allowed, self._allocated = settings.BUFFER_BYTES // CHUNK, FEW, 0
+        self._max_buffers, self._allowed, self._allocated = buffer_bytes // CHUNK, MIN_BUFFERS, 0
         self._full: SimpleQueue[tuple[memoryview, int]] = SimpleQueue()
         self._free: SimpleQueue[memoryview] = SimpleQueue()
-        enlarge(descriptor)
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the core piece by piece; a piece is valid until the next is asked for."""
+        """Start reading; yield the core piece by piece. A piece is valid until the next one is requested."""
+        enlarge_pipe(self._descriptor)
         start_new_thread(self._read, ())
         while True:
             buffer, size = self._full.get()
@@ -78,11 +133,11 @@ class Reader:
 
     @property
     def is_full(self) -> bool:
-        """Tell whether the crashed process waits for the compressor: no buffer is left, or hardly one."""
+        """Whether the crashed process waits for the compressor: at most two buffers are free."""
         return not self.ended and self._allocated == self._allowed <= self._full.qsize() + 2
 
     def stop(self, reason: str) -> None:
-        """Read no more, for this reason; the first one stays."""
+        """Stop reading; the first reason stays."""
         self.reason = self.reason or reason
 
     def _read(self) -> None:
@@ -92,7 +147,7 @@ class Reader:
             while not self.reason and self._fill(poll):
                 pass
         except (OSError, MemoryError) as error:
-            log("reading the core: %s" % error)
+            log("cannot read the core: %s" % error)
             self.stop("read_error")
         finally:
             os.close(self._descriptor)
@@ -100,7 +155,7 @@ class Reader:
             self._full.put((memoryview(b""), 0))
 
     def _fill(self, poll: select.poll) -> bool:
-        """Fill one buffer and hand it over; False at the end of the core."""
+        """Fill one buffer and hand it over; return False at the end of the core."""
         buffer, size, count = self._buffer(), 0, 1
         room = min(CHUNK, self._limit - self.size)
         if not room:
@@ -117,15 +172,13 @@ class Reader:
         return count > 0
 
     def _buffer(self) -> memoryview:
-        """Return a buffer: a used one, else a new one while memory allows, else the next one that comes free."""
+        """Return a used buffer, else a new one while memory allows, else wait for a used one."""
         try:
             return self._free.get_nowait()
         except Empty:
             pass
-        if self._allocated == self._allowed < self._most:
-            available = int(read_fields("/proc/meminfo")[b"MemAvailable"][0]) // 1024
-            eighth = (available + self._allocated) // 8
-            self._allowed = max(self._allowed, min(self._allowed + 64, self._most, eighth))
+        if self._allocated == self._allowed < self._max_buffers:
+            self._allow_more()
         while self._allocated == self._allowed and not self.reason:
             try:
                 return self._free.get(True, 0.5)
@@ -133,8 +186,15 @@ class Reader:
                 if time.monotonic() > self._deadline:
                     self.stop("deadline")
         self._allocated += 1
-        if self._allocated <= FEW:
+        if self._allocated <= MIN_BUFFERS:
             return memoryview(bytearray(CHUNK))
         from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
         return memoryview(mmap(-1, CHUNK, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE))
+
+    def _allow_more(self) -> None:
+        """Allow more buffers, up to an eighth of the memory that is available now."""
+        available = int(read_fields("/proc/meminfo")[b"MemAvailable"][0]) // 1024
+        eighth = (available + self._allocated) // 8
+        grown = min(self._allowed + GROWTH_BUFFERS, self._max_buffers, eighth)
+        self._allowed = max(self._allowed, grown)

@@ -1,4 +1,4 @@
-"""Owns one crash, from the kernel's arguments to the published file: limits, metadata, streaming."""
+"""Owns one crash from the kernel's arguments to the published dump: configuration, metadata, limits, copying."""
 
 from __future__ import annotations
 
@@ -6,167 +6,171 @@ import _signal  # type: ignore[import-not-found]  # `signal` builds enums: 2 ms
 import os
 import time
 
-from core_dump_helper.compress import open_sink
-from core_dump_helper.core import Reader, elf_length
-from core_dump_helper.naming import create, publish
-from core_dump_helper.process import describe, set_attributes
-from core_dump_helper.settings import CONFIG, Settings, parse_arguments
-from core_dump_helper.state import State
+from core_dump_helper.compress import start_writer
+from core_dump_helper.core import LengthCheck, Reader
+from core_dump_helper.crash import read_metadata
+from core_dump_helper.dumpfile import RESULT_SPACE, create_partial, publish, set_attributes
+from core_dump_helper.limits import DiskLimits, DiskWatch, check_limits
+from core_dump_helper.settings import CONFIG, Settings
 from core_dump_helper.system import DIRECTORY, Refused, log, read_file, write_file
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
-    from core_dump_helper.compress import Child, Raw, Stream
+    from core_dump_helper.compress import GzipWriter, PigzWriter, SparseWriter
+    from core_dump_helper.crash import Crash
 
-LOOK_AROUND = 32 << 20  # bytes between two looks at the disk and the page cache
+    Writer = GzipWriter | PigzWriter | SparseWriter
+
+ALARM_SECONDS = 30
+"""Beyond DEADLINE_SECONDS: then SIGALRM ends a helper that hangs, even in a read of /proc."""
+NICE = 9
 
 
 class Handler:
-    """One crash, from its arguments to the published file."""
+    """Turns one crash into a published dump."""
 
-    def __init__(self, argv: list[str], core: int) -> None:
-        """Read arguments, configuration and metadata; `core` is the descriptor to read from."""
+    def __init__(self, crash: Crash, core: int) -> None:
+        """Store the crash and the descriptor to read the core from."""
+        self.crash, self.core = crash, core
         self.started = time.monotonic()
-        self.core = core
-        self.crash = parse_arguments(argv)
-        log("pid %(P)s: dump of %(e)a, signal %(s)s, has begun" % self.crash, 6)
-        self.config = self.crash.get("C") or CONFIG
-        self.settings = Settings(self.config)
-        _signal.alarm(self.settings.DEADLINE_SECONDS + 30)  # whatever hangs, even in /proc, ends here
-        self.admit_until = self.started + self.settings.DEADLINE_SECONDS
-        if self.crash["F"]:
-            try:
-                os.set_inheritable(int(self.crash["F"]), False)
-            except (OSError, OverflowError) as error:
-                log("pidfd %s: %s" % (self.crash["F"], error))
-        self.known = describe(self.crash)
+        self.settings = Settings()
+        self.buffer_bytes = self.settings.BUFFER_BYTES
+        self.metadata: dict[str, bytes] = {}
+
+    def run(self) -> None:
+        """Handle the crash; raises Refused or OSError if no dump is kept."""
+        crash = self.crash
+        user = crash.uid or "?"
+        log("%s of user %s terminated by signal %s; dumping" % (crash, user, crash.signal_name()), 6)
+        self.load_settings()
+        self.keep_pidfd()
+        self.metadata = read_metadata(crash)
         if self.settings.CGROUP:
             self.join_cgroup(self.settings.CGROUP)
+        if crash.signal in self.settings.IGNORE_SIGNALS.replace(",", " ").split():
+            raise Refused("", "IGNORE_SIGNALS names its signal")
+        directory = self.open_watch_directory()
+        deadline = self.started + self.settings.DEADLINE_SECONDS
+        check_limits(crash, self.metadata, directory, self.settings, deadline)
+        self.dump(directory)
+
+    def load_settings(self) -> None:
+        """Read helper.conf."""
+        self.settings.load(self.crash.config or CONFIG)
+        self.buffer_bytes = self.settings.BUFFER_BYTES
+        self.set_alarm()
+
+    def set_alarm(self) -> None:
+        """Let this process live for DEADLINE_SECONDS and a little longer from now on."""
+        _signal.alarm(self.settings.DEADLINE_SECONDS + ALARM_SECONDS)
+
+    def keep_pidfd(self) -> None:
+        """Keep the kernel's pidfd from the compressor."""
+        if not self.crash.pidfd:
+            return
+        try:
+            os.set_inheritable(int(self.crash.pidfd), False)
+        except (OSError, OverflowError) as error:
+            log("%s: cannot use pidfd %s: %s" % (self.crash, self.crash.pidfd, error))
 
     def join_cgroup(self, path: str) -> None:
-        """Leave the root cgroup for the prepared one, and keep the buffer below half of its memory."""
+        """Move this process from the root cgroup to the prepared one; limit the buffer to half of its memory."""
         try:
             write_file(path + "/cgroup.procs", b"0")
         except OSError as error:
-            log("CGROUP %a: %s" % (path, error.strerror))
+            log("cannot join CGROUP %a: %s" % (path, error.strerror))
         for name in ("/memory.max", "/memory.limit_in_bytes"):  # version 2, version 1
             try:
                 limit = read_file(path + name, 32).strip()
             except OSError:
                 continue
             if limit.isdigit():
-                self.settings.BUFFER_BYTES = min(self.settings.BUFFER_BYTES, int(limit) // 2)
+                self.buffer_bytes = min(self.buffer_bytes, int(limit) // 2)
 
-    def run(self) -> None:
-        """Admit, stream, publish; raises Refused, OSError."""
-        if self.crash["s"] in self.settings.IGNORE_SIGNALS.replace(",", " ").split():
-            raise Refused("", "IGNORE_SIGNALS")
-        directory = os.open(self.settings.WATCH_DIR, DIRECTORY)
+    def open_watch_directory(self) -> int:
+        """Return the watch directory's descriptor; log it if others can write there."""
+        path = self.settings.WATCH_DIR
+        directory = os.open(path, DIRECTORY)
         status = os.fstat(directory)
         if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
-            log("WATCH_DIR %a can be changed by others: chown root, chmod 0700" % self.settings.WATCH_DIR)
-        state = None
-        try:
-            state = State(directory)
-        except OSError as error:
-            log("neither RATE_LIMIT nor MAX_CONCURRENT hold: .helper: %s" % error.strerror)
-        try:
-            self.admit(directory, state)
-        except Refused as refused:
-            if state and refused.args[0] != "rate_limit":
-                state.tally(self.known, refused.args[0], 0, 600)
-            raise
-        self.take(directory)
+            log("WATCH_DIR %a can be changed by others: chown it to root and chmod it to 0700" % path)
+        return directory
 
-    def admit(self, directory: int, state: State | None) -> None:
-        """Raise Refused when a limit forbids the dump."""
-        if self.settings.RESPECT_RLIMIT == "yes" and self.crash["c"] == "0":
-            raise Refused("rlimit", "RLIMIT_CORE is 0")
-        space = os.fstatvfs(directory)
-        reason = self.disk_limit(directory) or ("inodes" if space.f_files and space.f_favail < 100 else "")
-        if reason:
-            raise Refused(reason, "the disk is too full for another dump")
-        most, _, seconds = self.settings.RATE_LIMIT.partition("/")
-        if state and seconds and not state.tally(self.known, "rate_limit", int(most), int(seconds)):
-            raise Refused("rate_limit", "enough of this executable, container and signal")
-        slots = self.settings.MAX_CONCURRENT
-        if state and slots and not state.take_slot(slots, self.admit_until):
-            raise Refused("no_slot", "MAX_CONCURRENT others ran all the time")
-
-    def disk_limit(self, directory: int) -> str:
-        """Return which limit of the disk is met, or nothing."""
-        space = os.fstatvfs(directory)
-        if space.f_bavail * 100 < self.settings.KEEP_FREE_PERCENT * space.f_blocks:
-            return "keep_free"
-        held = 0
-        for name in os.listdir(directory) if self.settings.MAX_TOTAL_BYTES else ():
-            try:
-                held += os.stat(name, dir_fd=directory, follow_symlinks=False).st_blocks * 512
-            except FileNotFoundError:  # the collector was faster
-                pass
-        return "max_total_bytes" if held > self.settings.MAX_TOTAL_BYTES else ""
-
-    def take(self, directory: int) -> None:
-        """Stream the core into the watch directory and publish it."""
+    def dump(self, directory: int) -> None:
+        """Copy the core into the watch directory and publish it; raises Refused, OSError."""
         suffix = "" if self.settings.COMPRESSOR == "none" else ".gz"
-        dump, name = create(directory, self.crash, suffix)
-        set_attributes(dump, self.known)
-        sink = open_sink(dump, self.settings, self.config)
-        reason, expected = self.stream(sink, directory, dump)
-        if not sink.size and reason != "compressor_failed":
+        dump, name = create_partial(directory, self.crash, suffix)
+        set_attributes(dump, self.metadata)
+        writer = start_writer(dump, self.settings, self.crash.config or CONFIG)
+        watch = DiskWatch(dump, DiskLimits(directory, self.settings))
+        truncated, expected = self.copy_core(writer, watch)
+        if not writer.size and truncated != "compressor_failed":
             os.unlink(name + ".partial", dir_fd=directory)
-            raise Refused("", "nothing was read: " + reason)
-        took = (time.monotonic() - self.started) * 1000
-        result = {"bytes": sink.size, "expected_bytes": expected or "", "truncated": reason}
-        result.update(compressor=sink.name, duration_ms=int(took))
-        told = set_attributes(dump, {k: str(v).encode() for k, v in result.items() if v != ""}, 600)
-        if reason and not told:
-            os.fchmod(dump, 0o1600)  # the collector reads the sticky bit as "truncated"
-        if reason == "compressor_failed":
-            raise Refused("", "%s failed; what it wrote is in %s.partial" % (sink.name, name))
+            raise Refused("", "nothing was read: " + truncated)
+        took_ms = int((time.monotonic() - self.started) * 1000)
+        self.record_result(dump, writer, truncated, expected, took_ms)
+        if truncated == "compressor_failed":
+            raise Refused("", "%s failed; %s.partial holds what it wrote" % (writer.name, name))
         name = publish(directory, dump, name, self.crash, suffix)
-        words = (
-            self.crash["P"],
-            name,
-            sink.size,
-            sink.name,
-            took,
-            ", truncated: " + reason if reason else "",
-        )
-        log("pid %s: %s: %d bytes by %s in %d ms%s" % words, 6)
+        state = "truncated (%s)" % truncated if truncated else "complete"
+        result = (self.crash, name, state, writer.size, writer.name, took_ms)
+        log("%s: %s is %s: %d bytes by %s in %d ms" % result, 6)
 
-    def stream(self, sink: Raw | Stream | Child, directory: int, dump: int) -> tuple[str, int]:
-        """Move the core into the sink; return why it is not whole (or nothing) and the length it should have."""
-        reader = Reader(self.core, self.settings, time.monotonic() + self.settings.DEADLINE_SECONDS)
-        _signal.alarm(self.settings.DEADLINE_SECONDS + 30)  # anew: waiting for a slot shortens no dump
-        head, wanted, expected, looked, failure, released = bytearray(), 64, 0, 0, "", False
+    def copy_core(self, writer: Writer, watch: DiskWatch) -> tuple[str, int]:
+        """Copy the core from the kernel to the writer.
+
+        Returns:
+            Why the dump is truncated, or an empty string; the number of bytes that a whole core has, or 0.
+        """
+        deadline = time.monotonic() + self.settings.DEADLINE_SECONDS
+        reader = Reader(self.core, self.settings, self.buffer_bytes, deadline)
+        self.set_alarm()  # the wait for a slot must not shorten the dump
+        length, failure, released = LengthCheck(), "", False
         for piece in reader.chunks():
-            if reader.ended and not released:  # nobody waits for the rest: give way to others
+            if reader.ended and not released:  # the crashed process waits for nothing more
                 released = True
-                os.setpriority(*sink.priority, 9)
+                os.setpriority(*writer.priority, NICE)
             if failure:
                 continue
-            if len(head) < wanted:
-                head += piece
-                wanted, expected = elf_length(head)
-            sink.in_a_hurry = reader.is_full
-            try:
-                sink.write(piece)
-            except OSError as error:
-                log("pid %s: %s: %s" % (self.crash["P"], sink.name, error))
-                failure = "disk_full"
-            if sink.size - looked >= LOOK_AROUND:
-                looked = sink.size
-                os.posix_fadvise(dump, 0, 0, os.POSIX_FADV_DONTNEED)
-                failure = failure or self.disk_limit(directory)
+            length.feed(piece)
+            writer.parallel = reader.is_full
+            failure = self.write(writer, piece) or watch.check(writer.size)
             if failure:
                 reader.stop(failure)
-        _signal.alarm(self.settings.DEADLINE_SECONDS + 30)
+        self.set_alarm()
+        failed = self.close(writer)
+        incomplete = length.verdict(writer.size)
+        return failed or (incomplete and (failure or reader.reason or incomplete)), length.expected
+
+    def write(self, writer: Writer, piece: memoryview) -> str:
+        """Write a piece; return the reason if it cannot be written."""
         try:
-            failed = sink.close()
-        except OSError as error:  # no room for the end of the file either
-            log("pid %s: %s: %s" % (self.crash["P"], sink.name, error))
-            failed = "compressor_failed"
-        if expected and sink.size >= expected:
-            return failed, expected
-        return failed or failure or reader.reason or ("killed" if wanted else "not_elf"), expected
+            writer.write(piece)
+        except OSError as error:
+            log("%s: cannot write with %s: %s" % (self.crash, writer.name, error))
+            return "disk_full"
+        return ""
+
+    def close(self, writer: Writer) -> str:
+        """End the file; return the reason if that fails, for example because its last bytes do not fit."""
+        try:
+            return writer.close()
+        except OSError as error:
+            log("%s: cannot end the dump with %s: %s" % (self.crash, writer.name, error))
+            return "compressor_failed"
+
+    def record_result(self, dump: int, writer: Writer, truncated: str, expected: int, took_ms: int) -> None:
+        """Set the attributes that are known only now; mark a truncated dump even where it has no attributes."""
+        from core_dump_helper import VERSION
+
+        result = {
+            "bytes": str(writer.size),
+            "expected_bytes": str(expected or ""),
+            "truncated": truncated,
+            "compressor": writer.name,
+            "duration_ms": str(took_ms),
+            "helper_version": VERSION,
+        }
+        attributes = {name: value.encode() for name, value in result.items() if value}
+        if not set_attributes(dump, attributes, RESULT_SPACE) and truncated:
+            os.fchmod(dump, 0o1600)  # the collector reads the sticky bit as "truncated"

@@ -1,4 +1,4 @@
-"""Owns what the other modules need of the system: the log, files, locks, what this process is."""
+"""Owns the helper's use of the operating system: log, files, locks and the properties of its own process."""
 
 from __future__ import annotations
 
@@ -10,14 +10,25 @@ CHUNK = 1 << 20
 SET_PIPE_SIZE = 1031
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+PLAIN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._+-"
+"""Bytes that stand for themselves in names and records."""
 
 
-class Refused(Exception):  # noqa: N818 - an outcome, not a fault
-    """The dump is not taken: the reason that is counted (or nothing), and an explanation."""
+class Refused(Exception):  # noqa: N818 - an outcome, not an error
+    """No dump is kept."""
+
+    def __init__(self, reason: str, explanation: str) -> None:
+        """Store the reason that is counted (or an empty string) and an explanation for the log."""
+        super().__init__(reason, explanation)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        """Return both for the log."""
+        return ": ".join(filter(None, self.args))
 
 
 def log(text: str, priority: int = 4) -> None:
-    """Write one line to the kernel log, else to syslog, and to descriptor 2 (/dev/null under the kernel)."""
+    """Write one line to the kernel log, else to syslog; also to descriptor 2, which is /dev/null under the kernel."""
     line = ("core-dump-helper[%d]: %s" % (os.getpid(), text[:900])).encode("ascii", "backslashreplace")
     try:
         os.write(2, line + b"\n")
@@ -30,12 +41,12 @@ def log(text: str, priority: int = 4) -> None:
             import syslog
 
             syslog.syslog(syslog.LOG_DAEMON | priority, line.decode())
-        except (ImportError, OSError):  # no descriptor is left for it: the dump matters more than the line
+        except (ImportError, OSError):  # no descriptor is left; the dump matters more than the line
             pass
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Write to a file of the kernel's."""
+    """Write to a file of /proc, /sys or /dev in one call."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         os.write(descriptor, data)
@@ -51,7 +62,7 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 
 
 def read_file(path: str, limit: int, directory: int | None = None) -> bytes:
-    """Read at most `limit` bytes; never waits for a writer, follows no link."""
+    """Read at most `limit` bytes; never wait for a writer, never follow a link."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=directory)
     try:
         data = block = os.read(descriptor, limit)
@@ -64,20 +75,20 @@ def read_file(path: str, limit: int, directory: int | None = None) -> bytes:
 
 
 def read_fields(path: str, directory: int | None = None) -> dict[bytes, list[bytes]]:
-    """Read a file of `key: value` lines, as /proc/PID/status; the first of a kind wins."""
+    """Read a file of `key: value` lines such as /proc/PID/status; the first line of a key wins."""
     lines = [line.partition(b":") for line in read_file(path, 8192, directory).split(b"\n")]
     return {key: value.split() for key, _, value in reversed(lines)}
 
 
 def check_owner(path: str) -> None:
-    """Raise PermissionError unless only root (or whoever runs this) can change what is at `path`."""
+    """Raise PermissionError unless only root, or the user of this process, can change the file at `path`."""
     status = os.stat(path)
     if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
-        raise PermissionError(1, "others than root may change it")
+        raise PermissionError(1, "others than root can change it")
 
 
 def exists(name: str, directory: int) -> bool:
-    """Say whether a name is taken, by anything."""
+    """Return whether anything has this name."""
     try:
         os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
@@ -86,7 +97,7 @@ def exists(name: str, directory: int) -> bool:
 
 
 def lock(descriptor: int, seconds: float) -> bool:
-    """Lock a file within so many seconds."""
+    """Lock a file; return False if that takes longer than `seconds`."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -98,8 +109,8 @@ def lock(descriptor: int, seconds: float) -> bool:
             time.sleep(0.005)
 
 
-def enlarge(pipe: int) -> None:
-    """Let a pipe hold 1 MiB, if it is a pipe: fewer switches between its two ends."""
+def enlarge_pipe(pipe: int) -> None:
+    """Let a pipe hold 1 MiB, so that reader and writer switch less often; leave any other file alone."""
     try:
         fcntl.fcntl(pipe, SET_PIPE_SIZE, CHUNK)
     except OSError:
@@ -107,7 +118,11 @@ def enlarge(pipe: int) -> None:
 
 
 def secure_process() -> int:
-    """Give descriptors 0 to 2 a harmless meaning, become undumpable and humble; return the core's descriptor."""
+    """Return a private descriptor of the core; make this process harmless.
+
+    Descriptors 0 to 2 become /dev/null where they are the core or closed, new files are private, this process is not
+    dumpable and is the first to be killed when memory runs out.
+    """
     os.umask(0o077)
     core = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 10)
     try:
@@ -123,5 +138,5 @@ def secure_process() -> int:
             os.setegid(0)
         write_file("/proc/self/oom_score_adj", b"500")
     except OSError as error:
-        log("cannot prepare: %s" % error)
+        log("cannot prepare this process: %s" % error)
     return core

@@ -101,7 +101,7 @@ def root(tmp_path):
 def assert_dump_of_the_service(said):
     assert "SERVICE Result=core-dump" in said
     (logged,) = re.findall(
-        r"^LOG .*: core-sh-\d+-\d+-11\.gz: (\d+) bytes by pigz in \d+ ms$", said, re.MULTILINE
+        r"^LOG .*: core-sh-\d+-\d+-11\.gz is complete: (\d+) bytes by pigz in \d+ ms$", said, re.MULTILINE
     )
     (content,) = re.findall(r"^CONTENT (\S+)", said, re.MULTILINE)
     core = gzip.decompress(base64.b64decode(content, validate=True))

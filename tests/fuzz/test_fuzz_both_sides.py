@@ -21,10 +21,11 @@ from core_dump_collector.s3 import record
 from core_dump_format.attributes import ATTRIBUTE_PREFIX, NUMBERS, TEXTS, UPLOAD_RECORD
 from core_dump_format.names import LEAST_TIMESTAMP, is_candidate, is_partial, parse_name, unpartial
 from core_dump_helper.core import HEADER_LIMIT, elf_length
-from core_dump_helper.naming import file_name
-from core_dump_helper.process import describe, set_attributes
-from core_dump_helper.settings import Settings, parse_arguments
-from core_dump_helper.state import State
+from core_dump_helper.crash import parse_arguments, read_metadata
+from core_dump_helper.dumpfile import file_name, set_attributes
+from core_dump_helper.limits import RateLimiter
+from core_dump_helper.records import Records, open_state
+from core_dump_helper.settings import Settings
 
 COMM = st.binary(max_size=64).filter(lambda name: b"\0" not in name)
 FEW = limits(
@@ -89,8 +90,9 @@ def test_every_attribute_of_the_helper_is_read_by_the_collector(watch_dir, value
 
 
 def test_every_attribute_that_the_helper_names_is_known_to_the_collector():
-    known = set(describe(crash_of(b"app", 1_700_000_000, os.getpid(), 11)))
-    written = known | {"sensitive", "bytes", "expected_bytes", "truncated", "compressor", "duration_ms"}
+    known = set(read_metadata(crash_of(b"app", 1_700_000_000, os.getpid(), 11)))
+    results = {"bytes", "expected_bytes", "truncated", "compressor", "duration_ms", "helper_version"}
+    written = known | {"sensitive"} | results
     assert {"comm", "exe", "cmdline", "threads", "ns_pid", "tid"} - {"tid"} <= written
     assert written <= NUMBERS | TEXTS
 
@@ -100,16 +102,17 @@ def test_every_attribute_that_the_helper_names_is_known_to_the_collector():
 def test_every_record_of_the_helper_is_read_by_the_collector(watch_dir, exe, thread, signal, times):
     directory = os.open(watch_dir, os.O_RDONLY)
     try:
-        state = State(directory)
-        known = {"exe": exe, "thread": thread, "signal": b"%d" % signal}
+        records = Records(open_state(directory))
+        metadata = {"exe": exe, "thread": thread, "signal": b"%d" % signal}
         for record in (watch_dir / ".helper").glob("?" * 24):
             record.unlink()
-        took = [state.tally(known, "rate_limit", 2, 60) for _ in range(times)]
-        os.close(state._directory)
+        limiter = RateLimiter(records, "2/60")
+        kept = [limiter.allows(metadata) for _ in range(times)]
+        os.close(records.directory)
     finally:
         os.close(directory)
     (read,) = drops._read_records(str(watch_dir))
-    assert took == [True, True, False, False][:times]
+    assert kept == [True, True, False, False][:times]
     assert (read.reason, read.kept, read.suppressed) == ("rate_limit", min(times, 2), max(0, times - 2))
     told = (exe or thread)[:1024].decode("utf-8", "backslashreplace")
     assert dict(read.workload).get("exe", "") == told
@@ -129,7 +132,8 @@ def test_no_bytes_in_helper_conf_cost_a_setting(tmp_path, text):
     path = tmp_path / "helper.conf"
     path.write_bytes(text)
     path.chmod(0o600)
-    read = Settings(str(path))
+    read = Settings()
+    read.load(str(path))
     assert read.WATCH_DIR.startswith("/")
     assert 1 <= read.DEADLINE_SECONDS <= 86400
 

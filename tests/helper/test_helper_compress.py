@@ -7,21 +7,21 @@ import zlib
 
 import pytest
 
-from core_dump_helper.compress import Stream
+from core_dump_helper.compress import GzipWriter
 from core_dump_helper.settings import Settings
 
 MEBIBYTE = 1 << 20
 
 
 @pytest.fixture
-def stream(tmp_path, request):
+def writer(tmp_path, request):
     """A compressor that writes to `dump`, and believes that it has two cores."""
     pytest.importorskip("isal")
-    settings = Settings(str(tmp_path / "no.conf"))
     dump = os.open(tmp_path / "dump", os.O_RDWR | os.O_CREAT)
-    made = Stream(dump, request.param, settings)
-    made._may_start = True
-    yield made
+    writer = GzipWriter(dump, request.param, Settings())
+    writer.start()
+    writer._may_start = True
+    yield writer
     os.close(dump)
 
 
@@ -33,27 +33,27 @@ def memory(size):
     return memoryview((data + source.randbytes(size // 8))[:size])
 
 
-@pytest.mark.parametrize("stream", ["isal", "gzip"], indirect=True)
-def test_dump_is_one_gzip_member_however_often_the_second_thread_helps(stream, tmp_path):
+@pytest.mark.parametrize("writer", ["isal", "gzip"], indirect=True)
+def test_dump_is_one_gzip_member_however_often_the_second_thread_helps(writer, tmp_path):
     content = memory(12 * MEBIBYTE)
     chance, start = random.Random(6), 0
     while start < len(content):
         size = chance.choice([1, 2, 7, 4096, MEBIBYTE, MEBIBYTE])
-        stream.in_a_hurry = chance.random() < 0.5
-        stream.write(content[start : start + size])
+        writer.parallel = chance.random() < 0.5
+        writer.write(content[start : start + size])
         start += size
-    assert stream._started
-    assert stream.close() == ""
+    assert writer._started
+    assert writer.close() == ""
     reader = zlib.decompressobj(wbits=31)
     assert reader.decompress((tmp_path / "dump").read_bytes()) == content
     assert (reader.eof, reader.unused_data) == (True, b"")
 
 
-@pytest.mark.parametrize("stream", ["isal", "gzip"], indirect=True)
-def test_piece_that_does_not_fit_is_left_out_whole(stream, tmp_path, monkeypatch):
+@pytest.mark.parametrize("writer", ["isal", "gzip"], indirect=True)
+def test_piece_that_does_not_fit_is_left_out_whole(writer, tmp_path, monkeypatch):
     content = memory(4 * MEBIBYTE)
-    stream.in_a_hurry = True
-    stream.write(content[: 2 * MEBIBYTE])
+    writer.parallel = True
+    writer.write(content[: 2 * MEBIBYTE])
     written = []
 
     def fails_in_the_second_half(descriptor, data):
@@ -65,8 +65,8 @@ def test_piece_that_does_not_fit_is_left_out_whole(stream, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr("core_dump_helper.compress.write_all", fails_in_the_second_half)
         with pytest.raises(OSError, match="No space"):
-            stream.write(content[2 * MEBIBYTE :])
-    stream.close()
+            writer.write(content[2 * MEBIBYTE :])
+    writer.close()
     assert gzip.decompress((tmp_path / "dump").read_bytes()) == content[: 2 * MEBIBYTE]
 
 
@@ -79,24 +79,24 @@ class FailingCompressor:
         raise ValueError("any other error")
 
 
-@pytest.mark.parametrize("stream", ["isal"], indirect=True)
+@pytest.mark.parametrize("writer", ["isal"], indirect=True)
 @pytest.mark.parametrize("broken", [no_compressor, FailingCompressor])
-def test_second_thread_that_fails_fails_the_dump_and_leaves_nobody_waiting(stream, broken):
-    stream._new_deflate = broken
-    stream.in_a_hurry = True
+def test_second_thread_that_fails_fails_the_dump_and_leaves_nobody_waiting(writer, broken):
+    writer._new_deflate = broken
+    writer.parallel = True
     with pytest.raises(MemoryError):
-        stream.write(memory(MEBIBYTE))
+        writer.write(memory(MEBIBYTE))
 
 
-@pytest.mark.parametrize("stream", ["isal"], indirect=True)
-def test_one_thread_does_it_where_no_other_can_be_started(stream, tmp_path, monkeypatch):
+@pytest.mark.parametrize("writer", ["isal"], indirect=True)
+def test_one_thread_does_it_where_no_other_can_be_started(writer, tmp_path, monkeypatch):
     def refuse(*_):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("core_dump_helper.compress.start_new_thread", refuse)
-    stream.in_a_hurry = True
+    writer.parallel = True
     content = memory(3 * MEBIBYTE)
     for start in range(0, len(content), MEBIBYTE):
-        stream.write(content[start : start + MEBIBYTE])
-    stream.close()
+        writer.write(content[start : start + MEBIBYTE])
+    writer.close()
     assert gzip.decompress((tmp_path / "dump").read_bytes()) == content

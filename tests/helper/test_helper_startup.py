@@ -15,7 +15,6 @@ NEEDED = OS | {
     "fcntl",
     "select",
     "_struct",
-    "struct",
     "_queue",
     "__future__",
     "time",

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from tests.helper.conftest import elf
 
 from core_dump_helper.core import HEADER_LIMIT, elf_length
-from core_dump_helper.naming import file_name, percent
-from core_dump_helper.process import parse_cgroup
-from core_dump_helper.settings import Settings, parse_arguments
+from core_dump_helper.crash import parse_arguments, parse_cgroup
+from core_dump_helper.dumpfile import file_name
+from core_dump_helper.records import percent
+from core_dump_helper.settings import Settings
 
 CONTAINER = "0123456789abcdef" * 4
 INNER = "f" * 64
@@ -23,29 +24,35 @@ GRAMMAR = r"core-[A-Za-z0-9._+-]*-\d{1,20}-\d{1,10}-\d{1,3}(-\d{1,4})?(\.gz)?"
 
 def test_arguments_of_a_new_kernel():
     argv = ["-P12", "-p1", "-i13", "-u0", "-g5", "-s11", "-t17", "-c0", "-d1", "-F3", "-hbox", "--", "a b"]
-    expected = {argument[1]: argument[2:] for argument in argv[:-2]} | {"e": "a b"}
-    assert parse_arguments(argv) == expected
+    crash = parse_arguments(argv)
+    assert (crash.pid, crash.ns_pid, crash.tid, crash.pidfd) == ("12", "1", "13", "3")
+    assert (crash.uid, crash.gid, crash.signal, crash.timestamp) == ("0", "5", "11", "17")
+    assert (crash.rlimit, crash.dumpable, crash.hostname, crash.thread) == ("0", "1", "box", "a b")
 
 
 @pytest.mark.parametrize(
-    ("argv", "key", "value"),
+    ("argv", "field", "value"),
     [
-        (["-P1", "-hx", "-d1", "-C/evil", "--", "n"], "d", "2"),  # a host name may not pose as an option
-        (["-P1", "-ha", "b", "c", "--", "n"], "h", "a b c"),
-        (["--", "a", "b", "-d1"], "e", "a b -d1"),
-        (["--", "a", "", "b"], "e", "a  b"),
-        (["-d1", "-d0"], "d", "1"),
-        (["-d"], "d", "2"),
-        ([], "d", "2"),
-        (["-P12x"], "P", ""),
-        (["-P\u0663"], "P", ""),
-        (["-P" + "9" * 21], "P", ""),
-        (["-c18446744073709551615"], "c", "18446744073709551615"),
-        (["-", "-Z1", "x", "-P4"], "P", "4"),
+        (
+            ["-P1", "-hx", "-d1", "-C/evil", "--", "n"],
+            "dumpable",
+            "2",
+        ),  # a host name may not pose as an option
+        (["-P1", "-ha", "b", "c", "--", "n"], "hostname", "a b c"),
+        (["--", "a", "b", "-d1"], "thread", "a b -d1"),
+        (["--", "a", "", "b"], "thread", "a  b"),
+        (["-d1", "-d0"], "dumpable", "1"),
+        (["-d"], "dumpable", "2"),
+        ([], "dumpable", "2"),
+        (["-P12x"], "pid", ""),
+        (["-P\u0663"], "pid", ""),
+        (["-P" + "9" * 21], "pid", ""),
+        (["-c18446744073709551615"], "rlimit", "18446744073709551615"),
+        (["-", "-Z1", "x", "-P4"], "pid", "4"),
     ],
 )
-def test_arguments_that_are_split_missing_or_hostile_take_the_safest_meaning(argv, key, value):
-    assert parse_arguments(argv)[key] == value
+def test_arguments_that_are_split_missing_or_hostile_take_the_safest_meaning(argv, field, value):
+    assert getattr(parse_arguments(argv), field) == value
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"))))

@@ -41,7 +41,7 @@ def mounted(node, *options):
 @contextlib.contextmanager
 def full_disk(node):
     with mounted(node, "size=4m", "mode=0700"):
-        yield "what it wrote is in"
+        yield "holds what it wrote"
 
 
 @contextlib.contextmanager
@@ -64,7 +64,7 @@ def pigz_that(node, does):
     program.chmod(0o755)
     module = node.directory / "core_dump_helper/compress.py"
     kernel.replace(module, "\nPIGZ = ", f"\nPIGZ = ({str(program)!r},)\nOLD_PIGZ = ")
-    yield "what it wrote is in"
+    yield "holds what it wrote"
 
 
 def pigz_dies(node):
@@ -95,9 +95,9 @@ def test_failing_helper_holds_the_process_no_longer_than_its_deadline(
     node, fault, kernel_log, record_property
 ):
     settings = {"COMPRESSOR": "pigz", "BUFFER_BYTES": 0, "DEADLINE_SECONDS": DEADLINE_SECONDS}
-    with node.installed(**settings), fault(node) as told:
+    with node.installed(**settings), fault(node) as line:
         held = held_seconds(node)
         node.settle()
-        assert told in kernel_log(), "a line without its end is shown only when the next one comes"
+        assert line in kernel_log(), "a line without its end is shown only when the next one comes"
     record_property("held_seconds", round(held, 2))
     assert held < DEADLINE_SECONDS + SPARE_SECONDS

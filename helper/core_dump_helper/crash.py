@@ -1,0 +1,146 @@
+"""Owns what is known about a crash: the kernel's arguments and /proc/PID. The crashed process chose all of it."""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]  # `signal` builds enums: 2 ms
+import os
+
+from core_dump_helper.system import log, read_fields, read_file
+
+HEX = b"0123456789abcdef"
+NUMBERS = "PpiugstcdF"
+CORE_SIGNALS = ("SEGV", "ABRT", "BUS", "FPE", "ILL", "QUIT", "TRAP", "SYS", "XCPU", "XFSZ")
+"""Signals whose default action is to dump core: signal(7)."""
+FROM_KERNEL = ("pid", "signal", "timestamp", "uid", "gid", "tid", "dumpable", "rlimit", "thread", "hostname")
+FROM_PROC = ("comm", "ns_pid", "container_id", "pod_uid", "threads", "exe", "cgroup", "cmdline")
+
+
+class Crash:
+    """One crash as the kernel describes it. Numbers are decimal digits, or empty where the kernel gives none."""
+
+    def __init__(self, arguments: dict[str, str]) -> None:
+        """Store the kernel's arguments, keyed by the letters of core(5)."""
+        self.pid = arguments.get("P", "")
+        """Process id in the initial pid namespace."""
+        self.ns_pid = arguments.get("p", "")
+        """Process id in the process's own pid namespace."""
+        self.tid = arguments.get("i", "")
+        """Crashing thread in the initial pid namespace."""
+        self.uid = arguments.get("u", "")
+        self.gid = arguments.get("g", "")
+        self.signal = arguments.get("s", "")
+        self.timestamp = arguments.get("t", "")
+        self.rlimit = arguments.get("c", "")
+        self.dumpable = arguments.get("d", "") or "2"  # the safest meaning
+        self.pidfd = arguments.get("F", "")
+        """Number of a descriptor of this process, or empty."""
+        self.hostname = arguments.get("h", "")
+        self.thread = arguments.get("e", "")
+        """Name (comm) of the crashing thread."""
+        self.config = arguments.get("C", "")
+        """Path of the configuration file, or empty."""
+
+    def __str__(self) -> str:
+        """Return how log lines name the process, with control characters escaped."""
+        return "Process %s (%s)" % (self.pid or "?", ascii(self.thread)[1:-1])
+
+    def signal_name(self) -> str:
+        """Return `11 (SIGSEGV)`, or the number alone for a signal that dumps no core by default."""
+        for name in CORE_SIGNALS:
+            if self.signal == str(int(getattr(_signal, "SIG" + name, 0))):
+                return "%s (SIG%s)" % (self.signal, name)
+        return self.signal or "?"
+
+
+def parse_arguments(argv: list[str]) -> Crash:
+    """Split `-Xvalue` arguments; the first of a kind wins, and `-h` takes everything up to `--`.
+
+    Kernels before 5.3 split the pattern after expanding it: host and thread names may come in pieces, and values
+    may be missing.
+    """
+    values: dict[str, str] = {}
+    for index, argument in enumerate(argv):
+        if argument == "--":
+            values["e"] = " ".join(argv[index + 1 :])
+            break
+        if "h" in values:
+            values["h"] += " " + argument
+        elif argument[:1] == "-" and argument[1:2] in tuple("Ch" + NUMBERS):
+            values.setdefault(argument[1], argument[2:])
+    for key in NUMBERS:
+        text = values.get(key, "")
+        values[key] = text if text.isascii() and text.isdigit() and len(text) <= 20 else ""
+    return Crash(values)
+
+
+def parse_cgroup(text: bytes) -> dict[str, bytes]:
+    """Return path, container id and pod uid of /proc/PID/cgroup. The outermost wins: a container makes inner ones."""
+    lines = [line.split(b":", 2) for line in text.split(b"\n") if line.count(b":") > 1]
+    unified = [path for number, _, path in lines if number == b"0" and path != b"/"]
+    path = unified[0] if unified else max([line[2] for line in lines], key=len, default=b"")
+    found = {"cgroup": path}
+    for word in path.translate(bytes.maketrans(b"/.-:", b"    ")).split():
+        if len(word) == 64 and not word.strip(HEX):
+            found.setdefault("container_id", word)
+    for part in path.replace(b"_", b"-").split(b"/"):
+        uid = part[part.rfind(b"pod") + 3 :][:36] if b"pod" in part else b""
+        if [len(word) for word in uid.split(b"-")] == [8, 4, 4, 4, 12] and not uid.strip(HEX + b"-"):
+            found.setdefault("pod_uid", uid)
+    return found
+
+
+def start_time(directory: int | None, path: str) -> int:
+    """Return when a process started, in clock ticks since boot: proc(5), field 22 of `stat`.
+
+    Counted from the last `)`, because the name before it may contain one.
+    """
+    return int(read_file(path, 4096, directory).rpartition(b")")[2].split()[19])
+
+
+def read_process(crash: Crash) -> dict[str, bytes]:
+    """Read /proc/PID through one directory descriptor; return only `sensitive` if it belongs to another process."""
+    process = os.open("/proc/%d" % int(crash.pid), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        status = read_fields("status", process)
+        thread = read_fields("task/%s/status" % crash.tid, process) if crash.tid else status
+        found = parse_cgroup(read_file("cgroup", 16384, process))
+        found["threads"] = status[b"Threads"][0]
+        found["ns_pid"] = status.get(b"NSpid", [b""])[-1]
+        found["comm"] = read_file("comm", 64, process)[:-1]
+        found["cmdline"] = read_file("cmdline", 1024, process).rstrip(b"\0").replace(b"\0", b" ")
+        try:
+            found["exe"] = os.fsencode(os.readlink("exe", dir_fd=process))
+        except OSError:
+            pass
+        older = start_time(process, "stat") <= start_time(None, "/proc/self/stat")
+    finally:
+        os.close(process)
+    return found if older and is_identical(crash, thread) else {"sensitive": b"identity"}
+
+
+def is_identical(crash: Crash, status: dict[bytes, list[bytes]]) -> bool:
+    """Compare the owner in /proc and the kernel's pidfd with the kernel's arguments.
+
+    `%F` exists since Linux 6.16 and in late 5.10 and 6.1; its fdinfo says `Pid: -1` once the process is gone.
+    """
+    for expected, field in ((crash.uid, b"Uid"), (crash.gid, b"Gid")):
+        if expected not in ("", status[field][0].decode()):
+            return False
+    if not crash.pidfd:
+        return True
+    pid = read_fields("/proc/self/fdinfo/" + crash.pidfd).get(b"Pid")
+    return pid in (None, [crash.pid.encode()])
+
+
+def read_metadata(crash: Crash) -> dict[str, bytes]:
+    """Return the dump's attributes, the most important first. A failure costs metadata, never the dump."""
+    metadata = {name: os.fsencode(getattr(crash, name)) for name in FROM_KERNEL}
+    if crash.dumpable != "1":
+        metadata["sensitive"] = b"dumpable=" + crash.dumpable.encode()
+    try:
+        metadata.update(read_process(crash))
+        if metadata.get("sensitive") == b"identity":
+            log("%s: /proc/%s belongs to another process; its metadata is dropped" % (crash, crash.pid))
+    except Exception as error:  # noqa: BLE001 - hostile input must not cost the dump
+        log("%s: no metadata from /proc: %s: %s" % (crash, type(error).__name__, error))
+    return {name: metadata[name] for name in ("sensitive", *FROM_KERNEL, *FROM_PROC) if metadata.get(name)}
