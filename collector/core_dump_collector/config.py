@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MEBIBYTE = 1024 * 1024
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
+_REGION = re.compile(r"(?![0-9]+$)(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 _TAG = re.compile(r"[\w .:/=+@-]{1,128}")
 MOST_TAGS = 10
 
@@ -187,6 +188,13 @@ def load(flags: Mapping[str, str]) -> Settings:
     Raises:
         ConfigError: one line that names the setting and says what it takes.
     """
+    for name in (
+        "AWS_REGION",
+        "AWS_DEFAULT_REGION",
+    ):  # boto3 would refuse it in every worker, at every attempt
+        region = os.environ.get(name)
+        if region and not _REGION.fullmatch(region):
+            raise ConfigError(f"{name}={region[:80]!r}: takes the name of a region, e.g. eu-central-1")
     try:
         return Settings(**dict(flags))  # type: ignore[arg-type]  # pydantic parses the texts
     except ValidationError as error:

@@ -88,3 +88,11 @@ def test_workers_get_the_values_alone():
     assert not isinstance(given, Settings)
     assert vars(given) == dict(settings) | {"bucket": "dumps", "prefix": "fleet/"}
     assert given == pickle.loads(pickle.dumps(settings)), "or each job would make a client of its own"
+
+
+@pytest.mark.parametrize("name", ["AWS_REGION", "AWS_DEFAULT_REGION"])
+@pytest.mark.parametrize("region", ["eu central", "eu-central-1a/..", "-eu", "12"])
+def test_region_that_boto3_would_refuse_is_one_line_that_names_it(monkeypatch, name, region):
+    monkeypatch.setenv(name, region)
+    with pytest.raises(ConfigError, match=f"^{name}="):
+        config.load({"bucket_name": "dumps"})

@@ -35,6 +35,7 @@ PARAMETERS = {
     "Tagging": "team=core&a=b%20c",
     "ExpectedBucketOwner": "123456789012",
 }
+ELSEWHERE = b"<Error><Code>AuthorizationHeaderMalformed</Code><Region>us-west-2</Region></Error>"
 DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>no</Message></Error>"
 
 
@@ -142,3 +143,25 @@ def test_store_that_is_gone_is_an_error_of_the_network(store, client):
     put._pattern = dataclasses.replace(put._pattern, url="http://127.0.0.1:1/")
     with pytest.raises(EndpointConnectionError):
         put(Bucket=BUCKET, Key="k", Body=b"")
+
+
+def test_answer_that_names_a_region_sends_the_request_again_and_all_later_ones_there(store, client):
+    put = SmallPut(client)
+    put(Bucket=BUCKET, Key="a", Body=b"1")
+    store.answers += [(400, ELSEWHERE), (400, ELSEWHERE)]
+    for body in (b"2", b"3"):
+        assert put(Bucket=BUCKET, Key="b", Body=body, Metadata={"pid": "7"})["ETag"]
+    scopes = [headers["authorization"].split("/")[2] for _, headers, _ in store.seen]
+    assert scopes == ["eu-central-1"] * 3 + ["us-west-2"] * 2
+    assert [body for _, _, body in store.seen] == [b"1", b"2", b"2", b"2", b"3"]
+    assert all(headers["x-amz-meta-pid"] == "7" for _, headers, _ in store.seen[1:])
+
+
+def test_redirect_is_followed_although_the_request_went_past_the_client(store, client):
+    put = SmallPut(client)
+    put(Bucket=BUCKET, Key="a", Body=b"1")
+    store.answers += [(301, b""), (503, b"")]
+    with pytest.raises(ClientError) as refused:
+        put(Bucket=BUCKET, Key="b", Body=b"2")
+    assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] == 503
+    assert "amz-sdk-invocation-id" in store.seen[-1][1]

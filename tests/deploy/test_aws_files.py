@@ -79,6 +79,7 @@ def container():
 def test_task_gives_the_collector_settings_that_it_accepts_and_time_to_end():
     resources, task = container()
     given = {pair["Name"].lower(): pair["Value"] for pair in task["Environment"]}
+    assert given.pop("aws_region") == {"Ref": "AWS::Region"}
     assert set(given) <= set(Settings.model_fields)
     assert task["StopTimeout"] >= float(given["shutdown_seconds"]) + 20
     assert resources["Service"]["Properties"]["SchedulingStrategy"] == "DAEMON"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,13 @@ def settings_of(rendered, overlay):
     return found | {
         e["name"]: e.get("value", "") for e in daemonset(rendered, overlay)["containers"][0]["env"]
     }
+
+
+@pytest.mark.parametrize(
+    "overlay", ["amazon-linux", "bottlerocket-dd", "bottlerocket-file", "configure-host"]
+)
+def test_every_overlay_sets_the_region(rendered, overlay):
+    assert re.fullmatch(r"[a-z]{2}(-[a-z]+)+-\d", settings_of(rendered, overlay)["AWS_REGION"])
 
 
 @pytest.mark.parametrize("version", VERSIONS)

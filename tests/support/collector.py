@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 COMMAND = [sys.executable, "-m", "core_dump_collector.cli"]
@@ -128,9 +128,17 @@ def descendants(pid: int) -> list[int]:
 
 @contextlib.contextmanager
 def running(
-    directory: Path, environ: Mapping[str, str], scratch: Path, *flags: str, wait: bool = True
+    directory: Path,
+    environ: Mapping[str, str],
+    scratch: Path,
+    *flags: str,
+    wait: bool = True,
+    prefix: Sequence[str] = (),
 ) -> Iterator[Collector]:
-    """Run `core-dump-collector run` on a directory; its log and start-up file go below `scratch`."""
+    """Run `core-dump-collector run` on a directory; its log and start-up file go below `scratch`.
+
+    `prefix` are words before the command, of a program that becomes it (exec).
+    """
     number = sum(1 for _ in scratch.glob("collector-*.log"))
     log_path = scratch / f"collector-{number}.log"
     startup_file = scratch / f"startup-{number}"
@@ -148,7 +156,7 @@ def running(
     }
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [*COMMAND, "run", str(directory), *flags],
+            [*prefix, *COMMAND, "run", str(directory), *flags],
             env=clean | settings | dict(environ),
             stdout=subprocess.DEVNULL,
             stderr=log,

@@ -148,10 +148,10 @@ def weed_program() -> str:
     return found
 
 
-def make_certificate(directory: Path) -> tuple[Path, Path]:
-    """Make a self-signed certificate for loopback and return (certificate, key)."""
+def make_certificate(directory: Path, *hosts: str) -> tuple[Path, Path]:
+    """Make a self-signed certificate for loopback and these host names; return (certificate, key)."""
     certificate, key = directory / "cert.pem", directory / "key.pem"
-    names = "subjectAltName=IP:127.0.0.1,DNS:localhost"
+    names = ",".join(["subjectAltName=IP:127.0.0.1", *(f"DNS:{name}" for name in ("localhost", *hosts))])
     command = [
         "openssl",
         "req",

@@ -1,8 +1,13 @@
-"""Owns the making of the S3 client: what boto3 is told, and what of it is loaded once for all workers."""
+"""Owns the S3 client: the options that boto3 gets, the region, and the data that is loaded once for all workers.
+
+The region is AWS_REGION, else what boto3 finds (AWS_DEFAULT_REGION, the profile). It may be wrong: when S3 answers that
+the bucket is elsewhere, botocore repeats the request there and keeps the region for every later one of this client.
+"""
 
 from __future__ import annotations
 
 import encodings.idna  # noqa: F401  the first connection would import it
+import os
 from typing import TYPE_CHECKING, Any
 
 import boto3
@@ -32,7 +37,7 @@ def _stop(**_: object) -> None:
 def _warm() -> list[boto3.Session]:
     """Go the way of a request up to its sending, once: workers forked from this process share what that loads."""
     try:
-        session = boto3.Session()
+        session = _make_session()
         client = session.client(
             "s3",
             region_name="us-east-1",
@@ -48,13 +53,18 @@ def _warm() -> list[boto3.Session]:
     raise AssertionError("a request was sent")
 
 
+def _make_session() -> boto3.Session:
+    """Return a session in the configured region; boto3 itself does not read AWS_REGION."""
+    return boto3.Session(region_name=os.environ.get("AWS_REGION") or None)
+
+
 _WARM = _warm()
 """A session for the first client; later ones read credentials and profiles anew."""
 
 
 def make_client(settings: Settings) -> S3Client:
-    """Return a client. Endpoint, region and credentials come from where boto3 looks for them."""
-    session = _WARM.pop() if _WARM else boto3.Session()
+    """Return a client. boto3 finds the endpoint and the credentials."""
+    session = _WARM.pop() if _WARM else _make_session()
     client = _make_client(session, settings, sign_payload=None)
     if settings.checksum == "when_required" or not client.meta.endpoint_url.startswith("https:"):
         return client
@@ -78,4 +88,15 @@ def _make_client(session: boto3.Session, settings: Settings, *, sign_payload: bo
         tcp_keepalive=True,
         user_agent_extra=f"core-dump-handler/{__version__}",
     )
-    return session.client("s3", config=config)
+    client = session.client("s3", config=config)
+    client.meta.events.register("before-call.s3.HeadBucket", _ask_for_the_region_once)
+    return client
+
+
+def _ask_for_the_region_once(context: dict[str, Any], **_: object) -> None:
+    """Mark a HeadBucket as redirected, so that botocore does not follow its answer.
+
+    botocore sends it when a redirect names no region. A proxy that redirects everything would redirect this request
+    as well, and botocore would send another to learn where to, until the interpreter's stack is full.
+    """
+    context["s3_redirect"]["redirected"] = True
