@@ -58,8 +58,6 @@ class Bucket:
     def close(self) -> None:
         """Close the connections."""
         self.client.close()
-        if self._quick is not None:
-            self._quick.close()
 
     def _count(self, event_name: str, **_: object) -> None:
         with self._lock:

@@ -6,6 +6,7 @@ read past most of it: with its credentials, its signature and its connections. W
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,8 +18,6 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError
-from botocore.httpsession import URLLib3Session
-from botocore.utils import get_environ_proxies
 from urllib3.exceptions import HTTPError
 
 from core_dump_format.text import printable
@@ -28,6 +27,7 @@ from core_dumps.errors import CliError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from botocore.awsrequest import AWSPreparedRequest
     from mypy_boto3_s3 import S3Client
 
 MOST_CONNECTIONS = 36
@@ -39,6 +39,9 @@ _FOLDER = re.compile("<CommonPrefixes><Prefix>([^<]+)</Prefix></CommonPrefixes>"
 _KEY_COUNT = re.compile("<KeyCount>([0-9]{1,9})</KeyCount>")
 _TOKEN = re.compile("<NextContinuationToken>([^<]+)</NextContinuationToken>")
 _PASSING = frozenset({404, 429, 500, 502, 503, 504})
+_ELSEWHERE = frozenset({301, 302, 307, 400})
+"""Statuses by which S3 says that a bucket is in another region (400: the signature is for the wrong one)."""
+_SCOPE = re.compile(r"AWS4-HMAC-SHA256 Credential=\S+/\d{8}/([^/]+)/s3/aws4_request,")
 _ADVICE = {
     "NoSuchBucket": "there is no such bucket: correct BUCKET_NAME or --bucket",
     "InvalidAccessKeyId": "the store does not know these credentials",
@@ -66,10 +69,10 @@ class S3:
     """A client, and the means to read small objects without it."""
 
     def __init__(self) -> None:
-        """Connect to nothing yet; endpoint, region and credentials come from where botocore looks for them.
+        """Prepare a client; nothing is sent. The region is AWS_REGION, else botocore's; botocore finds the rest.
 
         Raises:
-            UsageError: what is set there cannot be.
+            UsageError: botocore refuses its settings.
         """
         config = Config(
             max_pool_connections=MOST_CONNECTIONS,
@@ -79,47 +82,96 @@ class S3:
             signature_version="s3v4",  # for URLs that are shared as well; the default there is refused by new regions
             user_agent_extra=f"core-dumps/{__version__}",
         )
-        self._session = botocore.session.Session()
+        session = botocore.session.Session()
+        if region := os.environ.get("AWS_REGION"):  # which botocore does not read
+            session.set_config_variable("region", region)
+        self._session = session
         try:
-            self.client = cast("S3Client", self._session.create_client("s3", config=config))
+            self.client = cast("S3Client", session.create_client("s3", config=config))
         except (BotoCoreError, ValueError) as error:
             raise UsageError(f"S3: {printable(str(error))}") from None
+        events = self.client.meta.events
+        events.register("before-call.s3.HeadBucket", _ask_for_the_region_once)
+        events.register("before-send.s3.PutObject", _stop)  # only _locate asks for one: nothing here writes
 
     def quick_reader(self, bucket: str) -> QuickReader | None:
-        """Return a reader of small objects; None where requests are signed in another way than it knows."""
+        """Return a reader of small objects; None if requests to the bucket are not signed as it signs them."""
         try:
             credentials = self._session.get_credentials()
-            url = self.client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "x"})
-        except (BotoCoreError, ClientError):
+        except BotoCoreError:
             return None
-        base = url.partition("?")[0].removesuffix("x")
-        if credentials is None or "X-Amz-Algorithm=AWS4-HMAC-SHA256" not in url or not base.endswith("/"):
+        place = _locate(self.client, bucket)
+        if credentials is None or place is None:
             return None
-        verify = self._session.get_config_variable("ca_bundle") or True
-        session = URLLib3Session(
-            verify=verify, proxies=get_environ_proxies(base), max_pool_connections=MOST_CONNECTIONS
-        )
-        return QuickReader(session, base, credentials, self.client.meta.region_name)
+        return QuickReader(self.client, bucket, place, credentials)
+
+
+def _ask_for_the_region_once(context: dict[str, Any], **_: object) -> None:
+    """Mark a HeadBucket as redirected: botocore would follow a proxy that redirects everything without end."""
+    context["s3_redirect"]["redirected"] = True
+
+
+class _Place(NamedTuple):
+    """Where the objects of a bucket are, and how requests for them are signed."""
+
+    base: str
+    """The URL that keys are appended to."""
+    region: str
+
+
+class _PreparedError(Exception):
+    """A request that was signed and is not to be sent."""
+
+    def __init__(self, request: AWSPreparedRequest) -> None:
+        super().__init__()
+        self.request = request
+
+
+def _stop(request: AWSPreparedRequest, **_: object) -> None:
+    raise _PreparedError(request)
+
+
+def _locate(client: S3Client, bucket: str) -> _Place | None:
+    """Return where the client would send a request now; it knows the region after its first redirect.
+
+    The client prepares a request, which `S3` stops before it is sent. A presigned URL may name a host without region.
+    """
+    try:
+        client.put_object(Bucket=bucket, Key="x", Body=b"")
+    except _PreparedError as prepared:
+        base = str(prepared.request.url).removesuffix("x")
+        scope = _SCOPE.match(_text(prepared.request.headers.get("Authorization", "")))
+        return _Place(base, scope[1]) if scope and base.endswith("/") else None
+    except (BotoCoreError, ClientError):
+        return None
+    raise AssertionError("a request was sent")
+
+
+def _text(header: str | bytes) -> str:
+    return header.decode() if isinstance(header, bytes) else header
 
 
 class QuickReader:
-    """Gets small answers with botocore's signature and connections, but nothing else of it.
+    """Gets small answers with botocore's signature and the client's connections, without the rest of botocore.
 
-    Each method returns None for all but a plain success, which is then for botocore to ask again, or to explain.
+    Each method returns None for any answer but success; the caller then asks the client, which can explain it.
     """
 
-    def __init__(self, session: URLLib3Session, base: str, credentials: Any, region: str) -> None:  # noqa: ANN401  no stubs
-        """Keep what a request needs; `base` is the URL that keys are appended to."""
-        self._session, self._base, self._credentials, self._region = session, base, credentials, region
-        self._refused = False
+    def __init__(self, client: S3Client, bucket: str, place: _Place, credentials: Any) -> None:  # noqa: ANN401  no stubs
+        """Begin with the place that the client would use now."""
+        self._client, self._bucket, self._credentials = client, bucket, credentials
+        self._session = client._endpoint.http_session  # type: ignore[attr-defined]  # noqa: SLF001  proxies, CA bundle, pool
+        self._place: _Place | None = place
+        self._moved = False
 
     def get(self, path: str, most_bytes: int) -> bytes | None:
-        """Return the first bytes of what lies at a path, with its query, below the bucket."""
-        if self._refused:
+        """Return the first bytes of the answer for a path, with its query, below the bucket."""
+        place = self._current_place()
+        if place is None:
             return None
-        request = AWSRequest("GET", self._base + path, stream_output=True)
+        request = AWSRequest("GET", place.base + path, stream_output=True)
         try:
-            S3SigV4Auth(self._credentials.get_frozen_credentials(), "s3", self._region).add_auth(request)
+            S3SigV4Auth(self._credentials.get_frozen_credentials(), "s3", place.region).add_auth(request)
             answer = self._session.send(request.prepare())
             try:
                 body: bytes = answer.raw.read(most_bytes)
@@ -127,8 +179,22 @@ class QuickReader:
                 answer.raw.drain_conn() if len(body) < most_bytes else answer.raw.close()
         except (BotoCoreError, ClientError, HTTPError, OSError):
             return None
-        self._refused = answer.status_code != _OK and answer.status_code not in _PASSING
-        return body if answer.status_code == _OK else None
+        if answer.status_code == _OK:
+            return body
+        if answer.status_code in _ELSEWHERE:
+            self._moved = True
+        elif answer.status_code not in _PASSING:
+            self._place = None
+        return None
+
+    def _current_place(self) -> _Place | None:
+        """Return where to ask; None after an answer that the bucket is elsewhere, until the client was sent there."""
+        if self._moved:
+            place = _locate(self._client, self._bucket)
+            if place == self._place:
+                return None
+            self._place, self._moved = place, False
+        return self._place
 
     def object(self, key: str, most_bytes: int) -> bytes | None:
         """Return the first bytes of an object."""
@@ -140,10 +206,6 @@ class QuickReader:
         text = "&".join(f"{name}={quote(value, safe='~')}" for name, value in sorted(query.items()))
         body = self.get(f"?{text}", MOST_PAGE_BYTES)
         return None if body is None else read_page(body)
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._session.close()
 
 
 class Row(NamedTuple):
