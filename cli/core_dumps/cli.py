@@ -185,6 +185,9 @@ Sysroot = Annotated[
         "--sysroot", metavar="DIR", show_default=False, help="Files of the node or image; can be repeated"
     ),
 ]
+Full = Annotated[
+    bool, typer.Option("--full", help="Fetch the whole dump, not only the part that backtraces need")
+]
 Debugger = Annotated[str, typer.Option("--debugger", metavar="PROGRAM", help="gdb or lldb")]
 Extra = Annotated[
     str,
@@ -197,24 +200,32 @@ Extra = Annotated[
 @app.command()
 @with_selection
 def debug(
-    selection: Selection, sysroot: Sysroot = None, debugger_program: Debugger = "gdb", arguments: Extra = ""
+    selection: Selection,
+    sysroot: Sysroot = None,
+    debugger_program: Debugger = "gdb",
+    arguments: Extra = "",
+    full: Full = False,
 ) -> None:
     """Open the newest dump that matches in a debugger, with the executable of its build ID."""
     from core_dumps import debugger
 
-    line = _debugger_line(selection, sysroot or [], debugger_program, arguments, batch=False)
+    line = _debugger_line(selection, sysroot or [], debugger_program, arguments, batch=False, full=full)
     raise typer.Exit(debugger.run(line))
 
 
 @app.command()
 @with_selection
 def bt(
-    selection: Selection, sysroot: Sysroot = None, debugger_program: Debugger = "gdb", arguments: Extra = ""
+    selection: Selection,
+    sysroot: Sysroot = None,
+    debugger_program: Debugger = "gdb",
+    arguments: Extra = "",
+    full: Full = False,
 ) -> None:
     """Print a backtrace of all threads of the newest dump that matches, for pasting into a ticket."""
     from core_dumps import debugger
 
-    line = _debugger_line(selection, sysroot or [], debugger_program, arguments, batch=True)
+    line = _debugger_line(selection, sysroot or [], debugger_program, arguments, batch=True, full=full)
     code, text = debugger.backtrace(line)
     for part in text.splitlines():
         typer.echo(printable(part, 10_000))
@@ -223,7 +234,7 @@ def bt(
 
 
 def _debugger_line(
-    selection: Selection, roots: list[str], program: str, arguments: str, *, batch: bool
+    selection: Selection, roots: list[str], program: str, arguments: str, *, batch: bool, full: bool
 ) -> list[str]:
     from core_dumps import debugger
     from core_dumps.progress import Bars
@@ -231,7 +242,7 @@ def _debugger_line(
     debugger.check(program, roots)
     with selection.open() as bucket, Bars() as bars:
         dump = selection.newest(bucket)
-        core = debugger.load(bucket, dump, bars)
+        core = debugger.load(bucket, dump, bars, full=full)
     warn(dump)
     found = debugger.modules(core, dump, roots)
     return debugger.command(program, core, found, roots, arguments, batch=batch)

@@ -16,6 +16,7 @@ from core_dumps import show
 from core_dumps.buildid import Modules, read_modules
 from core_dumps.errors import CliError, UsageError
 from core_dumps.fetch import fetch
+from core_dumps.vital import fetch_vital, vital_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,14 +50,24 @@ def cache_directory() -> str:
     return path
 
 
-def load(bucket: Bucket, dump: Dump, progress: Progress) -> str:
-    """Return the path of the decompressed dump in the cache."""
+def load(bucket: Bucket, dump: Dump, progress: Progress, *, full: bool) -> str:
+    """Return the path of a core in the cache: of the whole dump, or of its vital part if it has one."""
     identity = f"{bucket.name}/{dump.key}/{dump.size_bytes}/{dump.text('crc32')}"
     path = os.path.join(cache_directory(), f"{sha256(identity.encode()).hexdigest()[:32]}.core")
+    size = vital_bytes(dump)
     if os.path.isfile(path):
         os.utime(path)
-    else:
+    elif full or size is None:
         fetch(bucket, dump, path, progress, keep_compressed=False, force=False)
+    else:
+        path = path.removesuffix(".core") + ".vital"
+        if os.path.isfile(path):
+            os.utime(path)
+        else:
+            fetch_vital(bucket, dump, path, progress)
+        show.note(
+            f"read {show.size(size)} of {show.size(dump.size_bytes)}: every stack; --full also fetches the heap"
+        )
     return path
 
 

@@ -16,11 +16,11 @@ MOST_ATTRIBUTE_BYTES = 1024
 
 NUMBERS = frozenset(
     {"pid", "tid", "ns_pid", "uid", "gid", "signal", "timestamp", "rlimit", "dumpable", "threads"}
-    | {"bytes", "expected_bytes", "duration_ms"}
+    | {"bytes", "expected_bytes", "duration_ms", "vital_bytes", "vital_crc32"}
 )
 TEXTS = frozenset(
     {"hostname", "comm", "exe", "cmdline", "thread", "cgroup", "container_id", "pod_uid"}
-    | {"truncated", "sensitive", "compressor", "helper_version"}
+    | {"truncated", "sensitive", "compressor", "helper_version", "vital"}
 )
 UPLOAD_RECORD = ATTRIBUTE_PREFIX + "upload"
 """The upload in progress; the collector's own (s3/record)."""

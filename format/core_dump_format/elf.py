@@ -24,7 +24,7 @@ MOST_NOTES_BYTES = 16 * 1024 * 1024
 _ROWS_AT_A_TIME = 4096
 _BLOCK_BYTES = 1 << 20
 
-_ET_CORE, _PT_LOAD, _PT_NOTE, _PF_X = 4, 1, 4, 1
+_ET_CORE, _PT_NULL, _PT_LOAD, _PT_NOTE, _PF_X = 4, 0, 1, 4, 1
 _PN_XNUM = 0xFFFF
 """e_phnum of a core with more segments than its 16 bits can count (elf(5))."""
 _NT_GNU_BUILD_ID = 3
@@ -178,6 +178,29 @@ def read_layout(source: Forward) -> Layout:
         raise NotACoreError("it ends within its headers") from None
     segments.sort()
     return Layout(header, segments, notes, end)
+
+
+def drop_segments_beyond(core: bytearray) -> int:
+    """Make a core of the front of one: drop the headers of segments that lie beyond it; return their number.
+
+    A dropped header becomes PT_NULL, so that a debugger reports the memory as missing instead of reading zeros.
+
+    Raises:
+        NotACoreError: it is not the front of a core.
+    """
+    source = Forward.over([bytes(core[: MOST_NOTES_BYTES + 56 * MOST_SEGMENTS])], len(core))
+    dropped = 0
+    try:
+        header = read_header(source)
+        form = header.form
+        for number, row in enumerate(_rows(source, header)):
+            kind, _, offset, _, file_bytes = form.segment(row)
+            if kind == _PT_LOAD and file_bytes and offset + file_bytes > len(core):
+                struct.pack_into(form.order + "I", core, header.table + number * form.row.size, _PT_NULL)
+                dropped += 1
+    except EndError:
+        raise NotACoreError("it ends within its headers") from None
+    return dropped
 
 
 def _rows(source: Forward, header: Header) -> Iterator[tuple[int, ...]]:

@@ -36,7 +36,7 @@ class Cli:
 
     def variables(self) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("AWS_") and k != "NO_COLOR"}
-        sources = os.pathsep.join(str(ROOT / folder) for folder in ("collector", "cli"))
+        sources = os.pathsep.join(str(ROOT / folder) for folder in ("format", "cli"))
         mine = {
             "PYTHONPATH": sources,
             "BUCKET_NAME": f"s3://{s3.BUCKET}/{self.prefix}",

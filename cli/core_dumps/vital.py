@@ -1,0 +1,93 @@
+"""Owns the vital part of a dump: the few megabytes at its front from which a debugger makes every backtrace.
+
+The helper writes headers, notes, stacks and the loader's list first, as a gzip member of its own (docs/contracts.md).
+Its compressed length and CRC-32 are in the metadata object, so one ranged request fetches it and proves it. The core
+that is made of it opens in any debugger; memory that lies further back in the dump is missing from it, not zero.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zlib
+from typing import TYPE_CHECKING
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from core_dump_format.elf import drop_segments_beyond
+from core_dump_format.text import printable
+from core_dumps.client import explain
+from core_dumps.errors import RefusedError
+from core_dumps.parts import BLOCK, unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from core_dumps.bucket import Bucket
+    from core_dumps.dump import Dump
+    from core_dumps.fetch import Progress
+
+MOST_COMPRESSED_BYTES = 64 * 1024 * 1024
+"""The helper writes at most 32 MiB before compression, besides headers and notes."""
+MOST_BYTES = 256 * 1024 * 1024
+
+
+def vital_bytes(dump: Dump) -> int | None:
+    """Return the compressed length of a dump's vital part; None if it has none, or its metadata lies about it."""
+    size, crc32 = dump.number("vital_bytes"), dump.number("vital_crc32")
+    if dump.text("vital") not in {"whole", "partial"} or size is None or crc32 is None:
+        return None
+    return size if 0 < size <= min(MOST_COMPRESSED_BYTES, dump.size_bytes or 0) else None
+
+
+def fetch_vital(bucket: Bucket, dump: Dump, path: str, progress: Progress) -> None:
+    """Fetch the vital part, verify it, and write it to `path` as a core of its own.
+
+    Raises:
+        RefusedError: it is not what was uploaded.
+        CliError: it cannot be read.
+    """
+    size = vital_bytes(dump)
+    if size is None:
+        raise RefusedError(f"{printable(dump.key)}: its metadata names no vital part")
+    progress.start("vital part", size)
+    packed = b"".join(_read(bucket, dump, size, progress))
+    if zlib.crc32(packed) != dump.number("vital_crc32"):
+        raise RefusedError("the CRC-32 of the vital part is not the one that was uploaded: not kept")
+    core = bytearray()
+    for piece in unpack([packed]):
+        core += piece
+        if len(core) > MOST_BYTES:
+            raise RefusedError(f"more than {MOST_BYTES} bytes come out of the vital part: not kept")
+    try:
+        drop_segments_beyond(core)
+    except ValueError as error:
+        raise RefusedError(f"the vital part is not the front of a core: {error}") from None
+    _write(path, core)
+
+
+def _read(bucket: Bucket, dump: Dump, size: int, progress: Progress) -> Iterator[bytes]:
+    at = 0
+    try:
+        answer = bucket.client.get_object(Bucket=bucket.name, Key=dump.key, Range=f"bytes=0-{size - 1}")
+        with answer["Body"] as body:
+            while at < size and (piece := body.read(min(BLOCK, size - at))):
+                at += len(piece)
+                progress.advance(len(piece))
+                yield piece
+    except (BotoCoreError, ClientError) as error:
+        raise explain(error, f"reading {printable(dump.key)}") from error
+    if at != size:
+        raise RefusedError("the store sent fewer bytes than were requested: run it again")
+
+
+def _write(path: str, core: bytearray) -> None:
+    """Put a core in place whole, readable by its owner only."""
+    descriptor, name = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".vital-")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(core)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
