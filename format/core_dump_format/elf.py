@@ -279,7 +279,7 @@ def build_id_of(page: bytes) -> str | None:
     try:
         form = Form(page[:6])
         _, _, _, _, table, _, _, _, _, count, _, _, _ = form.header.unpack_from(page)
-        for number in range(min(count, _MOST_ROWS_OF_A_FILE)):
+        for number in range(min(count, _MOST_ROWS_OF_A_FILE) if table < len(page) else 0):
             row = form.row.unpack_from(page, table + number * form.row.size)
             kind, _, offset, _, size = form.segment(row)
             if kind != _PT_NOTE:
