@@ -111,7 +111,7 @@ def _check_pattern(directory: str) -> Finding:
 def _check_store(settings: Settings) -> Finding:
     target = f"s3://{settings.bucket}/{settings.prefix}"
     try:
-        shown = upload.verify_store(settings)
+        shown = upload.verify_store(settings.upload_options())
     except (ConfigError, RetryableError) as error:
         return Finding(Level.FAIL, f"bucket {target}: {printable(str(error))}")
     return Finding(Level.WARN if "WARNING" in shown else Level.GOOD, f"bucket {target}: {shown}")

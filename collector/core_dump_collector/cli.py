@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from core_dump_collector.config import Settings  # noqa: PLC0415  workers import this module too
+    from core_dump_collector.config import Settings, names_of  # noqa: PLC0415  workers import this module too
 
     parser = argparse.ArgumentParser(
         prog="core-dump-collector",
@@ -59,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("watch_dir", metavar="WATCH_DIR", help="directory the dumps arrive in")
         for field, info in Settings.model_fields.items():
             explained = (info.description or "").replace("`", "").replace("%", "%%")
-            command.add_argument("--" + field.replace("_", "-"), metavar="VALUE", help=explained)
+            names = ["--" + name.replace("_", "-") for name in names_of(field)]
+            command.add_argument(*names, metavar="VALUE", help=explained)
     command = commands.add_parser(
         "configure-host",
         help="install the helper on a Kubernetes node (docs/kubernetes.md)",

@@ -1,22 +1,23 @@
 """Owns every setting: its name, default, unit and text. Nothing else reads the environment.
 
 A setting has one name, used as the environment variable (`BUCKET_NAME`) and as the flag
-(`--bucket-name`); the flag wins. `AWS_*` variables are boto3's own and are not repeated here.
+(`--bucket-name`); the flag wins. Old names are aliases. `AWS_*` variables are boto3's own and are not repeated here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import os
 import re
 import socket
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core_dump_collector.errors import ConfigError
+from core_dump_collector.options import UploadOptions
 from core_dump_format.keys import check_template, parse_location
 
 if TYPE_CHECKING:
@@ -62,7 +63,11 @@ class Settings(BaseSettings):
         default=True,
         description="Upload dumps flagged sensitive (set-uid programs, say); false leaves them on disk.",
     )
-    sidecar: bool = Field(default=True, description="Put `KEY.json`, the metadata, beside each dump.")
+    metadata: bool = Field(
+        default=True,
+        validation_alias=AliasChoices("metadata", "sidecar"),
+        description="Store a metadata object, `KEY.json`, with each dump. `SIDECAR` is an old name of this setting.",
+    )
     fingerprint: bool = Field(
         default=True,
         description="Read each core once for what tells its crash apart from others (at most 2 s a dump).",
@@ -130,13 +135,10 @@ class Settings(BaseSettings):
         """Return the key prefix, empty or ending in a slash."""
         return parse_location(self.bucket_name).prefix
 
-    def __reduce__(self) -> tuple[type[SimpleNamespace], tuple[()], dict[str, object]]:
-        """Give workers the values alone, as attributes of the same names: what has checked them takes 15 MiB."""
-        return (
-            SimpleNamespace,
-            (),
-            {name: getattr(self, name) for name in [*type(self).model_fields, "bucket", "prefix"]},
-        )
+    def upload_options(self) -> UploadOptions:
+        """Return what workers need."""
+        names = [field.name for field in dataclasses.fields(UploadOptions)]
+        return UploadOptions(**{name: getattr(self, name) for name in names})
 
     @field_validator("bucket_name")
     @classmethod
@@ -203,9 +205,17 @@ def load(flags: Mapping[str, str]) -> Settings:
         raise ConfigError(_explain(name, first)) from None
 
 
+def names_of(field: str) -> list[str]:
+    """Return the names of a setting: the current one, then old ones that keep working."""
+    alias = Settings.model_fields[field].validation_alias
+    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [field]
+
+
 def _explain(name: str, error: Any) -> str:  # noqa: ANN401  pydantic's ErrorDetails
     setting = name.upper()
-    field: FieldInfo | None = Settings.model_fields.get(name)
+    field: FieldInfo | None = next(
+        (info for field, info in Settings.model_fields.items() if name in names_of(field)), None
+    )
     if field is None:
         return f"{setting}: there is no such setting; core-dump-collector run --help lists them"
     if error["type"] == "missing":

@@ -21,7 +21,7 @@ from core_dump_collector.breaker import Brake
 from core_dump_collector.config import describe
 from core_dump_collector.errors import ConfigError
 from core_dump_collector.health import HEARTBEAT_SECONDS, Health, Server
-from core_dump_collector.jobs import Job, Outcome, UploadResult
+from core_dump_collector.jobs import Job, Outcome, RecordResult, UploadResult
 from core_dump_collector.metrics import Metrics
 from core_dump_collector.node import corepattern, dumpfile, scan
 from core_dump_collector.node.drops import DropRecords
@@ -64,7 +64,7 @@ class Daemon:
             self._watch.close()
             raise
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._pool = Pool(settings, self._wake)
+        self._pool = Pool(settings.workers, settings.upload_options(), self._wake)
         self._scan: Iterator[scan.Found] | None = None
         self._scan_due = time.monotonic()
         self._beat_due = time.monotonic()
@@ -205,18 +205,23 @@ class Daemon:
             numbers = os.read(self._wake_read, 4096)
             self._stop_requests += sum(number in _STOPPING for number in numbers)
         for result in self._pool.collect():
-            self._settle(result)
+            if isinstance(result, RecordResult):
+                self._settle_record(result)
+            else:
+                self._settle(result)
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):
             os.write(self._wake_write, b"\0")
 
+    def _settle_record(self, result: RecordResult) -> None:
+        self._drops.settle(result.name, time.monotonic(), stored=result.stored)
+        shown = "uploaded" if result.stored else "retry"
+        log.info("record of refused dumps", file=result.name, result=shown, detail=result.detail)
+
     def _settle(self, result: UploadResult) -> None:
         now = time.monotonic()
         name = result.name
-        if self._drops.settle(name, now, stored=result.outcome is Outcome.UPLOADED):
-            log.info("record of refused dumps", file=name, result=result.outcome, detail=result.detail)
-            return
         self._metrics.observe(result)
         shown = {"file": name, "key": result.key, "detail": result.detail or None}
         shown = {k: v for k, v in shown.items() if v is not None}

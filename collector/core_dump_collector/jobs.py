@@ -1,4 +1,4 @@
-"""What daemon and workers say to each other: one job in, one result out, both frozen."""
+"""Owns the messages between daemon and workers: one job in, one result out, all frozen."""
 
 from __future__ import annotations
 
@@ -62,8 +62,24 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordResult:
+    """What became of one `Document`."""
+
+    name: str
+    retry_reason: RetryReason | None = None
+    """None if it is stored."""
+    detail: str = ""
+    """One line for the log, without control characters."""
+
+    @property
+    def stored(self) -> bool:
+        """Tell whether the bucket has the document."""
+        return self.retry_reason is None
+
+
+@dataclass(frozen=True, slots=True)
 class UploadResult:
-    """What became of one job."""
+    """What became of one dump."""
 
     name: str
     outcome: Outcome

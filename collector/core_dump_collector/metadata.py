@@ -17,9 +17,9 @@ from core_dump_format.names import parse_name
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from core_dump_collector.config import Settings
     from core_dump_collector.jobs import Document
     from core_dump_collector.node.dumpfile import DumpFile
+    from core_dump_collector.options import UploadOptions
 
 MOST_BYTES = 64 * 1024
 _MOST_METADATA_TEXT = 128
@@ -92,7 +92,7 @@ class StoredObject:
     crc32: int
 
 
-def gather(dump: DumpFile, raw: dict[str, bytes], settings: Settings) -> Facts:
+def gather(dump: DumpFile, raw: dict[str, bytes], options: UploadOptions) -> Facts:
     """Put together what is known; attributes win over the name, since the helper wrote them."""
     attributes = read_attributes(raw)
     named = parse_name(dump.name)
@@ -108,9 +108,9 @@ def gather(dump: DumpFile, raw: dict[str, bytes], settings: Settings) -> Facts:
     return Facts(
         name=dump.name,
         attributes=attributes,
-        node=settings.node_name,
+        node=options.node_name,
         timestamp=dump.modified_at if timestamp is None else timestamp,
-        pod=_find_pod(attributes, settings.pod_logs_directory),
+        pod=_find_pod(attributes, options.pod_logs_directory),
     )
 
 
@@ -149,15 +149,15 @@ def render(facts: Facts, stored: StoredObject, bucket: str, crash: Mapping[str, 
     return rendered + b"\n"
 
 
-def render_record(record: Document, key: str, settings: Settings) -> bytes:
+def render_record(record: Document, key: str, options: UploadOptions) -> bytes:
     """Return the JSON of dumps that were refused."""
     facts = dict(record.facts)
-    pod = _find_pod(facts, settings.pod_logs_directory)
+    pod = _find_pod(facts, options.pod_logs_directory)
     document: dict[str, str | int] = {
         "schema": 1,
         "key": key,
-        "bucket": settings.bucket,
-        "node": settings.node_name,
+        "bucket": options.bucket,
+        "node": options.node_name,
         "uploaded_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "collector_version": __version__,
         "state": "suppressed",

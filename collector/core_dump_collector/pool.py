@@ -17,20 +17,31 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
-from core_dump_collector.jobs import Document, Job, Outcome, RetryReason, UploadResult
+from core_dump_collector.jobs import Document, Job, Outcome, RecordResult, RetryReason, UploadResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.process import BaseProcess
 
-    from core_dump_collector.config import Settings
+    from core_dump_collector.options import UploadOptions
+    from core_dump_collector.upload import Worker
 
+AnyJob = Job | Document
+AnyResult = UploadResult | RecordResult
 _PRELOAD = ["__main__", "core_dump_collector.preload"]
 _KILL_SECONDS = 5.0
 
 
-def _begin_worker() -> None:
+_worker: Worker | None = None
+"""Set in worker processes: an initializer of ProcessPoolExecutor can leave its result nowhere else."""
+
+
+def _begin_worker(options: UploadOptions) -> None:
     """Leave stopping to the daemon, and end with it: an orphan must not go on uploading."""
+    from core_dump_collector import upload  # noqa: PLC0415  boto3 stays out of the daemon's memory
+
+    global _worker  # noqa: PLW0603
+    _worker = upload.Worker(options)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -38,10 +49,9 @@ def _begin_worker() -> None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
 
-def _process(job: Job | Document, settings: Settings) -> UploadResult:
-    from core_dump_collector import upload  # noqa: PLC0415  boto3 stays out of the daemon's memory
-
-    return upload.process(job, settings)
+def _process(job: AnyJob) -> AnyResult:
+    assert _worker is not None  # noqa: S101  the initializer has run
+    return _worker.process(job)
 
 
 def _end_with(sentinel: int) -> None:
@@ -53,17 +63,19 @@ class Pool:
     """A pool that survives the death of its workers.
 
     Args:
-        settings: handed to every job.
+        workers: number of processes.
+        options: given to each worker once, when it starts.
         wake: called from another thread whenever a result can be collected.
     """
 
-    def __init__(self, settings: Settings, wake: Callable[[], None]) -> None:
+    def __init__(self, workers: int, options: UploadOptions, wake: Callable[[], None]) -> None:
         """Prepare; processes start with the first jobs."""
-        self._settings = settings
+        self._workers = workers
+        self._options = options
         self._wake = wake
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(_PRELOAD)
-        self._done: queue.SimpleQueue[tuple[Job | Document, Future[UploadResult]]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[AnyJob, Future[AnyResult]]] = queue.SimpleQueue()
         self._in_flight = 0
         self._executor = self._start()
         self.rebuilds = 0
@@ -71,36 +83,36 @@ class Pool:
 
     def _start(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
-            self._settings.workers, mp_context=self._context, initializer=_begin_worker
+            self._workers, mp_context=self._context, initializer=_begin_worker, initargs=(self._options,)
         )
 
     @property
     def has_room(self) -> bool:
         """Tell whether another job should be submitted: two for each worker keep it busy."""
-        return self._in_flight < 2 * self._settings.workers
+        return self._in_flight < 2 * self._workers
 
     @property
     def in_flight(self) -> int:
         """Jobs whose result was not collected yet."""
         return self._in_flight
 
-    def submit(self, job: Job | Document) -> None:
+    def submit(self, job: AnyJob) -> None:
         """Hand a job to the next free worker."""
         try:
-            future = self._executor.submit(_process, job, self._settings)
+            future = self._executor.submit(_process, job)
         except BrokenProcessPool:
             self._rebuild()
-            future = self._executor.submit(_process, job, self._settings)
+            future = self._executor.submit(_process, job)
         self._in_flight += 1
         future.add_done_callback(lambda done: self._land(job, done))
 
-    def _land(self, job: Job | Document, future: Future[UploadResult]) -> None:
+    def _land(self, job: AnyJob, future: Future[AnyResult]) -> None:
         self._done.put((job, future))
         self._wake()
 
-    def collect(self) -> list[UploadResult]:
+    def collect(self) -> list[AnyResult]:
         """Return the results that are in, without waiting; a dead worker's jobs come back as retries."""
-        results = []
+        results: list[AnyResult] = []
         broken = False
         while True:
             try:
@@ -143,5 +155,7 @@ def _kill_all() -> list[BaseProcess]:
     return workers
 
 
-def _failed(job: Job | Document, reason: RetryReason, detail: str) -> UploadResult:
+def _failed(job: AnyJob, reason: RetryReason, detail: str) -> AnyResult:
+    if isinstance(job, Document):
+        return RecordResult(job.name, reason, detail[:500])
     return UploadResult(job.name, Outcome.RETRY, retry_reason=reason, detail=detail[:500])

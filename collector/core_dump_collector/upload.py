@@ -1,11 +1,12 @@
-"""The worker's entry: one dump from the disk to S3, proven, and only then deleted.
+"""Owns the worker's side of a job: one dump from the disk to S3, proven, and only then deleted.
 
-`process` turns whatever happens into one result; `_upload` is the way of a dump. What is sent is `source`'s, how
-it is sent `transfer`'s, the requests are `store`'s.
+`Worker.process` turns every outcome into one result. `s3/parts` owns the bytes that are sent, `s3/transfer` the way
+they are sent, `s3/store` the requests.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 import uuid
@@ -16,7 +17,7 @@ from botocore.exceptions import BotoCoreError
 
 from core_dump_collector import fingerprint, metadata
 from core_dump_collector.errors import ConfigError, PermanentError, RetryableError
-from core_dump_collector.jobs import Document, Job, Outcome, RetryReason, UploadResult
+from core_dump_collector.jobs import Document, Job, Outcome, RecordResult, RetryReason, UploadResult
 from core_dump_collector.node import dumpfile
 from core_dump_collector.s3 import classify, parts, record
 from core_dump_collector.s3.client import make_client
@@ -27,9 +28,9 @@ from core_dump_format.keys import build_key
 from core_dump_format.text import printable
 
 if TYPE_CHECKING:
-    from core_dump_collector.config import Settings
     from core_dump_collector.metadata import Facts, StoredObject
     from core_dump_collector.node.dumpfile import DumpFile
+    from core_dump_collector.options import UploadOptions
 
 MOST_BYTES = 50 << 40
 """Length of the longest file taken: S3's largest object (48.8 TiB; Amazon S3 User Guide, "Uploading objects"). A sparse
@@ -46,33 +47,129 @@ _ADVICE = {
 }
 
 
-def process(job: Job | Document, settings: Settings) -> UploadResult:
-    """Bring one file to S3 and delete it, or store one record. Never raises."""
-    started = time.monotonic()
-    try:
-        result = _store(job, settings) if isinstance(job, Document) else _process(job, settings)
-    except RetryableError as error:
-        if error.reason == RetryReason.CREDENTIALS:
-            _CONNECTION.close()  # whatever renews them, files or environment, is read again
-        result = _retry(job, error.reason, str(error))
-    except OSError as error:
-        result = _retry(job, RetryReason.LOCAL_IO, error.strerror or str(error))
-    except Exception as error:  # noqa: BLE001  the worker's boundary: a fault of ours must not end the pool
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
-        result = _retry(job, RetryReason.INTERNAL, f"{place}: {type(error).__name__}: {error}")
-    return replace(result, seconds=time.monotonic() - started, detail=printable(result.detail))
+class Worker:
+    """What a worker process keeps from one job to the next: the options and one S3 client, made with the first job."""
+
+    def __init__(self, options: UploadOptions) -> None:
+        """Remember the options."""
+        self._options = options
+        self._store: Store | None = None
+
+    def process(self, job: Job | Document) -> UploadResult | RecordResult:
+        """Bring one dump to S3 and delete it, or store one record. Never raises."""
+        started = time.monotonic()
+        try:
+            if isinstance(job, Document):
+                return self._store_record(job)
+            result = self._upload(job)
+        except Exception as error:  # noqa: BLE001  the worker's boundary: a fault of ours must not end the pool
+            reason, detail = self._explain(error)
+            if isinstance(job, Document):
+                return RecordResult(job.name, reason, detail)
+            result = UploadResult(job.name, Outcome.RETRY, retry_reason=reason, detail=detail)
+        return replace(result, seconds=time.monotonic() - started, detail=printable(result.detail))
+
+    def close(self) -> None:
+        """Close the client; the next job makes one."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def open_store(self) -> Store:
+        """Return the store, connected as the environment says when it is used first.
+
+        Raises:
+            RetryableError: the client cannot be made now.
+        """
+        if self._store is None:
+            try:
+                client = make_client(self._options)
+            except BotoCoreError as error:
+                raise classify.translate(error) from error
+            self._store = Store(client, self._options)
+        return self._store
+
+    def _explain(self, error: Exception) -> tuple[RetryReason, str]:
+        match error:
+            case RetryableError():
+                if error.reason == RetryReason.CREDENTIALS:
+                    self.close()  # whatever renews them, files or environment, is read again
+                return error.reason, printable(str(error))
+            case OSError():
+                return RetryReason.LOCAL_IO, printable(error.strerror or str(error))
+            case _:
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                place = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
+                return RetryReason.INTERNAL, printable(f"{place}: {type(error).__name__}: {error}")
+
+    def _store_record(self, document: Document) -> RecordResult:
+        """Store a record without a dump; one that is there already is the same."""
+        key = f"{self._options.prefix}{self._options.node_name}/{document.name.rpartition('/')[2]}"
+        try:
+            rendered = metadata.render_record(document, key, self._options)
+            self.open_store().put_document(key, rendered)
+        except PermanentError as error:
+            raise RetryableError(RetryReason.SERVER, str(error)) from error
+        return RecordResult(document.name)
+
+    def _upload(self, job: Job) -> UploadResult:
+        try:
+            with dumpfile.DumpFile(job.directory, job.name) as dump:
+                return self._upload_open(dump)
+        except dumpfile.UnfitError as unfit:
+            return UploadResult(job.name, _OUTCOME_OF_UNFIT[unfit.why], detail=str(unfit))
+
+    def _upload_open(self, dump: DumpFile) -> UploadResult:
+        options, raw = self._options, dump.attributes()
+        facts = metadata.gather(dump, raw, options)
+        if facts.sensitive is not None and not options.upload_sensitive:
+            return _result(dump, facts, Outcome.REFUSED, f"sensitive ({facts.sensitive}): left on disk")
+        if dump.size_bytes > MOST_BYTES:
+            return _result(dump, facts, Outcome.REFUSED, "larger than any object of S3: left on disk")
+        dump.require_deletable()
+        salvaged = SALVAGED in raw
+        read = parts.open_source(
+            dump, options.part_bytes, compress_raw=options.compress_raw, salvaged=salvaged
+        )
+        suffix = ".gz" if read.gzip else ""
+        key = build_key(options.prefix, options.key_template, facts.key_fields(), suffix=suffix)
+        store = self.open_store()
+        attempt = record.read(raw, trusted=dump.is_trusted)
+        transfer = Transfer(store, dump, read, attempt, _headers(facts, read))
+        try:
+            stored, outcome = transfer.run(key)
+            if options.metadata:
+                crash = _fingerprint(dump) if options.fingerprint else {}
+                rendered = metadata.render(facts, stored, options.bucket, crash)
+                store.put_document(stored.key + ".json", rendered)
+        except PermanentError as error:
+            name = dump.quarantine()
+            return _result(dump, facts, Outcome.QUARANTINED, f"{error}; moved to quarantine/{name}")
+        return _delete(dump, facts, stored, outcome)
 
 
-def verify_store(settings: Settings) -> str:
+def _delete(dump: DumpFile, facts: Facts, stored: StoredObject, outcome: Outcome) -> UploadResult:
+    """Delete the local file: the store has it."""
+    if not dump.is_unchanged():
+        record.clear(dump)
+        raise RetryableError(RetryReason.LOCAL_IO, "the file was written to while it was uploaded")
+    detail = "" if dump.unlink() else "somebody else deleted or replaced the file in the meantime"
+    return _result(dump, facts, outcome, detail, stored)
+
+
+def verify_store(options: UploadOptions) -> str:
     """Store a probe object, try to store it again, and delete it; return what that has shown.
 
     Raises:
         ConfigError: somebody has to change something; the message says what.
         RetryableError: the store cannot be reached, or not now.
     """
-    store = _CONNECTION.store(settings)
-    key = f"{settings.prefix}{settings.node_name}/.check-{uuid.uuid4()}"
+    with contextlib.closing(Worker(options)) as worker:
+        return _verify(worker.open_store(), options)
+
+
+def _verify(store: Store, options: UploadOptions) -> str:
+    key = f"{options.prefix}{options.node_name}/.check-{uuid.uuid4()}"
     document = b'{"written by": "core-dump-collector check"}\n'
     try:
         store.put_probe(key, document)
@@ -96,82 +193,6 @@ def _second_probe(store: Store, key: str, document: bytes) -> str:
     except TakenError:
         return "a second one under its key was refused"
     return "WARNING: the store ignores If-None-Match, so a dump may replace another of the same key"
-
-
-class _Connection:
-    """The process's one S3 client, made with its first job."""
-
-    def __init__(self) -> None:
-        self._open: tuple[Settings, Store] | None = None
-
-    def store(self, settings: Settings) -> Store:
-        if self._open is None or self._open[0] != settings:
-            self.close()
-            try:
-                client = make_client(settings)
-            except BotoCoreError as error:
-                raise classify.translate(error) from error
-            self._open = (settings, Store(client, settings))
-        return self._open[1]
-
-    def close(self) -> None:
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
-
-
-_CONNECTION = _Connection()
-
-
-def _process(job: Job, settings: Settings) -> UploadResult:
-    try:
-        with dumpfile.DumpFile(job.directory, job.name) as dump:
-            return _upload(dump, settings)
-    except dumpfile.UnfitError as unfit:
-        return UploadResult(job.name, _OUTCOME_OF_UNFIT[unfit.why], detail=str(unfit))
-
-
-def _store(document: Document, settings: Settings) -> UploadResult:
-    """Store a record without a dump; one that is there already is the same."""
-    key = f"{settings.prefix}{settings.node_name}/{document.name.rpartition('/')[2]}"
-    try:
-        _CONNECTION.store(settings).put_document(key, metadata.render_record(document, key, settings))
-    except PermanentError as error:
-        raise RetryableError(RetryReason.SERVER, str(error)) from error
-    return UploadResult(document.name, Outcome.UPLOADED, key=key)
-
-
-def _retry(job: Job | Document, reason: RetryReason, detail: str) -> UploadResult:
-    return UploadResult(job.name, Outcome.RETRY, retry_reason=reason, detail=detail)
-
-
-def _upload(dump: DumpFile, settings: Settings) -> UploadResult:
-    raw = dump.attributes()
-    facts = metadata.gather(dump, raw, settings)
-    if facts.sensitive is not None and not settings.upload_sensitive:
-        return _result(dump, facts, Outcome.REFUSED, f"sensitive ({facts.sensitive}): left on disk")
-    if dump.size_bytes > MOST_BYTES:
-        return _result(dump, facts, Outcome.REFUSED, "larger than any object of S3: left on disk")
-    dump.require_deletable()
-    salvaged = SALVAGED in raw
-    read = parts.open_source(dump, settings.part_bytes, compress_raw=settings.compress_raw, salvaged=salvaged)
-    suffix = ".gz" if read.gzip else ""
-    key = build_key(settings.prefix, settings.key_template, facts.key_fields(), suffix=suffix)
-    store = _CONNECTION.store(settings)
-    transfer = Transfer(store, dump, read, record.read(raw, trusted=dump.is_trusted), _headers(facts, read))
-    try:
-        stored, outcome = transfer.run(key)
-        if settings.sidecar:
-            crash = _fingerprint(dump) if settings.fingerprint else {}
-            store.put_document(stored.key + ".json", metadata.render(facts, stored, settings.bucket, crash))
-    except PermanentError as error:
-        name = dump.quarantine()
-        return _result(dump, facts, Outcome.QUARANTINED, f"{error}; moved to quarantine/{name}")
-    if not dump.is_unchanged():
-        record.clear(dump)
-        raise RetryableError(RetryReason.LOCAL_IO, "the file was written to while it was uploaded")
-    detail = "" if dump.unlink() else "deleted or replaced by somebody else meanwhile"
-    return _result(dump, facts, outcome, detail, stored)
 
 
 def _fingerprint(dump: DumpFile) -> dict[str, str]:

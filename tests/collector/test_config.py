@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 
 import pytest
@@ -82,12 +83,27 @@ def test_every_setting_stands_in_the_table():
         assert field.description
 
 
-def test_workers_get_the_values_alone():
+def test_workers_get_a_small_frozen_copy_without_the_code_that_checks_settings():
     settings = config.load({"bucket_name": "s3://dumps/fleet", "object_tags": "team=a"})
-    given = pickle.loads(pickle.dumps(settings))
-    assert not isinstance(given, Settings)
-    assert vars(given) == dict(settings) | {"bucket": "dumps", "prefix": "fleet/"}
-    assert given == pickle.loads(pickle.dumps(settings)), "or each job would make a client of its own"
+    given = pickle.loads(pickle.dumps(settings.upload_options()))
+    assert given == settings.upload_options()
+    assert (given.bucket, given.prefix, given.object_tags) == ("dumps", "fleet/", {"team": "a"})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        given.bucket = "other"
+
+
+@pytest.mark.parametrize("name", ["metadata", "sidecar"])
+def test_metadata_objects_are_switched_off_by_the_old_name_too(monkeypatch, name):
+    assert config.load({"bucket_name": "dumps"}).metadata
+    assert not config.load({"bucket_name": "dumps", name: "false"}).metadata
+    monkeypatch.setenv(name.upper(), "false")
+    assert not config.load({"bucket_name": "dumps"}).metadata
+    assert config.load({"bucket_name": "dumps", "metadata": "true"}).metadata, "a flag wins"
+
+
+def test_a_bad_value_under_an_old_name_is_explained():
+    with pytest.raises(ConfigError, match="SIDECAR='maybe'"):
+        config.load({"bucket_name": "dumps", "sidecar": "maybe"})
 
 
 @pytest.mark.parametrize("name", ["AWS_REGION", "AWS_DEFAULT_REGION"])

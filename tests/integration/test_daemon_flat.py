@@ -28,7 +28,7 @@ def publish(directory: Path, numbers):
 
 
 def test_descriptors_and_threads_do_not_grow_with_the_number_of_dumps(seaweed, bucket, watch_dir, tmp_path):
-    with running(watch_dir, seaweed.environ() | {"SIDECAR": "false", "WORKERS": "2"}, tmp_path) as collector:
+    with running(watch_dir, seaweed.environ() | {"METADATA": "false", "WORKERS": "2"}, tmp_path) as collector:
         held = []
         for number in range(5):
             publish(watch_dir, range(number * BATCH, (number + 1) * BATCH))

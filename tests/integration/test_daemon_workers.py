@@ -29,7 +29,7 @@ def is_first_in_line(pid):
 @pytest.fixture
 def bereft(seaweed, bucket, watch_dir, tmp_path):
     """A collector whose idle worker was killed while it held the queue's lock, and the pids of the others."""
-    with running(watch_dir, seaweed.environ() | {"SIDECAR": "false", "WORKERS": "3"}, tmp_path) as collector:
+    with running(watch_dir, seaweed.environ() | {"METADATA": "false", "WORKERS": "3"}, tmp_path) as collector:
         publish(watch_dir, range(30))
         wait_until(lambda: collector.metric(DONE) == 30, 60)
         wait_until(lambda: any(map(is_first_in_line, collector.workers())), 10, "an idle worker")

@@ -73,7 +73,7 @@ def test_forged_record_does_not_claim_the_object_of_another(bucket, shared_dir):
 def test_record_of_our_own_is_believed_where_only_root_writes(bucket, watch_dir):
     path = plant(watch_dir, b"sent before", owner=0)
     record(path, "stored", b"sent before")
-    assert send(path, sidecar=False).outcome == Outcome.ALREADY_STORED
+    assert send(path, metadata=False).outcome == Outcome.ALREADY_STORED
     assert s3.keys_in(bucket) == {}
 
 

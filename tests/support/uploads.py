@@ -7,22 +7,24 @@ import os
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from core_dump_collector import upload
 from core_dump_collector.config import Settings
-from core_dump_collector.jobs import Job, UploadResult
+from core_dump_collector.jobs import Document, Job, RecordResult, UploadResult
 from core_dump_collector.s3 import multipart
+from core_dump_collector.upload import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
+
+    from core_dump_collector.options import UploadOptions
 
 MEBIBYTE = 1024 * 1024
 NAME = "core-app-1700000000-42-11.gz"
 KEY = f"node-1/{NAME}"
 
 
-def settings(**changes: Any) -> Settings:
-    """Return settings for tests: parts as small as S3 allows, short timeouts."""
+def options(**changes: Any) -> UploadOptions:
+    """Return options for tests: parts as small as S3 allows, short timeouts."""
     values = {
         "bucket_name": "dumps",
         "node_name": "node-1",
@@ -30,12 +32,30 @@ def settings(**changes: Any) -> Settings:
         "connect_timeout_seconds": 2,
         "read_timeout_seconds": 10,
     }
-    return Settings(**(values | changes))
+    return Settings(**(values | changes)).upload_options()
+
+
+_workers: dict[str, Worker] = {}
+"""By what is asked of them; a worker process keeps its client from one job to the next, and so do these."""
+
+
+def worker(**changes: Any) -> Worker:
+    """Return the worker with these settings."""
+    return _workers.setdefault(repr(changes), Worker(options(**changes)))
 
 
 def send(path: Path, **changes: Any) -> UploadResult:
     """Process one file."""
-    return upload.process(Job(str(path.parent), path.name), settings(**changes))
+    result = worker(**changes).process(Job(str(path.parent), path.name))
+    assert isinstance(result, UploadResult)
+    return result
+
+
+def send_record(document: Document, **changes: Any) -> RecordResult:
+    """Process one record without a dump."""
+    result = worker(**changes).process(document)
+    assert isinstance(result, RecordResult)
+    return result
 
 
 @contextlib.contextmanager
@@ -55,5 +75,6 @@ def connected(variables: Mapping[str, str], **more: str) -> Iterator[None]:
 
 
 def disconnect() -> None:
-    """Forget the client, as a new worker process would."""
-    upload._CONNECTION.close()
+    """Forget the clients, as new worker processes would."""
+    while _workers:
+        _workers.popitem()[1].close()

@@ -19,7 +19,7 @@ from core_dump_collector import __version__
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-    from core_dump_collector.config import Settings
+    from core_dump_collector.options import UploadOptions
 
 SENDERS = 2
 """Parts of one object that are sent at the same time. A part is read for its checksum and again to be sent, so
@@ -62,28 +62,28 @@ _WARM = _warm()
 """A session for the first client; later ones read credentials and profiles anew."""
 
 
-def make_client(settings: Settings) -> S3Client:
+def make_client(options: UploadOptions) -> S3Client:
     """Return a client. boto3 finds the endpoint and the credentials."""
     session = _WARM.pop() if _WARM else _make_session()
-    client = _make_client(session, settings, sign_payload=None)
-    if settings.checksum == "when_required" or not client.meta.endpoint_url.startswith("https:"):
+    client = _make_client(session, options, sign_payload=None)
+    if options.checksum == "when_required" or not client.meta.endpoint_url.startswith("https:"):
         return client
     client.close()
     # TLS and a checksum header protect the body: hashing it once more for the signature would double the CPU.
-    return _make_client(session, settings, sign_payload=False)
+    return _make_client(session, options, sign_payload=False)
 
 
-def _make_client(session: boto3.Session, settings: Settings, *, sign_payload: bool | None) -> S3Client:
-    s3: dict[str, Any] = {"addressing_style": settings.addressing_style}
+def _make_client(session: boto3.Session, options: UploadOptions, *, sign_payload: bool | None) -> S3Client:
+    s3: dict[str, Any] = {"addressing_style": options.addressing_style}
     if sign_payload is not None:
         s3["payload_signing_enabled"] = sign_payload
     config = Config(
         s3=s3,  # type: ignore[arg-type]  # a typed dict of botocore's stubs
         retries={"total_max_attempts": 1, "mode": "standard"},
-        connect_timeout=settings.connect_timeout_seconds,
-        read_timeout=settings.read_timeout_seconds,
-        request_checksum_calculation=settings.checksum,
-        response_checksum_validation=settings.checksum,
+        connect_timeout=options.connect_timeout_seconds,
+        read_timeout=options.read_timeout_seconds,
+        request_checksum_calculation=options.checksum,
+        response_checksum_validation=options.checksum,
         max_pool_connections=SENDERS,
         tcp_keepalive=True,
         user_agent_extra=f"core-dump-handler/{__version__}",

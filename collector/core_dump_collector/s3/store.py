@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from mypy_boto3_s3 import S3Client
 
-    from core_dump_collector.config import Settings
+    from core_dump_collector.options import UploadOptions
     from core_dump_collector.s3.parts import Part
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
@@ -80,27 +80,27 @@ class StoredPart:
 class Store:
     """The bucket, as the settings describe it."""
 
-    def __init__(self, client: S3Client, settings: Settings) -> None:
+    def __init__(self, client: S3Client, options: UploadOptions) -> None:
         """Remember what goes with every request."""
         self._client = client
         self._put_small = SmallPut(client)
-        self._bucket = settings.bucket
-        self.sends_checksums = settings.checksum == "when_supported"
+        self._bucket = options.bucket
+        self.sends_checksums = options.checksum == "when_supported"
         self.conditional = True
         """Whether the store knows If-None-Match, as far as we have seen."""
-        owner = settings.expected_bucket_owner
+        owner = options.expected_bucket_owner
         self._owner: dict[str, Any] = {"ExpectedBucketOwner": owner} if owner else {}
-        self._object = self._object_parameters(settings)
+        self._object = self._object_parameters(options)
 
     @staticmethod
-    def _object_parameters(settings: Settings) -> dict[str, Any]:
+    def _object_parameters(options: UploadOptions) -> dict[str, Any]:
         parameters: dict[str, Any] = {}
-        if settings.storage_class:
-            parameters["StorageClass"] = settings.storage_class
-        if settings.kms_key_id:
-            parameters |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": settings.kms_key_id}
-        if settings.object_tags:
-            parameters["Tagging"] = urllib.parse.urlencode(settings.object_tags)
+        if options.storage_class:
+            parameters["StorageClass"] = options.storage_class
+        if options.kms_key_id:
+            parameters |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": options.kms_key_id}
+        if options.object_tags:
+            parameters["Tagging"] = urllib.parse.urlencode(options.object_tags)
         return parameters
 
     def put(self, key: str, part: Part, crc32: int, headers: Mapping[str, Any]) -> bool:
