@@ -63,17 +63,22 @@ def write_config(path: Path, settings: Mapping[str, object]) -> Path:
     return path
 
 
-def install_helper(directory: Path, settings: Mapping[str, object], python: str = sys.executable) -> str:
-    """Install the helper with its own helper.conf into a directory; return the pattern that starts it."""
+def install_helper(
+    directory: Path, settings: Mapping[str, object], python: str = sys.executable, source: Path = HELPER
+) -> str:
+    """Install the helper with its own helper.conf into a directory; return the pattern that starts it.
+
+    `source` is the launcher to install, with its package beside it.
+    """
     config = write_config(directory / "helper.conf", settings)
     package = directory / "core_dump_helper"
     shutil.rmtree(package, ignore_errors=True)
-    shutil.copytree(HELPER.with_name(package.name), package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(source.with_name(package.name), package, ignore=shutil.ignore_patterns("__pycache__"))
     replace(
         package / "settings.py", 'CONFIG = "/etc/core-dump-handler/helper.conf"', f"CONFIG = {str(config)!r}"
     )
-    program = directory / HELPER.name
-    shutil.copy(HELPER, program)
+    program = directory / source.name
+    shutil.copy(source, program)
     replace(program, "#!/usr/bin/python3 -IS", f"#!{python} -IS")
     return f"|{program} {ARGUMENTS}"
 
