@@ -41,7 +41,7 @@ METADATA_TEXTS = (TEXTS - METADATA_FLAGS) | {
 METADATA_FIELDS = METADATA_NUMBERS | METADATA_TEXTS | METADATA_FLAGS
 """Every field of a metadata object, and so everything that `core-dumps` can be asked for."""
 
-_FORMS = {"container_id": re.compile(rb"[0-9a-f]{64}"), "pod_uid": re.compile(rb"[0-9a-f-]{36}")}
+_FORMS = {"container_id": re.compile(rb"[0-9a-f]{64}"), "pod_uid": re.compile(rb"[0-9a-f-]{36}|[0-9a-f]{32}")}
 """Attributes that become parts of paths and keys; a value of another form is ignored."""
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # `signal` builds enums: 2 ms
 import os
 
+from core_dump_helper.cgroup import parse_cgroup
 from core_dump_helper.system import log, read_fields, read_file
 
-HEX = b"0123456789abcdef"
 NUMBERS = "PpiugstcdF"
 CORE_SIGNALS = ("SEGV", "ABRT", "BUS", "FPE", "ILL", "QUIT", "TRAP", "SYS", "XCPU", "XFSZ")
 """Signals whose default action is to dump core: signal(7)."""
@@ -71,22 +71,6 @@ def parse_arguments(argv: list[str]) -> Crash:
         text = values.get(key, "")
         values[key] = text if text.isascii() and text.isdigit() and len(text) <= 20 else ""
     return Crash(values)
-
-
-def parse_cgroup(text: bytes) -> dict[str, bytes]:
-    """Return path, container id and pod uid of /proc/PID/cgroup. The outermost wins: a container makes inner ones."""
-    lines = [line.split(b":", 2) for line in text.split(b"\n") if line.count(b":") > 1]
-    unified = [path for number, _, path in lines if number == b"0" and path != b"/"]
-    path = unified[0] if unified else max([line[2] for line in lines], key=len, default=b"")
-    found = {"cgroup": path}
-    for word in path.translate(bytes.maketrans(b"/.-:", b"    ")).split():
-        if len(word) == 64 and not word.strip(HEX):
-            found.setdefault("container_id", word)
-    for part in path.replace(b"_", b"-").split(b"/"):
-        uid = part[part.rfind(b"pod") + 3 :][:36] if b"pod" in part else b""
-        if [len(word) for word in uid.split(b"-")] == [8, 4, 4, 4, 12] and not uid.strip(HEX + b"-"):
-            found.setdefault("pod_uid", uid)
-    return found
 
 
 def start_time(directory: int | None, path: str) -> int:

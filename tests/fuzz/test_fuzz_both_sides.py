@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
-from tests.support.uploads import settings
+from tests.support.uploads import options
 
 from core_dump_collector import metadata
 from core_dump_collector.metadata import StoredObject
@@ -78,7 +78,7 @@ def test_every_attribute_of_the_helper_is_read_by_the_collector(watch_dir, value
     os.close(descriptor)
     with DumpFile(str(watch_dir), path.name) as dump:
         raw = dump.attributes()
-        facts = metadata.gather(dump, raw, settings())
+        facts = metadata.gather(dump, raw, options())
     assert {name.removeprefix(ATTRIBUTE_PREFIX): value for name, value in raw.items()} == values
     told = json.loads(metadata.render(facts, StoredObject("k", 1, 2), "dumps"))
     assert set(told) >= set(values)

@@ -9,16 +9,11 @@ from hypothesis import strategies as st
 from tests.helper.conftest import elf
 
 from core_dump_helper.core import HEADER_LIMIT, elf_length
-from core_dump_helper.crash import parse_arguments, parse_cgroup
+from core_dump_helper.crash import parse_arguments
 from core_dump_helper.dumpfile import file_name
 from core_dump_helper.records import percent
 from core_dump_helper.settings import Settings
 
-CONTAINER = "0123456789abcdef" * 4
-INNER = "f" * 64
-POD = "0a1b2c3d-1111-2222-3333-444455556666"
-UNDERSCORED = POD.replace("-", "_")
-SLICE = "/kubepods.slice/kubepods-burstable.slice"
 GRAMMAR = r"core-[A-Za-z0-9._+-]*-\d{1,20}-\d{1,10}-\d{1,3}(-\d{1,4})?(\.gz)?"
 
 
@@ -71,37 +66,6 @@ def test_any_name_becomes_a_valid_file_name(name):
     assert re.fullmatch(GRAMMAR, found)
     assert len(found) <= 255
     assert found[5] not in ".-"
-
-
-@pytest.mark.parametrize(
-    ("text", "container", "pod"),
-    [
-        (f"0::{SLICE}/kubepods-burstable-pod{UNDERSCORED}.slice/cri-containerd-{CONTAINER}.scope", CONTAINER, POD),
-        (f"12:memory:/kubepods/burstable/pod{POD}/{CONTAINER}\n11:cpu:/", CONTAINER, POD),
-        (f"1:name=systemd:/docker/{CONTAINER}\n0::/", CONTAINER, None),
-        (f"0::/ecs/0123456789abcdef0123456789abcdef/{CONTAINER}", CONTAINER, None),
-        (f"0::/system.slice/docker-{CONTAINER}.scope/init/docker-{INNER}.scope", CONTAINER, None),
-        (f"0::/kubepods-pod{UNDERSCORED}.slice:cri-containerd:{CONTAINER}", CONTAINER, POD),
-        (f"0::/docker/{CONTAINER[:-1]}", None, None),
-        (f"0::/docker/{CONTAINER}0", None, None),
-        (f"0::/docker/{CONTAINER.upper()}", None, None),
-        ("0::/user.slice/user-0.slice", None, None),
-        ("0::/podcast/pod-1", None, None),
-        ("", None, None),
-        ("garbage\n::\n", None, None),
-    ],
-)  # fmt: skip
-def test_container_and_pod_are_read_from_the_cgroup(text, container, pod):
-    found = parse_cgroup(text.encode())
-    assert found.get("container_id", b"").decode() == (container or "")
-    assert found.get("pod_uid", b"").decode() == (pod or "")
-
-
-@given(st.binary())
-def test_any_cgroup_text_is_survived(text):
-    found = parse_cgroup(text)
-    assert len(found.get("container_id", bytes(64))) == 64
-    assert len(found.get("pod_uid", bytes(36))) == 36
 
 
 @pytest.mark.parametrize("wide", [True, False])
