@@ -135,6 +135,11 @@ class Backlog:
         """Tell whether a name waits or is in flight."""
         return name in self._entries
 
+    def is_in_flight(self, name: str) -> bool:
+        """Tell whether a name is with a worker."""
+        entry = self._entries.get(name)
+        return entry is not None and entry.in_flight
+
     def _queue(self, name: str, entry: _Entry, due: float) -> None:
         entry.ticket = next(self._tickets)
         heapq.heappush(self._heap, (due, entry.ticket, name))

@@ -1,8 +1,8 @@
-"""Owns the pause that all dumps share while the store itself cannot be reached: pure, no clock.
+"""Owns the circuit breaker: the pause that all dumps share while the store cannot be reached. Pure, no clock.
 
-Each dump has its own pauses (`backlog`); thousands of them would still knock on a closed door many times a
-second. After a few failures in a row that say nothing of the dump, one attempt at a time finds out whether the
-door is open again, and the first success lets everything go.
+Each dump has its own pauses (`backlog`), but thousands of dumps would still send many requests a second to a store
+that is down. After a few consecutive failures that are not caused by the dump, the circuit opens: one attempt at a
+time tests the store, and the first success closes the circuit.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from dataclasses import dataclass
 from core_dump_collector.jobs import RetryReason
 
 STORE_WIDE = frozenset({RetryReason.NETWORK, RetryReason.CREDENTIALS, RetryReason.NO_SUCH_BUCKET})
-PATIENCE = 5
-"""Failures in a row before the brake is on."""
+FAILURES_TO_OPEN = 5
+"""Consecutive failures after which the circuit opens."""
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 
 
 @dataclass(slots=True)
-class Brake:
+class CircuitBreaker:
     """Says whether another attempt may start now."""
 
     _failures: int = 0
     _until: float = 0.0
 
     @property
-    def is_on(self) -> bool:
+    def is_open(self) -> bool:
         """Tell whether attempts are made one at a time."""
-        return self._failures >= PATIENCE
+        return self._failures >= FAILURES_TO_OPEN
 
     @property
     def until(self) -> float:
@@ -36,19 +36,19 @@ class Brake:
         return self._until
 
     def allows(self, now: float, in_flight: int) -> bool:
-        """Tell whether an attempt may start, with so many under way."""
-        return not self.is_on or (in_flight == 0 and now >= self._until)
+        """Tell whether an attempt may start while `in_flight` others are under way."""
+        return not self.is_open or (in_flight == 0 and now >= self._until)
 
     def fail(self, reason: RetryReason, now: float) -> None:
-        """Note a failed attempt; one that ends during a pause began before it and lengthens nothing."""
+        """Count a failed attempt; one that ends during a pause started before it and is not counted."""
         if reason not in STORE_WIDE or now < self._until:
             return
         self._failures += 1
-        if self.is_on:
-            pause = FIRST_PAUSE_SECONDS * 2.0 ** min(self._failures - PATIENCE, 16)
+        if self.is_open:
+            pause = FIRST_PAUSE_SECONDS * 2.0 ** min(self._failures - FAILURES_TO_OPEN, 16)
             self._until = now + min(pause, LONGEST_PAUSE_SECONDS)
 
     def succeed(self) -> None:
-        """Note that the store has answered an attempt as it should."""
+        """Close the circuit: the store has accepted a dump."""
         self._failures = 0
         self._until = 0.0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from core_dump_collector import __version__
 from core_dump_collector.errors import ConfigError
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         match options.command:
             case "run":
-                return _run(options)
+                _run(options)
             case "check":
                 return _check(options)
             case "configure-host":
@@ -81,14 +82,15 @@ def _flags(options: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> NoReturn:
     from core_dump_collector import config, logs  # noqa: PLC0415  likewise
     from core_dump_collector.daemon import Daemon  # noqa: PLC0415
 
     settings = config.load(_flags(options))
     logs.configure(settings)
     Daemon(options.watch_dir, settings).run()
-    return OK
+    sys.stderr.flush()
+    os._exit(OK)  # the interpreter would wait for a worker that a frozen file system holds
 
 
 def _check(options: argparse.Namespace) -> int:

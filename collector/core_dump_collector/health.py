@@ -68,6 +68,11 @@ class Health:
             self._write("dead")
 
     @property
+    def is_set_ready(self) -> bool:
+        """Tell whether the loop has said that dumps are being collected."""
+        return self._ready
+
+    @property
     def is_live(self) -> bool:
         """Tell whether the loop turns."""
         return time.monotonic() - self._beat < STALLED_SECONDS

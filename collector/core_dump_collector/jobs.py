@@ -53,6 +53,25 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Salvage:
+    """One partial dump whose helper may be dead, by name."""
+
+    directory: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class SalvageResult:
+    """What became of one partial dump."""
+
+    name: str
+    published: str | None = None
+    """The name under which it waits now; empty if it held nothing and was removed; None if it is left alone."""
+    detail: str = ""
+    """Why it could not be salvaged, if that is a fault."""
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """A record without a dump: what the helper refused."""
 

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from core_dump_collector import __version__
 from core_dump_collector.jobs import Outcome, RetryReason, UploadResult
+from core_dump_collector.observation import Look
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -64,10 +65,17 @@ class Metrics:
         self.watch_losses = Counter(
             "core_dump_watch_losses", "Times the directory was deleted, moved or remounted.", registry=r
         )
+        self.unobserved = Counter(
+            "core_dump_observation_failures",
+            "Times the collector could not look at something; collecting went on.",
+            ["what"],
+            registry=r,
+        )
         self._add_gauges(r)
         _preset(self.uploads, Outcome)
         _preset(self.retries, RetryReason)
         _preset(self.dropped, DROP_REASONS)
+        _preset(self.unobserved, Look)
 
     def _add_gauges(self, r: CollectorRegistry) -> None:
         self.backlog_files = Gauge("core_dump_backlog_files", "Dumps that wait on disk.", registry=r)
@@ -80,7 +88,14 @@ class Metrics:
             "core_dump_watch_directory_free_bytes", "Free space of its file system.", registry=r
         )
         self.watched = Gauge(
-            "core_dump_watch_directory_watched", "1 while the directory is there and watched.", registry=r
+            "core_dump_watch_directory_watched",
+            "1 while the directory is there and collected.",
+            registry=r,
+        )
+        self.inotify_active = Gauge(
+            "core_dump_inotify_active",
+            "1 while inotify reports new dumps; 0 while the directory is scanned every few seconds instead.",
+            registry=r,
         )
         self.insecure = Gauge(
             "core_dump_watch_directory_insecure", "1 when others than root may write to it.", registry=r

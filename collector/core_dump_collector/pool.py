@@ -17,7 +17,16 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
-from core_dump_collector.jobs import Document, Job, Outcome, RecordResult, RetryReason, UploadResult
+from core_dump_collector.jobs import (
+    Document,
+    Job,
+    Outcome,
+    RecordResult,
+    RetryReason,
+    Salvage,
+    SalvageResult,
+    UploadResult,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,8 +35,8 @@ if TYPE_CHECKING:
     from core_dump_collector.options import UploadOptions
     from core_dump_collector.upload import Worker
 
-AnyJob = Job | Document
-AnyResult = UploadResult | RecordResult
+AnyJob = Job | Document | Salvage
+AnyResult = UploadResult | RecordResult | SalvageResult
 _PRELOAD = ["__main__", "core_dump_collector.preload"]
 _KILL_SECONDS = 5.0
 
@@ -38,12 +47,12 @@ _worker: Worker | None = None
 
 def _begin_worker(options: UploadOptions) -> None:
     """Leave stopping to the daemon, and end with it: an orphan must not go on uploading."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     from core_dump_collector import upload  # noqa: PLC0415  boto3 stays out of the daemon's memory
 
     global _worker  # noqa: PLW0603
     _worker = upload.Worker(options)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
@@ -156,6 +165,8 @@ def _kill_all() -> list[BaseProcess]:
 
 
 def _failed(job: AnyJob, reason: RetryReason, detail: str) -> AnyResult:
+    if isinstance(job, Salvage):
+        return SalvageResult(job.name, detail=detail[:500])
     if isinstance(job, Document):
         return RecordResult(job.name, reason, detail[:500])
     return UploadResult(job.name, Outcome.RETRY, retry_reason=reason, detail=detail[:500])

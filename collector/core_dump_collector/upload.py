@@ -17,7 +17,16 @@ from botocore.exceptions import BotoCoreError
 
 from core_dump_collector import fingerprint, metadata
 from core_dump_collector.errors import ConfigError, PermanentError, RetryableError
-from core_dump_collector.jobs import Document, Job, Outcome, RecordResult, RetryReason, UploadResult
+from core_dump_collector.jobs import (
+    Document,
+    Job,
+    Outcome,
+    RecordResult,
+    RetryReason,
+    Salvage,
+    SalvageResult,
+    UploadResult,
+)
 from core_dump_collector.node import dumpfile
 from core_dump_collector.s3 import classify, parts, record
 from core_dump_collector.s3.client import make_client
@@ -55,15 +64,19 @@ class Worker:
         self._options = options
         self._store: Store | None = None
 
-    def process(self, job: Job | Document) -> UploadResult | RecordResult:
-        """Bring one dump to S3 and delete it, or store one record. Never raises."""
+    def process(self, job: Job | Document | Salvage) -> UploadResult | RecordResult | SalvageResult:
+        """Bring one dump to S3 and delete it, salvage a partial, or store one record. Never raises."""
         started = time.monotonic()
         try:
+            if isinstance(job, Salvage):
+                return SalvageResult(job.name, dumpfile.salvage(job.directory, job.name))
             if isinstance(job, Document):
                 return self._store_record(job)
             result = self._upload(job)
         except Exception as error:  # noqa: BLE001  the worker's boundary: a fault of ours must not end the pool
             reason, detail = self._explain(error)
+            if isinstance(job, Salvage):
+                return SalvageResult(job.name, detail=detail)
             if isinstance(job, Document):
                 return RecordResult(job.name, reason, detail)
             result = UploadResult(job.name, Outcome.RETRY, retry_reason=reason, detail=detail)

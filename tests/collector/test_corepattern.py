@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from core_dump_collector.node.corepattern import is_ours, read
 
@@ -14,6 +16,9 @@ from core_dump_collector.node.corepattern import is_ours, read
         ("core", False),
         ("", False),
         ("|/bin/false", False),
+        ("|", False),
+        ("|  ", False),
+        ("/", False),
         ("|/usr/lib/systemd/systemd-coredump %P %u", False),
         ("/var/other/core", False),
         ("|/tmp/evil core-dump-helper", False),
@@ -28,3 +33,8 @@ def test_pattern_is_read_without_its_newline(tmp_path):
     (tmp_path / "p").write_text("core\n")
     assert read(str(tmp_path / "p")) == "core"
     assert read(str(tmp_path / "missing")) == ""
+
+
+@given(st.text(max_size=127) | st.text(max_size=126).map("|".__add__), st.text(max_size=20))
+def test_any_pattern_has_an_answer(pattern, directory):
+    assert is_ours(pattern, directory) in {True, False}

@@ -1,9 +1,13 @@
 import os
 import select
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from inotify_simple import parse_events
 from tests.support.collector import flood
 
 from core_dump_collector.node.watch import Watch
@@ -56,7 +60,7 @@ def test_replaced_directory_is_noticed_and_can_be_watched_again(tmp_path):
         read_all(watch, until=lambda _, __, lost: lost)
         directory.mkdir()
         assert not watch.is_current()
-        watch.rearm()
+        watch.arm()
         assert watch.is_current()
         (directory / "core-new").write_bytes(b"")
         names, _, _ = read_all(watch, until=lambda n, *_: n)
@@ -65,7 +69,43 @@ def test_replaced_directory_is_noticed_and_can_be_watched_again(tmp_path):
 
 def test_missing_directory_and_file_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
-        Watch(str(tmp_path / "missing"))
+        Watch(str(tmp_path / "missing")).arm()
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(NotADirectoryError):
-        Watch(str(tmp_path / "file"))
+        Watch(str(tmp_path / "file")).arm()
+
+
+class FromKernel:
+    """An inotify descriptor with these bytes in it."""
+
+    def __init__(self, events):
+        self.data = b"".join(
+            struct.pack("iIII", wd, mask, 0, len(name) + 1) + name + b"\0" for wd, mask, name in events
+        )
+
+    def read(self, timeout):
+        return parse_events(self.data)
+
+
+EVENT = st.tuples(
+    st.integers(-1, 2**31 - 1),
+    st.integers(0, 2**32 - 1),
+    st.binary(max_size=255).map(lambda b: b.replace(b"\0", b"")),
+)
+
+
+@given(st.lists(EVENT, max_size=8))
+def test_whatever_bits_the_kernel_combines_are_read(events):
+    watch = Watch("/")
+    watch._inotify = FromKernel(events)
+    changes = watch.read()
+    moved = [n for _, mask, n in events if n and mask & 0x80 and not mask & 0x40000000]
+    assert set(moved) <= {os.fsencode(name) for name in changes.names}
+    assert changes.overflow == any(mask & 0x4000 for _, mask, _ in events)
+
+
+def test_descriptor_that_somebody_closed_is_a_lost_watch(tmp_path):
+    with Watch(str(tmp_path)) as watch:
+        watch._inotify.close()
+        assert watch.read().lost
+        assert not watch.is_current()

@@ -78,18 +78,17 @@ def old(request):
     return Release(request.param)
 
 
-def salvage_partials(watch_dir, monkeypatch):
+def salvage_partials(watch_dir):
     """Publish the abandoned partial as the daemon does, without its pause of ten seconds."""
-    monkeypatch.setattr(dumpfile, "ABANDONED_SECONDS", 0)
     (partial,) = watch_dir.glob("*.partial")
     assert dumpfile.salvage(str(watch_dir), partial.name) == partial.name.removesuffix(".partial")
 
 
 def test_dumps_and_records_of_the_old_helper_become_the_same_objects(
-    old, seaweed, bucket, watch_dir, tmp_path, monkeypatch
+    old, seaweed, bucket, watch_dir, tmp_path
 ):
     old.fill(watch_dir)
-    salvage_partials(watch_dir, monkeypatch)
+    salvage_partials(watch_dir)
     wanted = old.objects()
     with running(watch_dir, seaweed.environ(), tmp_path):
         wait_until(lambda: len(s3.keys_in(bucket)) >= len(wanted), 30, "every object")

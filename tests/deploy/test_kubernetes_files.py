@@ -114,6 +114,12 @@ def test_watched_directory_is_the_hosts(rendered, overlay):
     (mount,) = [m for m in spec["containers"][0]["volumeMounts"] if m["name"] == "core-dumps"]
     (volume,) = [v for v in spec["volumes"] if v["name"] == "core-dumps"]
     assert mount["mountPath"] == volume["hostPath"]["path"] == watched
+    assert mount["mountPropagation"] == "HostToContainer", "volumes that the host mounts later are seen"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_services_of_the_namespace_set_no_variable(rendered, overlay):
+    assert daemonset(rendered, overlay)["enableServiceLinks"] is False
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -122,6 +122,12 @@ def test_unit_is_exposed_as_little_as_the_page_says(unit):
     assert "1.6" in (deploy.ROOT / "docs/amazon-linux.md").read_text()
 
 
+def test_unit_stops_before_its_directory_is_unmounted_and_ends_its_workers_itself():
+    lines = UNIT.read_text().splitlines()
+    assert "RequiresMountsFor=/core_dumps" in lines
+    assert "KillMode=mixed" in lines
+
+
 def test_unit_gives_settings_that_the_collector_accepts_and_time_to_end():
     lines = [line.split("=", 1) for line in UNIT.read_text().splitlines() if "=" in line and line[0] != "#"]
     given = [value.split() for key, value in lines if key == "Environment"]

@@ -112,8 +112,7 @@ def test_pod_uid_that_is_none_is_left_out(pod_uid):
     assert read_attributes(raw) == {}
 
 
-def test_partial_of_another_user_is_left_alone(shared_dir, monkeypatch):
-    monkeypatch.setattr(dumpfile, "ABANDONED_SECONDS", 0)
+def test_partial_of_another_user_is_left_alone(shared_dir):
     mine = plant(shared_dir, b"x", NAME + ".partial", owner=0)
     assert dumpfile.salvage(str(shared_dir), mine.name) == NAME
     theirs = plant(shared_dir, b"x", NAME + ".partial")

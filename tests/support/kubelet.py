@@ -20,10 +20,11 @@ Spec = Mapping[str, Any]
 POD_FIELDS = {"containers", "volumes", "securityContext"}
 # What the API server, the scheduler and the kubelet's own loops do; probes and the grace period are the test's to use.
 POD_FIELDS |= {"serviceAccountName", "automountServiceAccountToken", "priorityClassName", "nodeSelector"}
-POD_FIELDS |= {"tolerations", "terminationGracePeriodSeconds", "restartPolicy"}
+POD_FIELDS |= {"tolerations", "enableServiceLinks", "terminationGracePeriodSeconds", "restartPolicy"}
 CONTAINER_FIELDS = {"name", "image", "command", "args", "env", "envFrom", "resources", "securityContext"}
 CONTAINER_FIELDS |= {"volumeMounts", "ports", "imagePullPolicy"}
 CONTAINER_FIELDS |= {"startupProbe", "livenessProbe", "readinessProbe"}
+PROPAGATION = {"None": "PROPAGATION_PRIVATE", "HostToContainer": "PROPAGATION_HOST_TO_CONTAINER"}
 UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
 MASKED = ["/proc/kcore", "/proc/keys", "/proc/sched_debug", "/proc/timer_list", "/sys/firmware"]
 READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
@@ -128,7 +129,7 @@ class Pod:
 
     def mount(self, mount: Spec) -> Spec:
         """Return a mount of one of the pod's volumes."""
-        known(mount, {"name", "mountPath", "readOnly"})
+        known(mount, {"name", "mountPath", "readOnly", "mountPropagation"})
         (volume,) = [volume for volume in self.spec["volumes"] if volume["name"] == mount["name"]]
         if "hostPath" in volume:
             known(volume["hostPath"], {"path", "type"})
@@ -145,6 +146,7 @@ class Pod:
             "container_path": mount["mountPath"],
             "host_path": str(path),
             "readonly": mount.get("readOnly", False),
+            "propagation": PROPAGATION[mount.get("mountPropagation", "None")],
         }
 
     def address(self) -> str:

@@ -17,13 +17,18 @@ def read(path: str = PATH) -> str:
         return ""
 
 
+def leads_to(directory: str) -> bool:
+    """Tell whether the kernel's pattern leads to a directory."""
+    return is_ours(read(), directory)
+
+
 def is_ours(pattern: str, directory: str) -> bool:
     """Tell whether a pattern pipes into our helper, or puts files into the directory (or one of its name).
 
     The directory may be mounted under another parent in a container, so its last component counts.
     """
     if pattern.startswith("|"):
-        program, *arguments = pattern[1:].split()
+        program, *arguments = pattern[1:].split() or [""]
         if os.path.basename(program) == HELPER:
             return True
         targets = [a.removeprefix("of=") for a in arguments if a.startswith("of=")]

@@ -23,8 +23,6 @@ from core_dump_format.names import QUARANTINE, unpartial
 if TYPE_CHECKING:
     from types import TracebackType
 
-ABANDONED_SECONDS = 10.0
-"""A partial touched more recently is left alone: its helper may not have locked it yet."""
 QUIET_SECONDS = 60.0
 """Where no lease can be had (NFS, a file of another user without CAP_LEASE), this long without a write is ready."""
 """Set on a salvaged partial: its compressed stream has no end and is repaired while it is uploaded."""
@@ -122,7 +120,7 @@ class DumpFile:
     @property
     def is_trusted(self) -> bool:
         """Tell whether only root, or we, can have written the file and its attributes."""
-        return _is_ours(self._status)
+        return is_trusted(self._status)
 
     def require_deletable(self) -> None:
         """Make sure, before it is uploaded, that it can be deleted afterwards.
@@ -187,7 +185,7 @@ class DumpFile:
             os.mkdir(QUARANTINE, 0o700, dir_fd=self._directory)
         target = os.open(QUARANTINE, _DIRECTORY_FLAGS | os.O_NOFOLLOW, dir_fd=self._directory)
         try:
-            if not _is_ours(os.fstat(target)):
+            if not is_trusted(os.fstat(target)):
                 raise OSError(errno.EPERM, "quarantine/ belongs to others, or others may write to it")
             return rename.move(self._directory, self.name, target, self.name)
         finally:
@@ -195,11 +193,11 @@ class DumpFile:
 
 
 def salvage(directory: str, name: str) -> str | None:
-    """Publish an abandoned partial and return its new name; None when it is not one, or not ours to publish.
+    """Publish a partial whose helper is dead, and return its new name.
 
-    Only the helper's own are: what another user has put there is left alone. One is abandoned when nobody has
-    touched it for ABANDONED_SECONDS and its flock is free. One without content is removed: the empty string. What is
-    published is flagged `truncated=salvaged` unless the helper has flagged it.
+    The caller makes sure that nobody has changed it for a while (`partials`). Return None if it is left alone: its
+    helper holds the flock, or another user may have written it. One without content is removed; the result is then
+    the empty string. A published partial is flagged `truncated=salvaged` unless the helper has flagged it.
 
     Raises:
         OSError: it cannot be published now.
@@ -210,10 +208,7 @@ def salvage(directory: str, name: str) -> str | None:
             stack.callback(os.close, parent)
             fd, status = _open_regular(parent, name)
             stack.callback(os.close, fd)
-            if (
-                not _is_ours(status)
-                or time.time() - max(status.st_mtime, status.st_ctime) < ABANDONED_SECONDS
-            ):
+            if not is_trusted(status):
                 return None
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return _publish(parent, fd, name)
@@ -238,8 +233,8 @@ def _publish(parent: int, fd: int, name: str) -> str | None:
     return published
 
 
-def _is_ours(status: os.stat_result) -> bool:
-    """Tell whether nobody but root and this user can have made or changed it."""
+def is_trusted(status: os.stat_result) -> bool:
+    """Tell whether only root and this user can have made or changed a file."""
     return status.st_uid in {0, os.geteuid()} and not status.st_mode & 0o022
 
 

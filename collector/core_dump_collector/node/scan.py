@@ -9,12 +9,16 @@ import contextlib
 import os
 import stat
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
+from core_dump_collector.node import dumpfile
 from core_dump_format.names import QUARANTINE, is_candidate, is_partial, unpartial
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+MOST_QUARANTINED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,10 @@ class Found:
     """Modification time, Unix seconds."""
     partial: bool
     """A `.partial`: the helper's, or one that it left behind."""
+    owner: int
+    """User id."""
+    trusted: bool
+    """Only root, or this user, can have made or changed it."""
 
 
 def look(directory: str, name: str, *, patterns: tuple[str, ...]) -> Found | None:
@@ -38,7 +46,7 @@ def look(directory: str, name: str, *, patterns: tuple[str, ...]) -> Found | Non
         status = os.lstat(os.path.join(directory, name))
     except OSError:
         return None
-    return Found(name, status.st_size, status.st_mtime, partial)
+    return Found(name, status.st_size, status.st_mtime, partial, status.st_uid, dumpfile.is_trusted(status))
 
 
 def scan(directory: str, patterns: tuple[str, ...]) -> Iterator[Found]:
@@ -56,7 +64,7 @@ def scan(directory: str, patterns: tuple[str, ...]) -> Iterator[Found]:
 
 
 def count_quarantined(directory: str) -> int:
-    """Return how many files lie in quarantine/."""
+    """Return how many files lie in quarantine/, at most MOST_QUARANTINED."""
     try:
         fd = os.open(
             os.path.join(directory, QUARANTINE),
@@ -66,7 +74,7 @@ def count_quarantined(directory: str) -> int:
         return 0
     try:
         with os.scandir(fd) as entries:
-            return sum(1 for _ in entries)
+            return sum(1 for _ in islice(entries, MOST_QUARANTINED))
     except OSError:
         return 0
     finally:

@@ -1,0 +1,93 @@
+"""Owns what a worker's result means for the backlog, the circuit breaker, the metrics and the log."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from core_dump_collector.jobs import Outcome, RecordResult, SalvageResult
+
+if TYPE_CHECKING:
+    from core_dump_collector.backlog import Backlog
+    from core_dump_collector.breaker import CircuitBreaker
+    from core_dump_collector.jobs import UploadResult
+    from core_dump_collector.metrics import Metrics
+    from core_dump_collector.node.drops import DropRecords
+    from core_dump_collector.partials import Partials
+    from core_dump_collector.pool import AnyResult
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Applies results, one at a time, to everything that depends on them."""
+
+    directory: str
+    backlog: Backlog
+    partials: Partials
+    breaker: CircuitBreaker
+    records: DropRecords
+    metrics: Metrics
+
+    def apply(self, result: AnyResult) -> None:
+        """Apply one result."""
+        now = time.monotonic()
+        if isinstance(result, SalvageResult):
+            self._apply_salvage(result, now)
+        elif isinstance(result, RecordResult):
+            self._apply_record(result, now)
+        elif self.backlog.is_in_flight(result.name):
+            self.metrics.observe(result)
+            self._apply_upload(result, now)
+        else:
+            log.error("a result for a file that was not being uploaded", file=result.name)
+
+    def _apply_record(self, result: RecordResult, now: float) -> None:
+        self.records.settle(result.name, now, stored=result.stored)
+        shown = "uploaded" if result.stored else "retry"
+        log.info("record of refused dumps", file=result.name, result=shown, detail=result.detail)
+
+    def _apply_salvage(self, result: SalvageResult, now: float) -> None:
+        self.partials.finish(result.name, now, left=result.published is None)
+        if result.published:
+            self.metrics.salvaged.inc()
+            log.warning("salvaged an abandoned partial dump", file=result.published)
+            self.backlog.add(result.published, now)
+        elif result.published is not None:
+            log.warning("removed an abandoned partial dump that was empty", file=result.name)
+        elif result.detail:
+            log.warning("cannot salvage a partial dump", file=result.name, error=result.detail)
+
+    def _apply_upload(self, result: UploadResult, now: float) -> None:
+        name = result.name
+        shown = {"file": name, "key": result.key, "detail": result.detail or None}
+        shown = {k: v for k, v in shown.items() if v is not None}
+        match result.outcome:
+            case Outcome.RETRY if result.retry_reason is not None:
+                self.breaker.fail(result.retry_reason, now)
+                pause = self.backlog.retry(name, now, needs_operator=result.retry_reason.needs_operator)
+                log.warning(
+                    "will try again", reason=result.retry_reason, pause_seconds=round(pause, 1), **shown
+                )
+            case Outcome.UPLOADED | Outcome.ALREADY_STORED:
+                self.breaker.succeed()
+                gone = not os.path.lexists(os.path.join(self.directory, name))
+                self.backlog.finish(name, now, gone=gone)
+                log.info(
+                    result.outcome.value,
+                    bytes=result.stored_bytes,
+                    seconds=round(result.seconds, 3),
+                    truncated=result.truncated,
+                    **shown,
+                )
+            case Outcome.VANISHED | Outcome.BUSY:
+                self.backlog.finish(name, now)
+                log.debug(result.outcome.value, **shown)
+            case _:
+                self.backlog.finish(name, now)
+                log.warning(result.outcome.value, **shown)
