@@ -66,12 +66,13 @@ def check_template(template: str) -> None:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"{error}; takes text and {known}") from None
-    for literal, field, form, conversion in pieces:
-        if field is not None and (field not in TEMPLATE_FIELDS or form or conversion):
+    fields = [piece[1:] for piece in pieces if piece[1] is not None]
+    for field, form, conversion in fields:
+        if field not in TEMPLATE_FIELDS or form or conversion:
             raise ValueError(f"{{{printable(field)}}} is not a field; takes {known}")
-        if not _LITERAL.fullmatch(literal):
-            raise ValueError(f"takes A-Z a-z 0-9 and !_.*'()=+,@/- as well as {known}")
-    if not any(field is not None for _, field, _, _ in pieces):
+    if not all(_LITERAL.fullmatch(literal) for literal, _, _, _ in pieces):
+        raise ValueError(f"takes A-Z a-z 0-9 and !_.*'()=+,@/- as well as {known}")
+    if not fields:
         raise ValueError("holds no field, so all dumps would share one key; add {name}")
     if any(segment in {"", ".", ".."} for segment in template.split("/")):
         raise ValueError("takes no leading, trailing or double slash and no '.' or '..' between slashes")
