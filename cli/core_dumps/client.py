@@ -20,6 +20,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError
 from urllib3.exceptions import HTTPError
 
+from core_dump_format.advice import ADVICE
 from core_dump_format.text import printable
 from core_dumps import __version__
 from core_dumps.errors import CliError, UsageError
@@ -42,14 +43,6 @@ _PASSING = frozenset({404, 429, 500, 502, 503, 504})
 _ELSEWHERE = frozenset({301, 302, 307, 400})
 """Statuses by which S3 says that a bucket is in another region (400: the signature is for the wrong one)."""
 _SCOPE = re.compile(r"AWS4-HMAC-SHA256 Credential=\S+/\d{8}/([^/]+)/s3/aws4_request,")
-_ADVICE = {
-    "NoSuchBucket": "there is no such bucket: correct BUCKET_NAME or --bucket",
-    "InvalidAccessKeyId": "the store does not know these credentials",
-    "SignatureDoesNotMatch": "the store refuses these credentials: check AWS_SECRET_ACCESS_KEY and the clock",
-    "ExpiredToken": "the credentials have expired: log in again",
-    "PreconditionFailed": "the object was replaced meanwhile: start again",
-    "NoCredentialsError": "no credentials: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or log in",
-}
 
 
 def explain(error: Exception, what: str, needed: str = "s3:ListBucket and s3:GetObject") -> CliError:
@@ -61,8 +54,8 @@ def explain(error: Exception, what: str, needed: str = "s3:ListBucket and s3:Get
         return CliError(f"{what}: access denied: these credentials need {needed}")
     if isinstance(error, EndpointConnectionError):
         place = printable(str(error.kwargs["endpoint_url"]).partition("?")[0])
-        return CliError(f"{what}: nobody answers at {place}: check the network and AWS_ENDPOINT_URL_S3")
-    return CliError(f"{what}: {_ADVICE.get(code) or printable(str(error))}")
+        return CliError(f"{what}: {place}: {ADVICE[code]}")
+    return CliError(f"{what}: {ADVICE.get(code) or printable(str(error))}")
 
 
 class S3:

@@ -62,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
             explained = (info.description or "").replace("`", "").replace("%", "%%")
             names = ["--" + name.replace("_", "-") for name in names_of(field)]
             command.add_argument(*names, metavar="VALUE", help=explained)
+        if name == "check":
+            command.add_argument(
+                "--crash",
+                action="store_true",
+                help="let a process of this program crash, and follow its dump",
+            )
     command = commands.add_parser(
         "configure-host",
         help="install the helper on a Kubernetes node (docs/kubernetes.md)",
@@ -78,7 +84,7 @@ def _flags(options: argparse.Namespace) -> dict[str, str]:
     return {
         name: value
         for name, value in vars(options).items()
-        if value is not None and name not in {"command", "watch_dir"}
+        if value is not None and name not in {"command", "watch_dir", "crash"}
     }
 
 
@@ -98,7 +104,7 @@ def _check(options: argparse.Namespace) -> int:
 
     settings = config.load(_flags(options))
     good = True
-    for finding in check.check(options.watch_dir, settings):
+    for finding in check.check(options.watch_dir, settings, crash=options.crash):
         good &= finding.level is not check.Level.FAIL
         sys.stdout.write(f"{finding.level.value:4}  {finding.text}\n")
         sys.stdout.flush()

@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core_dump_collector.errors import ConfigError
 from core_dump_collector.options import UploadOptions
+from core_dump_format.advice import check_endpoint
 from core_dump_format.keys import check_template, parse_location
 
 if TYPE_CHECKING:
@@ -190,19 +191,26 @@ def load(flags: Mapping[str, str]) -> Settings:
     Raises:
         ConfigError: one line that names the setting and says what it takes.
     """
-    for name in (
-        "AWS_REGION",
-        "AWS_DEFAULT_REGION",
-    ):  # boto3 would refuse it in every worker, at every attempt
-        region = os.environ.get(name)
-        if region and not _REGION.fullmatch(region):
-            raise ConfigError(f"{name}={region[:80]!r}: takes the name of a region, e.g. eu-central-1")
+    _check_environment()
     try:
         return Settings(**dict(flags))  # type: ignore[arg-type]  # pydantic parses the texts
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]) if first["loc"] else ""
         raise ConfigError(_explain(name, first)) from None
+
+
+def _check_environment() -> None:
+    """Check the AWS_* variables that boto3 would refuse in every worker, at every attempt."""
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        region = os.environ.get(name)
+        if region and not _REGION.fullmatch(region):
+            raise ConfigError(f"{name}={region[:80]!r}: takes the name of a region, e.g. eu-central-1")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        try:
+            check_endpoint(os.environ.get(name) or "https://s3")
+        except ValueError as error:
+            raise ConfigError(f"{name}={os.environ[name][:80]!r}: {error}") from None
 
 
 def names_of(field: str) -> list[str]:

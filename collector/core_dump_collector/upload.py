@@ -13,7 +13,7 @@ import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from botocore.exceptions import BotoCoreError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from core_dump_collector import fingerprint, metadata
 from core_dump_collector.errors import ConfigError, PermanentError, RetryableError
@@ -32,6 +32,7 @@ from core_dump_collector.s3 import classify, parts, record
 from core_dump_collector.s3.client import make_client
 from core_dump_collector.s3.store import Store, TakenError, UnconditionalStoreError
 from core_dump_collector.s3.transfer import Transfer
+from core_dump_format.advice import ADVICE
 from core_dump_format.attributes import SALVAGED
 from core_dump_format.keys import build_key
 from core_dump_format.text import printable
@@ -52,6 +53,7 @@ _OUTCOME_OF_UNFIT = {
 _ADVICE = {
     RetryReason.FORBIDDEN: "allow s3:PutObject on it (docs/iam.md has the policy)",
     RetryReason.NO_SUCH_BUCKET: "create it, or correct BUCKET_NAME, AWS_REGION or AWS_ENDPOINT_URL_S3",
+    RetryReason.NETWORK: ADVICE["EndpointConnectionError"],
     RetryReason.CREDENTIALS: "give this process credentials as boto3 expects them, and check the clock",
 }
 
@@ -174,8 +176,7 @@ def verify_store(options: UploadOptions) -> str:
     """Store a probe object, try to store it again, and delete it; return what that has shown.
 
     Raises:
-        ConfigError: somebody has to change something; the message says what.
-        RetryableError: the store cannot be reached, or not now.
+        ConfigError: the probe failed; the message says what to do.
     """
     with contextlib.closing(Worker(options)) as worker:
         return _verify(worker.open_store(), options)
@@ -193,11 +194,18 @@ def _verify(store: Store, options: UploadOptions) -> str:
     except PermanentError as error:
         raise ConfigError(str(error)) from error
     except RetryableError as error:
-        if error.reason in _ADVICE:
-            raise ConfigError(f"{error}: {_ADVICE[error.reason]}") from error
-        raise
+        raise ConfigError(f"{error}: {_advice(error)}") from error
     deleted = "and deleted" if store.delete(key) else f"and stays ({key}: deleting is not allowed)"
     return f"a probe object was stored {deleted}; {kept}"
+
+
+def _advice(error: RetryableError) -> str:
+    """Return what to do, by the store's code or botocore's exception where they say more than our reason."""
+    cause = error.__cause__
+    code = classify.code_of(cause) if isinstance(cause, ClientError) else type(cause).__name__
+    return ADVICE.get(code) or _ADVICE.get(
+        error.reason, "try again; if it stays, ask those who run the store"
+    )
 
 
 def _second_probe(store: Store, key: str, document: bytes) -> str:

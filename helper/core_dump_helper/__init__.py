@@ -20,10 +20,22 @@ HELP = """core-dump-helper: the kernel starts it through kernel.core_pattern, on
 
   core-dump-helper [-C<path>] -P%P -p%p -i%I -u%u -g%g -s%s -t%t -c%c -d%d -F%F -h%h -- %e   < core
   core-dump-helper --calibrate [-C<path>]   measure the compressors of this host and remember the fastest
+  core-dump-helper --check [-C<path>]       tell whether a crash on this host would leave a dump
   core-dump-helper --help | --version       print this text or the version
 
 -C<path> names another configuration file than /etc/core-dump-handler/helper.conf. Its settings and their defaults:
 """
+
+
+def run_tool(name: str, config: str) -> int:
+    """Run a command that people, not the kernel, start; return its exit code."""
+    if name == "--check":
+        from core_dump_helper.check import check
+
+        return check(config)
+    from core_dump_helper.calibrate import calibrate
+
+    return calibrate(config)
 
 
 def main() -> int:
@@ -36,10 +48,8 @@ def main() -> int:
         print("core-dump-helper", VERSION)
         return 0
     crash = parse_arguments(argv)
-    if argv[0] == "--calibrate":
-        from core_dump_helper.calibrate import calibrate
-
-        return calibrate(crash.config or CONFIG)
+    if argv[0] in ("--calibrate", "--check"):
+        return run_tool(argv[0], crash.config or CONFIG)
     try:
         Handler(crash, secure_process()).run()
     except Refused as refused:

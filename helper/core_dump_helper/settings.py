@@ -60,13 +60,13 @@ class Settings:
     CGROUP = ""
     PYTHON_PATH = ""
 
-    def load(self, path: str) -> None:
-        """Read the configuration file; log each line that is wrong and keep that setting's default."""
+    def load(self, path: str, report: Callable[[str], None] = log) -> None:
+        """Read the configuration file; report each line that is wrong and keep that setting's default."""
         try:
             check_owner(path)
             text = read_file(path, 1 << 16).decode("utf-8", "surrogateescape")
         except OSError as error:
-            log("cannot use %a: %s; every setting has its default" % (path, error.strerror))
+            report("cannot use %a: %s; every setting has its default" % (path, error.strerror))
             return
         for line in text.splitlines():
             key, _, value = (part.strip() for part in line.partition("="))
@@ -75,7 +75,7 @@ class Settings:
             try:
                 setattr(self, key, self.parse(key, value))
             except ValueError as error:
-                log("%a: ignoring %a: it must be %s" % (path, line[:100], error))
+                report("%a: ignoring %a: it must be %s" % (path, line[:100], error))
 
     @classmethod
     def defaults(cls) -> dict[str, str | int]:

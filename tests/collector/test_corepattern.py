@@ -1,8 +1,58 @@
+import os
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core_dump_collector.node.corepattern import is_ours, read
+from core_dump_collector.node import corepattern
+from core_dump_collector.node.corepattern import Target, is_ours, read, target
+
+
+@pytest.fixture
+def contained(monkeypatch):
+    monkeypatch.setattr(corepattern, "is_contained", lambda: True)
+
+
+@pytest.fixture
+def helper(tmp_path, monkeypatch):
+    """A helper on this node, with its configuration, that writes to `tmp_path/dumps`."""
+    monkeypatch.setattr(corepattern, "is_contained", lambda: False)
+    (tmp_path / "dumps").mkdir()
+    program = tmp_path / "core-dump-helper"
+    program.write_text("#!/bin/true\n")
+    program.chmod(0o755)
+    (tmp_path / "helper.conf").write_text(f"# where\nWATCH_DIR = {tmp_path}/dumps\n")
+    return f"|{program} -C{tmp_path}/helper.conf -P%P -- %e"
+
+
+def test_helper_that_writes_to_the_watched_directory_leads_here(helper, tmp_path):
+    assert target(helper, f"{tmp_path}/dumps/") is Target.HERE
+
+
+def test_helper_that_is_missing_or_cannot_run_leads_nowhere(helper, tmp_path):
+    (tmp_path / "core-dump-helper").chmod(0o644)
+    assert target(helper, f"{tmp_path}/dumps") is Target.NO_PROGRAM
+    (tmp_path / "core-dump-helper").unlink()
+    assert target(helper, f"{tmp_path}/dumps") is Target.NO_PROGRAM
+
+
+def test_helper_that_writes_elsewhere_is_not_ours(helper, tmp_path):
+    (tmp_path / "other").mkdir()
+    assert target(helper, f"{tmp_path}/other") is Target.OTHER_DIRECTORY
+    (tmp_path / "helper.conf").write_text("")
+    assert target(helper, f"{tmp_path}/dumps") is Target.OTHER_DIRECTORY, "the default is /core_dumps"
+
+
+def test_process_of_this_machine_is_not_contained_and_one_in_its_own_namespaces_is():
+    assert corepattern.is_contained() is False or "pid:[4026531836]" not in os.readlink("/proc/self/ns/pid")
+    script = (
+        "from core_dump_collector.node.corepattern import is_contained as f; import sys; sys.exit(not f())"
+    )
+    command = ["unshare", "--pid", "--fork", sys.executable, "-c", script]
+    if os.geteuid() == 0:
+        assert subprocess.run(command, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -23,9 +73,12 @@ from core_dump_collector.node.corepattern import is_ours, read
         ("/var/other/core", False),
         ("|/tmp/evil core-dump-helper", False),
         ("@/run/sock", False),
+        ("|", False),
+        ("| ", False),
+        ("|\udcff", False),
     ],
 )
-def test_pattern_is_ours_when_it_leads_here(pattern, ours):
+def test_pattern_is_ours_when_it_leads_here(contained, pattern, ours):
     assert is_ours(pattern, "/core_dumps") is ours
 
 
