@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 return _settings()
     except ConfigError as error:
-        sys.stderr.write(f"core-dump-collector: {error}\n")
+        if sys.stderr is not None:
+            sys.stderr.write(f"core-dump-collector: {error}\n")
         return BAD_CONFIG
 
 
@@ -93,9 +94,11 @@ def _run(options: argparse.Namespace) -> NoReturn:
     from core_dump_collector.daemon import Daemon  # noqa: PLC0415
 
     settings = config.load(_flags(options))
-    logs.configure(settings)
-    Daemon(options.watch_dir, settings).run()
-    sys.stderr.flush()
+    writer = logs.configure(settings)
+    try:
+        Daemon(options.watch_dir, settings, writer).run()
+    finally:
+        writer.drain()
     os._exit(OK)  # the interpreter would wait for a worker that a frozen file system holds
 
 

@@ -23,7 +23,7 @@ from core_dump_collector.config import describe
 from core_dump_collector.errors import ConfigError
 from core_dump_collector.health import HEARTBEAT_SECONDS, Health, Server
 from core_dump_collector.jobs import Job, Salvage
-from core_dump_collector.metrics import Metrics
+from core_dump_collector.metrics import Metrics, raise_to
 from core_dump_collector.node import corepattern, scan
 from core_dump_collector.node.drops import DropRecords
 from core_dump_collector.observation import Look, Observer
@@ -32,6 +32,7 @@ from core_dump_collector.results import Results
 
 if TYPE_CHECKING:
     from core_dump_collector.config import Settings
+    from core_dump_collector.logs import LogWriter
 
 log = structlog.get_logger()
 
@@ -41,7 +42,7 @@ _STOPPING = {signal.SIGTERM, signal.SIGINT}
 class Daemon:
     """Collects one directory until it is told to stop."""
 
-    def __init__(self, directory: str, settings: Settings) -> None:
+    def __init__(self, directory: str, settings: Settings, log_writer: LogWriter) -> None:
         """Acquire everything that a wrong setting can deny: the directory, the port, the start-up file.
 
         Raises:
@@ -59,8 +60,9 @@ class Daemon:
         self._results = Results(
             directory, self._backlog, self._arrivals.partials, self._breaker, self._records, self._metrics
         )
+        self._log_writer = log_writer
         self._stop_requests = 0
-        self._health = Health(settings.startup_file)
+        self._health = Health(settings.startup_file, self._observer)
         self._server = Server(settings, self._health, self._metrics.registry)
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._pool = Pool(settings.workers, settings.upload_options(), self._wake)
@@ -169,9 +171,8 @@ class Daemon:
         metrics.backlog_files.set(self._backlog.waiting)
         metrics.backlog_bytes.set(self._backlog.size_bytes)
         metrics.inflight.set(self._backlog.in_flight)
-        missed = self._pool.rebuilds - metrics.rebuilds._value.get()  # noqa: SLF001  the only reader there is
-        if missed > 0:
-            metrics.rebuilds.inc(missed)
+        raise_to(metrics.log_lines_dropped, self._log_writer.dropped)
+        if raise_to(metrics.rebuilds, self._pool.rebuilds):
             log.error("a worker process died; the pool was restarted")
 
     # The end

@@ -1,4 +1,4 @@
-"""Owns what others are told of the daemon's health: the start-up file, /livez, /readyz and /metrics.
+"""Owns what others are told of the daemon's health: /livez, /readyz and /metrics.
 
 The server holds many idle or slow connections without refusing a scrape: each has a deadline, and when
 too many are open the oldest is cut.
@@ -7,7 +7,6 @@ too many are open the oldest is cut.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import threading
 import time
@@ -19,11 +18,13 @@ from typing import TYPE_CHECKING
 from prometheus_client.exposition import choose_encoder
 
 from core_dump_collector.errors import ConfigError
+from core_dump_collector.startupfile import StartupFile
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from core_dump_collector.config import Settings
+    from core_dump_collector.observation import Observer
 
 HEARTBEAT_SECONDS = 5.0
 STALLED_SECONDS = 60.0
@@ -33,39 +34,38 @@ _MOST_CONNECTIONS = 256
 
 
 class Health:
-    """The daemon's state as others see it; written by its loop, read by the server's threads."""
+    """The daemon's state as others see it; written by its loop, read by other threads."""
 
-    def __init__(self, startup_file: str | None) -> None:
-        """Remove a start-up file that an earlier run left.
+    def __init__(self, startup_file: str | None, observer: Observer) -> None:
+        """Write the start-up file, if there is one.
 
         Raises:
             ConfigError: it cannot be written.
         """
-        self._startup_file = startup_file
         self._beat = time.monotonic()
         self._ready = False
+        self._startup_file: StartupFile | None = None
         if startup_file is not None:
-            self._write("starting")
+            self._startup_file = StartupFile(startup_file, HEARTBEAT_SECONDS, self._turns, observer)
 
     def beat(self) -> None:
-        """Note that the loop turns; touches the start-up file."""
+        """Note that the loop turns."""
         self._beat = time.monotonic()
-        if self._startup_file is not None:
-            with contextlib.suppress(OSError):
-                os.utime(self._startup_file)
+
+    def _turns(self) -> bool:
+        return time.monotonic() - self._beat < 2 * HEARTBEAT_SECONDS
 
     def set_ready(self, *, ready: bool) -> None:
-        """Say whether dumps are being collected; a start-up file that cannot be written now stops nobody."""
+        """Say whether dumps are being collected."""
         self._ready = ready
-        if ready:
-            with contextlib.suppress(ConfigError):
-                self._write("ready")
+        if ready and self._startup_file is not None:
+            self._startup_file.set("ready")
 
     def end(self) -> None:
         """Write the word `dead`."""
         self._ready = False
-        with contextlib.suppress(ConfigError):
-            self._write("dead")
+        if self._startup_file is not None:
+            self._startup_file.end()
 
     @property
     def is_set_ready(self) -> bool:
@@ -81,22 +81,6 @@ class Health:
     def is_ready(self) -> bool:
         """Tell whether dumps are being collected."""
         return self._ready and self.is_live
-
-    def _write(self, word: str) -> None:
-        if self._startup_file is None:
-            return
-        try:
-            fd = os.open(
-                self._startup_file,
-                os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK,
-                0o644,
-            )
-            with os.fdopen(fd, "w") as file:
-                file.write(word + "\n")
-        except OSError as error:
-            raise ConfigError(
-                f"STARTUP_FILE={self._startup_file}: {error.strerror}; takes a path in a writable directory"
-            ) from None
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -71,6 +71,11 @@ class Metrics:
             ["what"],
             registry=r,
         )
+        self.log_lines_dropped = Counter(
+            "core_dump_log_lines_dropped",
+            "Log lines that were dropped because nobody read them.",
+            registry=r,
+        )
         self._add_gauges(r)
         _preset(self.uploads, Outcome)
         _preset(self.retries, RetryReason)
@@ -126,6 +131,14 @@ class Metrics:
         """Read the free space of the watch directory's file system."""
         status = os.statvfs(directory)
         self.free_bytes.set(status.f_bavail * status.f_frsize)
+
+
+def raise_to(counter: Counter, total: int) -> bool:
+    """Raise a counter to a total that is counted elsewhere; tell whether it was lower."""
+    missed: float = total - counter._value.get()  # noqa: SLF001  the only reader there is
+    if missed > 0:
+        counter.inc(missed)
+    return missed > 0
 
 
 def _preset(metric: MetricWrapperBase, values: Iterable[str]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-import signal
 import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -46,9 +45,10 @@ _worker: Worker | None = None
 
 
 def _begin_worker(options: UploadOptions) -> None:
-    """Leave stopping to the daemon, and end with it: an orphan must not go on uploading."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Make the worker, and end it with the daemon: an orphan must not go on uploading.
+
+    SIGINT and SIGTERM are ignored since the fork (`preload`): the daemon decides when workers end.
+    """
     from core_dump_collector import upload  # noqa: PLC0415  boto3 stays out of the daemon's memory
 
     global _worker  # noqa: PLW0603

@@ -1,15 +1,29 @@
 import contextlib
 import http.client
+import os
 import socket
+import subprocess
 import threading
 import time
 
 import pytest
+import structlog
 from prometheus_client import CollectorRegistry, Counter
+from tests.support.collector import wait_until
 
 from core_dump_collector import config
+from core_dump_collector import health as health_module
 from core_dump_collector.errors import ConfigError
 from core_dump_collector.health import Health, Server
+from core_dump_collector.observation import Observer
+
+
+def observer():
+    return Observer(Counter("failures", "Failures.", ["what"], registry=CollectorRegistry()))
+
+
+def wait_word(path, word):
+    wait_until(lambda: path.exists() and path.read_text() == word + "\n", 10, word)
 
 
 @pytest.fixture
@@ -19,7 +33,7 @@ def served(tmp_path):
     settings = config.load(
         {"bucket_name": "dumps", "metrics_port": "0", "metrics_address": "127.0.0.1", "node_name": "n"}
     )
-    health = Health(str(tmp_path / "startup"))
+    health = Health(str(tmp_path / "startup"), observer())
     server = Server(settings, health, registry)
     yield server, health
     server.stop()
@@ -57,10 +71,10 @@ def test_readiness_follows_the_daemon_and_liveness_its_heartbeat(served, monkeyp
 def test_startup_file_tells_the_state(tmp_path):
     path = tmp_path / "startup"
     path.write_text("dead\n")
-    health = Health(str(path))
+    health = Health(str(path), observer())
     assert path.read_text() == "starting\n"
     health.set_ready(ready=True)
-    assert path.read_text() == "ready\n"
+    wait_word(path, "ready")
     health.end()
     assert path.read_text() == "dead\n"
 
@@ -68,7 +82,7 @@ def test_startup_file_tells_the_state(tmp_path):
 def test_startup_file_that_cannot_be_written_any_more_stops_nobody(tmp_path):
     directory = tmp_path / "gone"
     directory.mkdir()
-    health = Health(str(directory / "startup"))
+    health = Health(str(directory / "startup"), observer())
     (directory / "startup").unlink()
     directory.rmdir()
     health.set_ready(ready=True)
@@ -77,11 +91,62 @@ def test_startup_file_that_cannot_be_written_any_more_stops_nobody(tmp_path):
     health.end()
 
 
+def test_startup_file_that_was_deleted_or_emptied_is_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(health_module, "HEARTBEAT_SECONDS", 0.05)
+    path = tmp_path / "startup"
+    health = Health(str(path), observer())
+    health.set_ready(ready=True)
+    wait_word(path, "ready")
+    for spoil in (path.unlink, lambda: path.write_text("")):
+        spoil()
+        health.beat()
+        wait_word(path, "ready")
+    health.end()
+
+
+def test_startup_file_has_no_heartbeat_while_the_loop_stands_still(tmp_path, monkeypatch):
+    monkeypatch.setattr(health_module, "HEARTBEAT_SECONDS", 0.05)
+    path = tmp_path / "startup"
+    health = Health(str(path), observer())
+    monkeypatch.setattr(health, "_beat", time.monotonic() - 60)
+    path.unlink()
+    assert not threading.Event().wait(0.3)
+    assert not path.exists()
+    health.beat()
+    wait_word(path, "starting")
+    health.end()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, needs root: sudo make test")
+def test_full_disk_keeps_the_word_and_is_told_when_it_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(health_module, "HEARTBEAT_SECONDS", 0.05)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], check=True)
+    try:
+        health = Health(str(disk / "startup"), observer())
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        health.set_ready(ready=True)
+        wait_word(disk / "startup", "ready")
+        (disk / "startup").unlink()
+        with contextlib.suppress(OSError), (disk / "more").open("wb", buffering=0) as filler:
+            filler.write(bytes(4096))
+        with structlog.testing.capture_logs() as log:
+            health.beat()
+            wait_until(lambda: log, 10, "a line about it")
+        health.end()
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    assert (log[0]["what"], log[0]["error"]) == ("startup_file", "No space left on device")
+
+
 def test_startup_file_that_is_a_symlink_is_refused(tmp_path):
     (tmp_path / "target").write_text("precious")
     (tmp_path / "startup").symlink_to(tmp_path / "target")
     with pytest.raises(ConfigError, match="STARTUP_FILE"):
-        Health(str(tmp_path / "startup"))
+        Health(str(tmp_path / "startup"), observer())
     assert (tmp_path / "target").read_text() == "precious"
 
 
@@ -135,4 +200,4 @@ def test_port_that_is_taken_is_bad_configuration(served, tmp_path):
         {"bucket_name": "dumps", "metrics_port": str(server.port), "metrics_address": "127.0.0.1"}
     )
     with pytest.raises(ConfigError, match=f"METRICS_PORT={server.port}"):
-        Server(settings, Health(None), CollectorRegistry())
+        Server(settings, Health(None, observer()), CollectorRegistry())

@@ -64,6 +64,7 @@ class Collector:
     def port(self) -> int:
         """Return the port of /metrics."""
         if self._port is None:
+            wait_until(lambda: any(e["event"] == "started" for e in self.log()), 10, "the log's first line")
             self._port = next(int(str(e["port"])) for e in self.log() if e["event"] == "started")
         return self._port
 
