@@ -99,7 +99,9 @@ class Settings(BaseSettings):
         description="Size of a part of a multipart upload; larger for a dump that would need over 10,000.",
     )
     connect_timeout_seconds: float = Field(10, gt=0, le=300, description="To connect to S3.")
-    read_timeout_seconds: float = Field(60, gt=0, le=3600, description="For S3 to answer.")
+    read_timeout_seconds: float = Field(
+        60, gt=0, le=3600, description="A request that moves less than 10 kB a second for this long is ended."
+    )
     retry_seconds: float = Field(
         300, ge=1, le=86400, description="Longest pause between two attempts at one dump."
     )

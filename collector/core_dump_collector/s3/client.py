@@ -15,6 +15,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
 from core_dump_collector import __version__
+from core_dump_collector.s3.progress import end_stalled_requests
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -66,11 +67,12 @@ def make_client(options: UploadOptions) -> S3Client:
     """Return a client. boto3 finds the endpoint and the credentials."""
     session = _WARM.pop() if _WARM else _make_session()
     client = _make_client(session, options, sign_payload=None)
-    if options.checksum == "when_required" or not client.meta.endpoint_url.startswith("https:"):
-        return client
-    client.close()
-    # TLS and a checksum header protect the body: hashing it once more for the signature would double the CPU.
-    return _make_client(session, options, sign_payload=False)
+    if options.checksum == "when_supported" and client.meta.endpoint_url.startswith("https:"):
+        client.close()
+        # TLS and a checksum header protect the body: hashing it once more for the signature would double the CPU.
+        client = _make_client(session, options, sign_payload=False)
+    end_stalled_requests(client, options.read_timeout_seconds)
+    return client
 
 
 def _make_client(session: boto3.Session, options: UploadOptions, *, sign_payload: bool | None) -> S3Client:
@@ -81,7 +83,7 @@ def _make_client(session: boto3.Session, options: UploadOptions, *, sign_payload
         s3=s3,  # type: ignore[arg-type]  # a typed dict of botocore's stubs
         retries={"total_max_attempts": 1, "mode": "standard"},
         connect_timeout=options.connect_timeout_seconds,
-        read_timeout=options.read_timeout_seconds,
+        read_timeout=None,  # `progress` ends what hangs
         request_checksum_calculation=options.checksum,
         response_checksum_validation=options.checksum,
         max_pool_connections=SENDERS,

@@ -1,0 +1,257 @@
+"""Owns the end of a request that makes no progress; one that does lives as long as it needs.
+
+A timeout for each read and write cannot tell a thin uplink from a store that hangs. The kernel takes megabytes into its
+send buffer and needs minutes to send them, in which no answer can come; and a store that sends a byte a second meets
+any such timeout for ever. So a connected socket has no timeout here. A thread reads the kernel's counters of every
+connection in use and shuts down one that moved too few bytes over the window: sent and acknowledged, or received.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from botocore.awsrequest import (
+    AWSHTTPConnection,
+    AWSHTTPConnectionPool,
+    AWSHTTPSConnection,
+    AWSHTTPSConnectionPool,
+)
+from botocore.exceptions import BotoCoreError, ReadTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from botocore.awsrequest import AWSPreparedRequest, AWSResponse
+    from botocore.httpsession import URLLib3Session
+    from mypy_boto3_s3 import S3Client
+
+MIN_BYTES_PER_SECOND = 10_000
+"""A request that moves less than this over the whole window is ended."""
+_SAMPLES = 12
+"""How often the counters are read in a window; a request is ended at most one such interval late."""
+_COUNTERS = struct.Struct("=QQ")
+_COUNTERS_OFFSET = 120
+"""tcpi_bytes_acked and tcpi_bytes_received in struct tcp_info (linux/tcp.h, since Linux 4.1)."""
+_EXPECTATION_FAILED = 417
+_LONGEST_HEADER_BYTES = 65_536
+_MOST_INTERIM_HEADERS = 100
+
+
+class StalledError(ReadTimeoutError):
+    """A request moved too few bytes."""
+
+    fmt = "moved less than {rate} bytes a second for {seconds:g} s: {endpoint_url}"
+
+
+class _Watch:
+    """A request under way. The monitor's lock guards it."""
+
+    def __init__(self) -> None:
+        self.stalled = False
+        self._socket: socket.socket | None = None
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def follow(self, sock: socket.socket) -> None:
+        """Watch a connection. The descriptor is the watch's own: another that gets the number is never shut down."""
+        if self._socket is None:
+            self._socket = socket.fromfd(sock.fileno(), sock.family, sock.type, sock.proto)
+            self._samples.append((time.monotonic(), _bytes_moved(self._socket)))
+
+    def look(self, now: float, window_seconds: float) -> None:
+        """Shut the connection down if it moved too few bytes over the window."""
+        if self._socket is None or self.stalled:
+            return
+        moved = _bytes_moved(self._socket)
+        self._samples.append((now, moved))
+        while len(self._samples) > 1 and self._samples[1][0] <= now - window_seconds:
+            self._samples.popleft()
+        began, before = self._samples[0]
+        enough = (now - began) * MIN_BYTES_PER_SECOND
+        if moved >= 0 and now - began >= window_seconds and moved - before < enough:
+            self.stalled = True
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the watch's descriptor."""
+        if self._socket is not None:
+            self._socket.close()
+
+
+def _bytes_moved(sock: socket.socket) -> int:
+    """Return the bytes that the peer has acknowledged or sent; -1 where the kernel does not count them."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _COUNTERS_OFFSET + _COUNTERS.size)
+        return sum(_COUNTERS.unpack_from(info, _COUNTERS_OFFSET))
+    except (OSError, struct.error):
+        return -1
+
+
+_CURRENT: ContextVar[tuple[ProgressMonitor, _Watch] | None] = ContextVar("request", default=None)
+
+
+class ProgressMonitor:
+    """Watches the requests of one client."""
+
+    def __init__(self, window_seconds: float) -> None:
+        """Start the thread."""
+        self.window_seconds = window_seconds
+        self._lock = threading.Lock()
+        self._watches: set[_Watch] = set()
+        self._closed = threading.Event()
+        threading.Thread(target=self._run, daemon=True, name="progress").start()
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[_Watch]:
+        """Watch the connection that this thread uses next."""
+        watch = _Watch()
+        with self._lock:
+            self._watches.add(watch)
+        token = _CURRENT.set((self, watch))
+        try:
+            yield watch
+        finally:
+            _CURRENT.reset(token)
+            with self._lock:
+                self._watches.discard(watch)
+                watch.close()
+
+    def follow(self, watch: _Watch, sock: socket.socket) -> None:
+        """Let a watch follow a connection."""
+        with self._lock:
+            watch.follow(sock)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed.set()
+
+    def _run(self) -> None:
+        while not self._closed.wait(self.window_seconds / _SAMPLES):
+            now = time.monotonic()
+            with self._lock:
+                for watch in self._watches:
+                    watch.look(now, self.window_seconds)
+
+
+class _WatchedConnection:
+    """A mix-in: a connection that is watched from its first packet on, and has no timeout once it is made."""
+
+    sock: Any
+    timeout: Any
+
+    def _new_conn(self) -> socket.socket:
+        sock: socket.socket = super()._new_conn()  # type: ignore[misc]
+        _follow(sock)
+        return sock
+
+    def connect(self) -> None:
+        """Connect, within the timeout for that."""
+        super().connect()  # type: ignore[misc]
+        self.sock.settimeout(None)
+
+    def request(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  as the base class's
+        """Send a request."""
+        if self.sock is not None:
+            _follow(self.sock)
+            self.timeout = None  # urllib3 gives it to the socket
+        return super().request(*args, **kwargs)  # type: ignore[misc]
+
+    def _consume_headers(self, file: Any) -> None:  # noqa: ANN401  a raw file
+        """Skip the headers of a `100 Continue`; botocore would read for ever where the connection has ended."""
+        for _ in range(_MOST_INTERIM_HEADERS):
+            if file.readline(_LONGEST_HEADER_BYTES) in {b"\r\n", b"\n", b""}:
+                return
+        raise ConnectionError("the store sends headers without end")
+
+
+def _follow(sock: socket.socket) -> None:
+    current = _CURRENT.get()
+    if current is not None:
+        monitor, watch = current
+        monitor.follow(watch, sock)
+
+
+class _Connection(_WatchedConnection, AWSHTTPConnection):  # type: ignore[misc]
+    pass
+
+
+class _TLSConnection(_WatchedConnection, AWSHTTPSConnection):  # type: ignore[misc]
+    pass
+
+
+class _Pool(AWSHTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TLSPool(AWSHTTPSConnectionPool):
+    ConnectionCls = _TLSConnection
+
+
+class ProgressSession:
+    """Sends requests as botocore's session does, and ends those that make no progress."""
+
+    def __init__(self, session: URLLib3Session, window_seconds: float) -> None:
+        """Take over a session that has made no connection yet; its read timeout has to be None."""
+        pools = session._pool_classes_by_scheme  # type: ignore[attr-defined]  # noqa: SLF001  shared with its proxies' pools
+        pools.update(http=_Pool, https=_TLSPool)
+        self._session = session
+        self._monitor = ProgressMonitor(window_seconds)
+        self._asks_first = True
+
+    def send(self, request: AWSPreparedRequest) -> AWSResponse:
+        """Send a request; once more, with its body at once, if the store does not know `Expect: 100-continue`.
+
+        Raises:
+            StalledError: it made no progress.
+            BotoCoreError: as from botocore's session.
+        """
+        if not self._asks_first:
+            _forget_expect(request)
+        answer = self._send(request)
+        if answer.status_code == _EXPECTATION_FAILED and _forget_expect(request):
+            self._asks_first = False
+            request.reset_stream()
+            answer = self._send(request)
+        return answer
+
+    def _send(self, request: AWSPreparedRequest) -> AWSResponse:
+        with self._monitor.watch() as watch:
+            try:
+                answer = self._session.send(request)
+            except BotoCoreError as error:
+                if watch.stalled:
+                    raise self._stalled(request) from error
+                raise
+            if watch.stalled:  # the answer may have been cut off
+                raise self._stalled(request)
+            return answer
+
+    def _stalled(self, request: AWSPreparedRequest) -> StalledError:
+        seconds = self._monitor.window_seconds
+        return StalledError(rate=MIN_BYTES_PER_SECOND, seconds=seconds, endpoint_url=request.url)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._monitor.close()
+        self._session.close()
+
+
+def _forget_expect(request: AWSPreparedRequest) -> bool:
+    """Remove the header, which no signature covers; tell whether it was there."""
+    found = "Expect" in request.headers
+    if found:
+        del request.headers["Expect"]
+    return found
+
+
+def end_stalled_requests(client: S3Client, window_seconds: float) -> None:
+    """Make a client end each request that moves less than MIN_BYTES_PER_SECOND over the window."""
+    endpoint = client._endpoint  # type: ignore[attr-defined]  # noqa: SLF001  botocore has no way in
+    endpoint.http_session = ProgressSession(endpoint.http_session, window_seconds)
