@@ -13,6 +13,8 @@ from core_dump_collector.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001  argparse exports no other name
+
 OK = 0
 FAILED = 1
 BAD_CONFIG = 2
@@ -39,36 +41,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from core_dump_collector.config import Settings, names_of  # noqa: PLC0415  workers import this module too
-
     parser = argparse.ArgumentParser(
         prog="core-dump-collector",
         description="Upload the core dumps of this node to S3, and delete each only when S3 has it.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in (
-        ("run", "collect dumps until SIGTERM"),
-        ("check", "verify this node and the bucket, and say what to do about each failure"),
-    ):
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}. Each flag is also an environment variable "
-            "(BUCKET_NAME for --bucket-name); AWS_* variables are read as boto3 does.",
-            allow_abbrev=False,
-        )
-        command.add_argument("watch_dir", metavar="WATCH_DIR", help="directory the dumps arrive in")
-        for field, info in Settings.model_fields.items():
-            explained = (info.description or "").replace("`", "").replace("%", "%%")
-            names = ["--" + name.replace("_", "-") for name in names_of(field)]
-            command.add_argument(*names, metavar="VALUE", help=explained)
-        if name == "check":
-            command.add_argument(
-                "--crash",
-                action="store_true",
-                help="let a process of this program crash, and follow its dump",
-            )
+    _add_with_settings(commands, "run", "collect dumps until SIGTERM")
+    command = _add_with_settings(
+        commands, "check", "verify this node and the bucket, and say what to do about each failure"
+    )
+    command.add_argument(
+        "--crash", action="store_true", help="let a process of this program crash, and follow its dump"
+    )
     command = commands.add_parser(
         "configure-host",
         help="install the helper on a Kubernetes node (docs/kubernetes.md)",
@@ -79,6 +64,27 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--restore", action="store_true", help="undo it")
     commands.add_parser("settings", help="print every setting as a Markdown table")
     return parser
+
+
+def _add_with_settings(commands: _Commands, name: str, text: str) -> argparse.ArgumentParser:
+    """Add a command that takes a directory and every setting."""
+    from core_dump_collector import config  # noqa: PLC0415  workers import this module too
+
+    command = commands.add_parser(
+        name,
+        help=text,
+        usage="%(prog)s WATCH_DIR [--SETTING VALUE]...   (-h lists the settings; --bucket-name is required)",
+        description=f"{text[0].upper()}{text[1:]}. Each flag is also an environment variable (BUCKET_NAME for "
+        "--bucket-name); AWS_REGION, AWS_PROFILE and other AWS_* variables are used as well.",
+        allow_abbrev=False,
+    )
+    command.add_argument("watch_dir", metavar="WATCH_DIR", help="directory where the dumps arrive")
+    for field, info in config.Settings.model_fields.items():
+        default = config.default_text(info)
+        explained = f"{info.description} [{default}]" if default else str(info.description)
+        names = ["--" + name.replace("_", "-") for name in config.names_of(field)]
+        command.add_argument(*names, metavar="VALUE", help=explained.replace("`", "").replace("%", "%%"))
+    return command
 
 
 def _flags(options: argparse.Namespace) -> dict[str, str]:

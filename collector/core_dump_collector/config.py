@@ -112,8 +112,8 @@ class Settings(BaseSettings):
         60, ge=0, le=86400, description="Time for uploads under way after SIGTERM; the rest waits on disk."
     )
     metrics_address: str = Field(
-        "0.0.0.0",  # noqa: S104  Prometheus scrapes from another host
-        description="Address that serves /metrics, /livez and /readyz.",
+        "::",  # Prometheus scrapes from another host
+        description="Address that serves /metrics, /livez and /readyz; `::` is every address, IPv6 and IPv4.",
     )
     metrics_port: int = Field(9412, ge=0, le=65535, description="Its port; 0 takes any free one.")
     startup_file: str | None = Field(
@@ -230,6 +230,11 @@ def _explain(name: str, error: Any) -> str:  # noqa: ANN401  pydantic's ErrorDet
         return f"{setting}: there is no such setting; core-dump-collector run --help lists them"
     if error["type"] == "missing":
         return f"{setting} is not set: set it to a bucket's name or s3://bucket/prefix"
+    if str(error["input"]).startswith("tcp://"):
+        return (
+            f"{setting}={str(error['input'])[:80]!r}: Kubernetes has set this for a Service called "
+            f"{setting.partition('_')[0].lower()!r}; set enableServiceLinks: false in the pod"
+        )
     reason = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "string_pattern_mismatch":
         reason = f"does not look like one. {field.description}"
@@ -250,13 +255,15 @@ def render_markdown() -> str:
     """Return the table of docs/configuration.md."""
     rows = ["| setting | default | what |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        rows.append(f"| `{name.upper()}` | {_default(field)} | {field.description} |")
+        default = f"`{default_text(field)}`" if default_text(field) else ""
+        rows.append(f"| `{name.upper()}` | {default} | {field.description} |")
     return "\n".join(rows) + "\n"
 
 
-def _default(field: FieldInfo) -> str:
+def default_text(field: FieldInfo) -> str:
+    """Return a setting's default as the environment would have it; empty if it has none."""
     if field.is_required() or field.default_factory is not None or field.default is None:
         return ""
     default = field.default
     text = ",".join(default) if isinstance(default, tuple) else str(default)
-    return f"`{text.lower() if isinstance(default, bool) else text}`"
+    return text.lower() if isinstance(default, bool) else text

@@ -31,6 +31,7 @@ STALLED_SECONDS = 60.0
 """Without a heartbeat for this long /livez fails."""
 _REQUEST_SECONDS = 5
 _MOST_CONNECTIONS = 256
+_EVERY_ADDRESS, _EVERY_IPV4_ADDRESS = "::", "0.0.0.0"  # noqa: S104  Prometheus scrapes from another host
 
 
 class Health:
@@ -137,6 +138,8 @@ class Server(ThreadingHTTPServer):
         self._open: OrderedDict[socket.socket, float] = OrderedDict()
         self._lock = threading.Lock()
         address = settings.metrics_address
+        if address == _EVERY_ADDRESS and not socket.has_dualstack_ipv6():
+            address = _EVERY_IPV4_ADDRESS
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
             super().__init__((address, settings.metrics_port), _Handler)
@@ -152,6 +155,14 @@ class Server(ThreadingHTTPServer):
     def port(self) -> int:
         """Return the port that is bound."""
         return int(self.server_address[1])
+
+    def server_bind(self) -> None:
+        """Bind; `::` accepts IPv4 as well, whatever net.ipv6.bindv6only says (ipv6(7))."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(
+                socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != _EVERY_ADDRESS
+            )
+        super().server_bind()
 
     def process_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
         """Serve in a thread; cut the oldest connection when too many are open."""

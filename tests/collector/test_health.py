@@ -39,8 +39,8 @@ def served(tmp_path):
     server.stop()
 
 
-def get(server, path):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+def get(server, path, host="127.0.0.1"):
+    connection = http.client.HTTPConnection(host, server.port, timeout=10)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
@@ -54,6 +54,31 @@ def test_metrics_are_served(served):
     status, body = get(server, "/metrics")
     assert status == 200
     assert b"things_total 3.0" in body
+
+
+def serve(address):
+    settings = config.load({"bucket_name": "dumps", "metrics_port": "0", "metrics_address": address})
+    return Server(settings, Health(None), CollectorRegistry())
+
+
+def test_default_address_answers_over_ipv6_and_ipv4():
+    server = serve(config.Settings.model_fields["metrics_address"].default)
+    try:
+        assert get(server, "/livez", "127.0.0.1")[0] == 200
+        if socket.has_dualstack_ipv6():
+            assert get(server, "/livez", "::1")[0] == 200
+    finally:
+        server.stop()
+
+
+def test_default_address_works_on_a_host_without_ipv6(monkeypatch):
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    server = serve("::")
+    try:
+        assert server.address_family == socket.AF_INET
+        assert get(server, "/livez")[0] == 200
+    finally:
+        server.stop()
 
 
 def test_readiness_follows_the_daemon_and_liveness_its_heartbeat(served, monkeypatch):

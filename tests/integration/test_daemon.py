@@ -49,7 +49,7 @@ def test_dumps_from_before_the_start_and_after_it_all_arrive_once(seaweed, bucke
         wait_until(lambda: uploaded(collector) == 400, 10, "400 counted")
         assert collector.metric("core_dump_backlog_files") == 0
         assert collector.metric("core_dump_inflight_uploads") == 0
-        assert collector.metric('core_dump_uploads_total{result="vanished"}') == 0
+        assert collector.metric('core_dump_files_skipped_total{reason="vanished"}') == 0
         assert collector.metric('core_dump_dumps_total{signal="SIGSEGV"}') == 400
         stored = s3.keys_in(bucket)
         assert collector.metric("core_dump_upload_bytes_total") == sum(
@@ -164,7 +164,7 @@ def test_raw_core_is_compressed_once_its_writer_is_done(seaweed, bucket, watch_d
             writer.write(content[:1000])
             writer.flush()
             os.rename(watch_dir / "core-raw-1700000000-9-11", watch_dir / "core-raw-1700000000-8-11")
-            busy = 'core_dump_uploads_total{result="busy"}'
+            busy = 'core_dump_files_skipped_total{reason="busy"}'
             wait_until(lambda: collector.metric(busy) >= 1, 20, "the open file to be seen")
             assert dumps_in(bucket) == set()
             writer.write(content[1000:])
@@ -208,7 +208,7 @@ def test_files_that_are_not_ours_are_left_alone(seaweed, bucket, watch_dir, tmp_
     with running(watch_dir, seaweed.environ(), tmp_path) as collector:
         put_dump(watch_dir, names(0, 1)[0])
         wait_until(lambda: uploaded(collector) == 1, 20)
-        refused = 'core_dump_uploads_total{result="refused"}'
+        refused = 'core_dump_files_skipped_total{reason="refused"}'
         wait_until(lambda: collector.metric(refused) >= 3, 20)
     assert sorted(os.listdir(watch_dir)) == left
     assert dumps_in(bucket) == {f"node-1/{names(0, 1)[0]}"}
@@ -282,6 +282,11 @@ def run_badly(*arguments, **environ):
         (["run", "/no/such/dir", "--bucket-name", "dumps"], {}, "WATCH_DIR=/no/such/dir"),
         (["run", "/etc/passwd", "--bucket-name", "dumps"], {}, "WATCH_DIR=/etc/passwd"),
         (["run", "DIR"], {"BUCKET_NAME": "dumps", "METRICS_PORT": "99999"}, "METRICS_PORT='99999'"),
+        (
+            ["run", "DIR"],
+            {"BUCKET_NAME": "dumps", "METRICS_PORT": "tcp://10.0.0.1:80"},
+            "enableServiceLinks: false",
+        ),
         (["run", "DIR"], {"BUCKET_NAME": "dumps", "STARTUP_FILE": "/no/such/dir/x"}, "STARTUP_FILE="),
         (["explode"], {}, "explode"),
     ],
@@ -292,6 +297,15 @@ def test_bad_configuration_is_one_clear_line_and_exit_2(watch_dir, arguments, en
     assert ended.returncode == 2
     assert said in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
+
+
+def test_command_without_its_words_is_two_lines_and_help_shows_every_default():
+    ended = run_badly("run")
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 2
+    shown = " ".join(run_badly("run", "--help").stdout.split())
+    assert "--workers VALUE Processes that upload at the same time, 1 to 64. [4]" in shown
+    assert "--fingerprint VALUE" in shown
 
 
 def test_port_that_is_taken_is_one_clear_line_and_exit_2(watch_dir):
