@@ -11,7 +11,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(DEMO_READY) ## a real crash, from the kernel to an S3 server on this machine, and back
-	@$(BIN)/python demo/demo.py
+	@$(BIN)/python -m demo
 
 run: $(DEMO_READY) ## BUCKET_NAME=b [WATCH_DIR=/core_dumps]: collect this machine's dumps
 	@BUCKET_NAME='$(BUCKET_NAME)' $(BIN)/core-dump-collector run $(WATCH_DIR)

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import isal
+from tests.support import kernel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from bench.cgroup import Group
 
-HELPER = Path(__file__).parent.parent / "helper" / "core-dump-helper"
-ARGUMENTS = "-P%P -p%p -i%I -u%u -g%g -s%s -t%t -c%c -d%d -F%F -h%h -- %e"
 SYSTEMD_STORE = Path("/var/lib/systemd/coredump")
 SYSTEMD_SOCKET = Path("/run/systemd/coredump")
 PYTHON = os.path.realpath(
@@ -94,10 +93,8 @@ class Workshop:
         """The helper, installed as its users have it, with one compressor."""
         program = self.root / "h"
         if not program.exists():
-            text = HELPER.read_text()
-            shutil.copytree(HELPER.with_name("core_dump_helper"), self.root / "core_dump_helper")
-            program.write_text(text.replace(text.splitlines()[0], f"#!{PYTHON} -IS", 1))
-            program.chmod(0o755)
+            kernel.install_helper(self.root, {}, PYTHON)
+            (self.root / kernel.HELPER.name).rename(program)  # a short path: the kernel takes 127 bytes
         name = compressor if buffer_bytes is None else f"{compressor}-{buffer_bytes >> 20}"
         conf = self.root / f"{name}.conf"
         lines = {
@@ -108,15 +105,14 @@ class Workshop:
         }
         if buffer_bytes is not None:
             lines["BUFFER_BYTES"] = buffer_bytes
-        conf.write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
-        conf.chmod(0o600)
+        kernel.write_config(conf, lines)
         command = f"{program} -C{conf}"
         pattern = self.script(f"o-{name}", command + ' "$@"') if self._group else command
         label = f"ours, {compressor}" + ("" if buffer_bytes is None else f", buffer {buffer_bytes >> 20} MiB")
         return Handler(
             label,
-            f"{pattern} {ARGUMENTS}",
-            f"core-dump-helper {ARGUMENTS} with COMPRESSOR={compressor}",
+            f"{pattern} {kernel.ARGUMENTS}",
+            f"core-dump-helper {kernel.ARGUMENTS} with COMPRESSOR={compressor}",
             most_rounds=3 if compressor in {"auto", "isal"} else 1,
         )
 

@@ -10,8 +10,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tests.support.kernel import core_pattern
+
 from bench import victims
-from bench.corepattern import core_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ class Result:
 
     def median(self, what: str) -> float:
         """Return the median of a field."""
-        return statistics.median(getattr(crash, what) for crash in self.crashes)
+        return float(statistics.median(getattr(crash, what) for crash in self.crashes))
 
 
 def take(handler: Handler, what: str, group: Group, workshop: Workshop) -> Crash:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.support.collector import running
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from bench.cgroup import Group
 
 BUCKET = "dumps"
-ROOT = Path(__file__).parent.parent
 
 BOTO3_LOOP = """
 import os, sys, boto3
@@ -114,7 +115,7 @@ def boto3_loop(group: Group, server: S3Server) -> Iterator[Loop]:
 
 
 @dataclass
-class Collector:
+class Uploader:
     """Ours, running."""
 
     process: subprocess.Popen[bytes]
@@ -149,39 +150,17 @@ class Collector:
 @contextlib.contextmanager
 def collector(
     directory: Path, group: Group, server: S3Server, join: str = ":", *, warm: bool = True
-) -> Iterator[Collector]:
+) -> Iterator[Uploader]:
     """Run ours on a directory until it says that it is ready, and through a first few dumps."""
     directory.mkdir(mode=0o700, exist_ok=True)
-    startup = directory.with_suffix(".startup")
-    settings = {
-        "BUCKET_NAME": BUCKET,
-        "NODE_NAME": directory.name,
-        "METRICS_ADDRESS": "127.0.0.1",
-        "METRICS_PORT": "0",
-        "STARTUP_FILE": str(startup),
-        "PYTHONPATH": f"{ROOT}/collector",
-        "LOG_LEVEL": "warning",
-    }
-    line = f"{group.join}; {join}; exec {sys.executable} -m core_dump_collector.cli run {directory}"
+    settings = {"BUCKET_NAME": BUCKET, "NODE_NAME": directory.name, "LOG_LEVEL": "warning"}
+    prefix = ["/bin/sh", "-c", f'{group.join}; {join}; exec "$@"', "sh"]
     begin = time.perf_counter()
-    process = subprocess.Popen(["/bin/sh", "-c", line], env=environ(server) | settings)
-    try:
-        while not (startup.exists() and startup.read_text() == "ready\n"):
-            if process.poll() is not None:
-                raise RuntimeError("the collector did not start")
-            time.sleep(0.005)
-        ours = Collector(process, directory, group, time.perf_counter() - begin)
+    with running(directory, server.environ() | settings, directory.parent, prefix=prefix) as ours:
+        uploader = Uploader(ours.process, directory, group, time.perf_counter() - begin)
         if warm:
-            ours.run(make_dumps(directory.with_suffix(".warm"), 16, 1000))
-        yield ours
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        startup.unlink(missing_ok=True)
+            uploader.run(make_dumps(directory.with_suffix(".warm"), 16, 1000))
+        yield uploader
 
 
 def make_dumps(directory: Path, count: int, size: int) -> list[Path]:

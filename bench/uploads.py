@@ -22,6 +22,7 @@ from bench.uploaders import BUCKET, Run
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mypy_boto3_s3.type_defs import ObjectIdentifierTypeDef
     from tests.support.s3 import S3Server
 
     from bench.cgroup import Group
@@ -44,7 +45,9 @@ class Bench:
         with self.server.client() as client:
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
             for page in pages:
-                keys = [{"Key": item["Key"]} for item in page.get("Contents", [])]
+                keys: list[ObjectIdentifierTypeDef] = [
+                    {"Key": item["Key"]} for item in page.get("Contents", [])
+                ]
                 if keys:
                     client.delete_objects(Bucket=BUCKET, Delete={"Objects": keys})
 
@@ -275,4 +278,4 @@ def versions(server: S3Server) -> dict[str, str]:
 
 def median(runs: list[Run], what: str = "wall") -> float:
     """Return the median of a field."""
-    return statistics.median(getattr(run, what) for run in runs)
+    return float(statistics.median(getattr(run, what) for run in runs))

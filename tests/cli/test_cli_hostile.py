@@ -10,20 +10,16 @@ import subprocess
 import sys
 
 import pytest
+from tests.support import cores
 from tests.support.collector import wait_until
 from tests.support.slow import slow_proxy
 
 CONTROL = "\x1b]0;owned\x07\x1b[31m\u202e"
-HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
-PROGRAM = struct.Struct("<IIQQQQQQ")
 
 
-def elf(size, *, count=1, promised=None):
+def elf(size, *, promised=None):
     """Return a core of one segment that is `size` bytes long, or says so of another length."""
-    head = HEADER.pack(b"\x7fELF\x02\x01\x01".ljust(16, b"\0"), 4, 62, 1, 0, 64, 0, 0, 64, 56, count, 0, 0, 0)
-    length = (size if promised is None else promised) - 4096
-    head += PROGRAM.pack(1, 6, 4096, 0x400000, 0, length, length, 4096)
-    return head.ljust(4096, b"\0") + os.urandom(1000).ljust(size - 4096, b"\0")
+    return cores.simple(os.urandom(1000).ljust(size - 120, b"\0"), promised=promised)
 
 
 def name(number, comm="app"):
@@ -92,7 +88,9 @@ def test_wrong_bytes_are_not_kept(cli, gz, tmp_path):
 
 
 def test_lying_headers_are_refused_with_a_line(cli, gz):
-    cli.put(name(1), gz(elf(8192, count=0xFFFF)))
+    core = bytearray(elf(8192))
+    struct.pack_into("<H", core, 56, 0xFFFF)
+    cli.put(name(1), gz(bytes(core)))
     cli.put(name(2), gz(elf(8192, promised=2**62)))
     cli.put(name(3), b"\x1f\x8bgarbage")
     assert "the number of its segments is not known" in cli.run("info", "1").stdout

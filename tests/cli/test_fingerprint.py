@@ -6,12 +6,12 @@ import contextlib
 import gzip
 import io
 import os
-import struct
 import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.support import cores
 
 from core_dump_collector.fingerprint import fingerprint, fingerprint_of_file
 from core_dump_format.core import read_build_ids, read_core
@@ -20,21 +20,13 @@ from core_dump_format.stream import Forward
 
 EXE, LIB, STACK = 0x5000_0000_0000, 0x7000_0000_0000, 0x7FFF_0000_0000
 BUILD_ID = bytes(range(20))
-
-
-def note(kind, content):
-    return (
-        struct.pack("<III", 5, len(content), kind)
-        + b"CORE\0\0\0\0"
-        + content.ljust(-(-len(content) // 4) * 4, b"\0")
-    )
+SHAPE = cores.Shape()
 
 
 def first_page():
     """Return an ELF header page with a build ID."""
-    told = struct.pack("<III", 4, len(BUILD_ID), 3) + b"GNU\0" + BUILD_ID
-    head = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01", 3, 62, 1, 0, 64, 0, 0, 64, 56, 1, 0, 0, 0)
-    return (head + struct.pack("<IIQQQQQQ", 4, 4, 120, 120, 120, len(told), len(told), 4) + told).ljust(
+    told = SHAPE.note(3, BUILD_ID, owner=b"GNU\0")
+    return (SHAPE.header(count=1, kind=3) + SHAPE.row(cores.PT_NOTE, 4, 120, 120, len(told)) + told).ljust(
         4096, b"\0"
     )
 
@@ -42,26 +34,19 @@ def first_page():
 def core(*, slide=0, pc=0x1234, signal=11, stack=(), fp=0, tid=7, gap=0, exe_path=b"/usr/bin/app"):
     """Return a core of one thread; `slide` moves everything, as address space randomisation does."""
     exe, lib, sp = EXE + slide, LIB + slide, STACK + slide
-    registers = [0] * 27
-    registers[16], registers[19], registers[4] = exe + pc, sp, fp and sp + fp
-    status = struct.pack("<iiihxx", signal, 0, 0, signal) + bytes(16) + struct.pack("<I", tid) + bytes(76)
-    status += struct.pack("<27Q", *registers)
-    files = struct.pack("<QQ", 2, 4096) + struct.pack("<6Q", exe, exe + 0x4000, 0, lib, lib + 0x4000, 0)
-    notes = note(1, status) + note(6, struct.pack("<4Q", 9, exe + 0x1000, 0, 0))
-    notes += note(0x46494C45, files + exe_path + b"\0/usr/lib/libc.so.6\0")
-    notes += note(0x53494749, struct.pack("<iiiiQ", signal, 0, 1, 0, 0))
-    words = b"".join(
-        struct.pack("<Q", {"exe": exe, "lib": lib, "sp": sp, "": 0}[base] + value) for base, value in stack
-    )
+    notes = SHAPE.status(tid, signal, [(16, exe + pc), (19, sp), (4, fp and sp + fp)])
+    notes += SHAPE.note(cores.AUXV, SHAPE.words(9, exe + 0x1000, 0, 0))
+    notes += SHAPE.files((exe, exe + 0x4000, 0, exe_path), (lib, lib + 0x4000, 0, b"/usr/lib/libc.so.6"))
+    notes += SHAPE.note(cores.SIGINFO, SHAPE.ints(signal, 0, 1, 0) + SHAPE.words(0))
+    bases = {"exe": exe, "lib": lib, "sp": sp, "": 0}
+    words = SHAPE.words(*(bases[base] + value for base, value in stack))
     segments = [(exe, first_page(), 5, 0x4000), (lib, b"", 5, 0x4000), (sp, words, 6, 0x10000)]
-    offset = 4096
-    rows = struct.pack("<IIQQQQQQ", 4, 0, 64 + 56 * 4, 0, 0, len(notes), 0, 4)
+    rows = SHAPE.row(cores.PT_NOTE, 0, 64 + 56 * 4, 0, len(notes))
     body = b""
     for address, content, flags, size in segments:
-        rows += struct.pack("<IIQQQQQQ", 1, flags, offset + len(body), address, 0, len(content), size, 4096)
+        rows += SHAPE.row(cores.PT_LOAD, flags, 4096 + len(body), address, len(content), size)
         body += content + (bytes(gap) if flags == 5 else b"")
-    head = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01", 4, 62, 1, 0, 64, 0, 0, 64, 56, 4, 0, 0, 0)
-    return (head + rows + notes).ljust(4096, b"\0") + body
+    return (SHAPE.header(count=4) + rows + notes).ljust(4096, b"\0") + body
 
 
 def of(content, **bounds):

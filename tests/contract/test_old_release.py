@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from tests.cli.conftest import Cli
-from tests.helper.conftest import Station, elf
+from tests.helper.conftest import Station
 from tests.support import s3
 from tests.support.collector import running, wait_until
+from tests.support.cores import simple as elf
 from tests.support.record_release import PARTS_NAME, move_into_the_past
 from tests.support.uploads import MEBIBYTE, connected, send
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import struct
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -12,25 +11,6 @@ from pathlib import Path
 
 import pytest
 from tests.support import kernel
-
-
-def elf(payload=b"", *, wide=True, order="<", promised=None, segments=1):
-    """Return a core file of one class and byte order whose headers promise its length, or another one."""
-    header, entry = (64, 56) if wide else (52, 32)
-    start = header + entry * segments
-    filler = b"" if wide else bytes(12)  # an ELF32 header and the shortest table are longer than 64 bytes
-    held = len(filler + payload) if promised is None else promised - start
-    ident = b"\x7fELF" + bytes([2 if wide else 1, 1 if order == "<" else 2, 1]) + bytes(9)
-    word = "Q" if wide else "I"
-    count = min(segments, 0xFFFF)
-    fields = struct.pack(
-        order + "HHI" + word * 3 + "IHHHHHH", 4, 62, 1, 0, header, 0, 0, header, entry, count, 0, 0, 0
-    )
-    if wide:
-        rows = [struct.pack(order + "IIQQQQQQ", 1, 4, start, 0, 0, held, held, 1)] * segments
-    else:
-        rows = [struct.pack(order + "IIIIIIII", 1, start, 0, 0, held, held, 4, 1)] * segments
-    return ident + fields + b"".join(rows) + filler + payload
 
 
 @dataclass

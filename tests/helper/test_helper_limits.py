@@ -8,8 +8,8 @@ import subprocess
 import threading
 
 import pytest
-from tests.helper.conftest import elf
 from tests.support.collector import wait_until
+from tests.support.cores import simple as elf
 
 from core_dump_collector.node.dumpfile import DumpFile
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from tests.helper.conftest import elf
 from tests.support import kernel
 from tests.support.collector import wait_until
+from tests.support.cores import simple as elf
 
 MIB = 1 << 20
 NOISE = random.Random(1).randbytes(8 * MIB)

@@ -6,7 +6,8 @@ from urllib.parse import unquote_to_bytes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.helper.conftest import elf
+from tests.support.cores import Shape
+from tests.support.cores import simple as elf
 
 from core_dump_helper.core import HEADER_LIMIT, elf_length
 from core_dump_helper.crash import parse_arguments
@@ -72,7 +73,7 @@ def test_any_name_becomes_a_valid_file_name(name):
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("segments", [1, 3, 20000])
 def test_length_is_what_the_program_headers_promise(wide, order, segments):
-    core = elf(b"x" * 5000, wide=wide, order=order, segments=segments)
+    core = elf(b"x" * 5000, shape=Shape(64 if wide else 32, order), segments=segments)
     wanted, length = elf_length(core)
     assert length == len(core)
     assert elf_length(core[: wanted - 1])[1] == 0
@@ -82,7 +83,7 @@ def test_length_is_what_the_program_headers_promise(wide, order, segments):
 @pytest.mark.parametrize("wide", [True, False])
 def test_length_with_more_segments_than_the_header_can_count(wide):
     segments = 70000
-    core = bytearray(elf(b"x" * 5000, wide=wide, segments=segments))
+    core = bytearray(elf(b"x" * 5000, shape=Shape(64 if wide else 32), segments=segments))
     sections = len(core)
     struct.pack_into("<Q" if wide else "<I", core, 40 if wide else 32, sections)
     struct.pack_into("<HH", core, 58 if wide else 46, 64, 1)

@@ -239,18 +239,3 @@ def test_own_configuration_is_named_by_an_option(node):
         finally:
             os.unlink("/var/tmp/cdh.conf")
     assert not node.dump().name.endswith(".gz")
-
-
-def test_pattern_is_restored_even_when_its_owner_is_killed(node):
-    before = kernel.PATTERN.read_text()
-    code = (
-        "import time, tests.support.kernel as k\n"
-        "with k.core_pattern('|/bin/false x'): print('set', flush=True); time.sleep(60)"
-    )
-    owner = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=kernel.HELPER.parents[1]
-    )
-    assert owner.stdout.readline() == b"set\n"
-    owner.kill()
-    owner.communicate()
-    wait_until(lambda: kernel.PATTERN.read_text() == before, 10)

@@ -13,6 +13,8 @@ import urllib.request
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tests.support.cleanup import guarded
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
@@ -83,7 +85,7 @@ class Collector:
     def get(self, path: str) -> str:
         """Return the body of a path of its HTTP server."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
-            return answer.read().decode()
+            return str(answer.read().decode())
 
     def metric(self, name: str) -> float:
         """Return the value of one sample, by its whole name with labels."""
@@ -157,7 +159,7 @@ def running(
     }
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [*prefix, *COMMAND, "run", str(directory), *flags],
+            guarded([*prefix, *COMMAND, "run", str(directory), *flags]),
             env=clean | settings | dict(environ),
             stdout=subprocess.DEVNULL,
             stderr=log,

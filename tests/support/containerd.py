@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support import deploy, s3
+from tests.support import deploy
+from tests.support.cleanup import guarded
 from tests.support.collector import wait_until
 
 PROTOCOL = deploy.ROOT / "tests/deploy/cri.proto"
@@ -99,7 +100,7 @@ def running(directory: Path, sandbox_image: str) -> Iterator[Runtime]:
     config = directory / "config.toml"
     config.write_text(CONFIG.format(directory=directory, sandbox_image=sandbox_image))
     own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    command = s3.guarded([*own, "sh", "-ec", START, "sh", deploy.tool("containerd"), "--config", str(config)])
+    command = guarded([*own, "sh", "-ec", START, "sh", deploy.tool("containerd"), "--config", str(config)])
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,14 +31,19 @@ def tool(name: str) -> str:
     return found
 
 
-def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
+def run(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a program to its end and return what it said; it gets no terminal."""
     texts = [str(word) for word in command]
-    given = {"capture_output": True, "text": True, "timeout": 110, "stdin": subprocess.DEVNULL}
-    return subprocess.run(texts, check=False, **(given | options))  # type: ignore[call-overload]
+    given: dict[str, Any] = {
+        "capture_output": True,
+        "text": True,
+        "timeout": 110,
+        "stdin": subprocess.DEVNULL,
+    }
+    return subprocess.run(texts, check=False, **(given | options))
 
 
-def succeed(*command: object, **options: object) -> str:
+def succeed(*command: object, **options: Any) -> str:
     """Run a program that must succeed; return its standard output."""
     done = run(*command, **options)
     assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}{done.stderr}"

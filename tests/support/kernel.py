@@ -1,7 +1,7 @@
 """Owns crashes through the real kernel: the core pattern, an installed helper, programs that crash.
 
-`kernel.core_pattern` is global to the machine: whoever sets it holds a lock on LOCK, and a guardian process puts
-the old value back and releases the lock even when the test run is killed with SIGKILL.
+`kernel.core_pattern` is global to the machine: whoever sets it holds a lock on LOCK, and a guardian process restores
+the old value and releases the lock even when the program that set it is killed with SIGKILL.
 """
 
 from __future__ import annotations
@@ -10,23 +10,29 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from tests.support.cleanup import guardian
 
 HELPER = Path(__file__).parents[2] / "helper" / "core-dump-helper"
 CRASHER = Path(__file__).with_name("crash.c")
-PATTERN = Path("/proc/sys/kernel/core_pattern")
+KERNEL = Path("/proc/sys/kernel")
+PATTERN = KERNEL / "core_pattern"
 LOCK = Path("/run/lock/core-pattern.lock")
+LOCK_SECONDS = 3600
+"""Longest wait for others on this machine."""
 ARGUMENTS = "-P%P -p%p -i%I -u%u -g%g -s%s -t%t -c%c -d%d -F%F -h%h -- %e"
 PATTERN_LIMIT = 127
-"""The kernel cuts longer patterns without a word."""
-GUARDIAN = """
-import sys
-sys.stdin.buffer.read()
-with open("/proc/sys/kernel/core_pattern", "w") as file:
-    file.write(sys.argv[1] + "\\n")
+"""The kernel cuts longer patterns without an error."""
+RESTORE = """
+for path, value in zip(sys.argv[1::2], sys.argv[2::2]):
+    with open(path, "w") as file:
+        file.write(value)
 """
 
 
@@ -35,25 +41,84 @@ def can_crash() -> bool:
     return os.geteuid() == 0 and os.access(PATTERN, os.W_OK)
 
 
+def to_stderr(text: str) -> None:
+    """Print a line for the people who wait."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
 @contextlib.contextmanager
-def core_pattern(pattern: str) -> Iterator[None]:
-    """Set the core pattern, alone on this machine, and put the old one back whatever happens.
+def untimed() -> Iterator[None]:
+    """Stop the timer of a test's time limit (pytest-timeout uses ITIMER_REAL) during a wait for others."""
+    left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
+
+
+def holder(descriptor: int) -> str:
+    """Describe the process that holds the lock on a file, from /proc/locks (proc(5))."""
+    inode = f":{os.fstat(descriptor).st_ino} "
+    for line in Path("/proc/locks").read_text().splitlines():
+        fields = line.split()
+        if fields[1] == "FLOCK" and inode in line + " ":
+            with contextlib.suppress(OSError):
+                return f"process {fields[4]} ({Path('/proc', fields[4], 'comm').read_text().strip()})"
+    return "another process"
+
+
+@contextlib.contextmanager
+def locked(say: Callable[[str], None] = to_stderr) -> Iterator[int]:
+    """Hold this machine's lock on the core pattern; yield its descriptor.
+
+    The wait for others does not count into the time limit of a test.
 
     Raises:
-        ValueError: the kernel did not take the pattern as it is.
+        TimeoutError: others held it for LOCK_SECONDS.
     """
     LOCK.parent.mkdir(parents=True, exist_ok=True)
     with LOCK.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        command = [sys.executable, "-IS", "-c", GUARDIAN, PATTERN.read_text().rstrip("\n")]
-        keep = (lock.fileno(),)
-        with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=keep, start_new_session=True):
-            if len(pattern.encode()) > PATTERN_LIMIT:
-                raise ValueError(f"{len(pattern)} bytes, the kernel takes {PATTERN_LIMIT}: {pattern}")
-            PATTERN.write_text(pattern + "\n")
-            if PATTERN.read_text() != pattern + "\n":
-                raise ValueError(f"the kernel made {PATTERN.read_text()!r} of {pattern!r}")
-            yield
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{holder(lock.fileno())} uses kernel.core_pattern; waiting until it is free")
+            command = ["flock", "-w", str(LOCK_SECONDS), str(lock.fileno())]
+            with untimed():
+                waited = subprocess.run(command, pass_fds=[lock.fileno()], check=False)
+            if waited.returncode:
+                raise TimeoutError(f"kernel.core_pattern was in use for {LOCK_SECONDS} s: {LOCK}") from None
+        yield lock.fileno()
+
+
+@contextlib.contextmanager
+def core_pattern(
+    pattern: str, pipe_limit: int | None = None, say: Callable[[str], None] = to_stderr
+) -> Iterator[str]:
+    """Set the core pattern, alone on this machine; yield the old one, which every exit path restores.
+
+    Args:
+        pattern: see core(5).
+        pipe_limit: `kernel.core_pipe_limit`, where it matters.
+        say: prints the line that tells whom we wait for.
+
+    Raises:
+        ValueError: the kernel did not take a value as it is.
+        TimeoutError: others used the core pattern all the time.
+    """
+    if len(pattern.encode()) > PATTERN_LIMIT:
+        raise ValueError(f"{len(pattern)} bytes, the kernel takes {PATTERN_LIMIT}: {pattern}")
+    values = {PATTERN: pattern + "\n"}
+    if pipe_limit is not None:
+        values[KERNEL / "core_pipe_limit"] = f"{pipe_limit}\n"
+    with locked(say) as lock:
+        before = [word for path in values for word in (str(path), path.read_text())]
+        with guardian(RESTORE, *before, keep=[lock]):
+            for path, value in values.items():
+                path.write_text(value)
+                if path.read_text() != value:
+                    raise ValueError(f"the kernel made {path.read_text()!r} of {value!r}")
+            yield before[1].rstrip("\n")
 
 
 def write_config(path: Path, settings: Mapping[str, object]) -> Path:
@@ -120,8 +185,10 @@ def crash(
     kind: str = "mixed",
     threads: int = 0,
     before: tuple[str, ...] = (),
-    **options: object,
+    **options: Any,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run the crashing program to its end; `before` is put in front of it (unshare, setpriv, ...)."""
-    command = [*before, program, str(int(signal)), name.hex() or "-", str(megabytes), kind, str(threads)]
-    return subprocess.run(command, capture_output=True, check=False, timeout=60, **options)  # type: ignore[call-overload]
+    command = [*before, str(program), str(int(signal)), name.hex() or "-", str(megabytes), kind, str(threads)]
+    done: subprocess.CompletedProcess[bytes]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=60, **options)
+    return done

@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
 
@@ -31,7 +31,7 @@ APPS = 7
 
 def fleet(
     count: int, nodes: int, template: str, days: float = 30, end: float | None = None
-) -> Iterator[dict]:
+) -> Iterator[dict[str, Any]]:
     """Yield what the sidecars of so many crashes say, oldest first, spread evenly over nodes and days."""
     start = (time.time() if end is None else end) - days * 86400
     for number in range(count):

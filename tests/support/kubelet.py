@@ -151,7 +151,7 @@ class Pod:
 
     def address(self) -> str:
         """Return the pod's IP address."""
-        return self.runtime.call("PodSandboxStatus", pod_sandbox_id=self.sandbox).status.network.ip
+        return str(self.runtime.call("PodSandboxStatus", pod_sandbox_id=self.sandbox).status.network.ip)
 
     def status(self, container: str) -> Any:
         """Return a container's status."""
@@ -159,7 +159,7 @@ class Pod:
 
     def exited(self, container: str) -> bool:
         """Say whether a container has ended."""
-        return self.status(container).state == 2
+        return bool(self.status(container).state == 2)
 
     def said(self, container: str) -> str:
         """Return what a container wrote."""
@@ -170,7 +170,7 @@ class Pod:
         """End a container as a deleted pod's is ended; return its exit code."""
         seconds = self.spec["terminationGracePeriodSeconds"]
         self.runtime.call("StopContainer", container_id=self.containers[container], timeout=seconds)
-        return self.status(container).exit_code
+        return int(self.status(container).exit_code)
 
     def remove(self) -> None:
         """Take the pod off the node."""

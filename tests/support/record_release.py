@@ -142,7 +142,7 @@ def feed(recorder: Recorder, *, whole: bool) -> None:
     kernel.write_config(recorder.scratch / "helper.conf", settings)
     with subprocess.Popen(["/bin/sleep", "60"], cwd="/") as sleeping:
         given = f"-P{sleeping.pid} -p{sleeping.pid} -i{sleeping.pid} -u{uid} -g{uid} -s11 -t1700000000 -d{flag} -hnode"
-        command = [recorder.scratch / "core-dump-helper", *given.split(), "--", name]
+        command = [str(recorder.scratch / "core-dump-helper"), *given.split(), "--", name]
         with subprocess.Popen(command, stdin=subprocess.PIPE, env={}) as helper:
             assert helper.stdin is not None
             helper.stdin.write(core if whole else core + os.urandom(MEBIBYTE // 4))
@@ -287,7 +287,7 @@ def main() -> None:
     """Record one release."""
     tree, out = (Path(word).resolve() for word in sys.argv[1:3])
     out.mkdir(parents=True, exist_ok=True)
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, tree]
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(out), str(tree)]
     subprocess.run(build, check=True)
     (wheel,) = out.glob("*.whl")
     with tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp") as scratch:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import boto3
 from botocore.config import Config
+from tests.support.cleanup import guarded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -130,12 +131,6 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """Kill and reap: SeaweedFS takes seconds for a polite end, and its data is thrown away."""
     process.kill()
     process.wait()
-
-
-def guarded(command: Sequence[str]) -> list[str]:
-    """Make a server die with the test run that started it, even when that is killed."""
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "KILL", *command] if setpriv else list(command)
 
 
 def weed_program() -> str:

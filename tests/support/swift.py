@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.support import s3
+from tests.support.cleanup import guarded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,7 +84,7 @@ def swift(directory: Path) -> Iterator[s3.S3Server]:
     commands.append(["swift-proxy-server", str(_proxy(directory, ports[5], ports[4], tls))])
     with contextlib.ExitStack() as stack:
         log = stack.enter_context((directory / "log").open("ab"))
-        servers = [subprocess.Popen(s3.guarded(command), stdout=log, stderr=log) for command in commands]
+        servers = [subprocess.Popen(guarded(command), stdout=log, stderr=log) for command in commands]
         for server in servers:
             stack.callback(s3.stop, server)
         for server, port in zip(servers, [ports[4], *ports[:4], ports[5]], strict=True):

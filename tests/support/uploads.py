@@ -25,7 +25,7 @@ KEY = f"node-1/{NAME}"
 
 def options(**changes: Any) -> UploadOptions:
     """Return options for tests: parts as small as S3 allows, short timeouts."""
-    values = {
+    values: dict[str, Any] = {
         "bucket_name": "dumps",
         "node_name": "node-1",
         "part_bytes": 5 * MEBIBYTE,

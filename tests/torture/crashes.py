@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MARK = b"TORTURE-MARK-" + b"START::####"
 MASK = 2**64 - 1
 SIGNALS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
-NAMES = (
+NAMES: tuple[bytes, ...] = (
     b"",
     b".",
     b"..",

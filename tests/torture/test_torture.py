@@ -9,7 +9,7 @@ from tests.torture.__main__ import torture
 
 
 @pytest.mark.timeout(180)
-def test_chain_survives_kills_and_faults_at_random():
+def test_chain_survives_kills_and_faults_at_random() -> None:
     if not kernel.can_crash():
         pytest.skip("crashes real processes, needs root: sudo make test")
     with tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp") as directory:
