@@ -58,7 +58,7 @@ def test_metrics_are_served(served):
 
 def serve(address):
     settings = config.load({"bucket_name": "dumps", "metrics_port": "0", "metrics_address": address})
-    return Server(settings, Health(None), CollectorRegistry())
+    return Server(settings, Health(None, observer()), CollectorRegistry())
 
 
 def test_default_address_answers_over_ipv6_and_ipv4():
