@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from core_dump_collector import crashtest, upload
-from core_dump_collector.errors import ConfigError, RetryableError
+from core_dump_collector import crashtest, storecheck
+from core_dump_collector.errors import ConfigError
 from core_dump_collector.node import corepattern
 from core_dump_collector.node.corepattern import Target
+from core_dump_collector.s3.errors import RetryableError
 from core_dump_format.text import printable
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def _ask_helper(helper: HelperCall) -> Iterator[Finding]:
 def _check_store(settings: Settings) -> Finding:
     target = f"s3://{settings.bucket}/{settings.prefix}"
     try:
-        shown = upload.verify_store(settings.upload_options())
+        shown = storecheck.verify_store(settings.upload_options())
     except (ConfigError, RetryableError) as error:
         return Finding(Level.FAIL, f"bucket {target}: {printable(error, 2 * _MOST_LINE)}")
     return Finding(Level.WARN if "WARNING" in shown else Level.GOOD, f"bucket {target}: {shown}")

@@ -77,6 +77,11 @@ class Settings(BaseSettings):
         "when_supported",
         description="`when_required` for S3-compatible stores without checksum trailers (Ceph, Swift).",
     )
+    conditional: Literal["auto", "true", "false"] = Field(
+        "auto",
+        description="Let the store refuse to overwrite objects (`If-None-Match`). `auto`: unless it does not know how; "
+        "`true`: always; `false`: never, keys are looked at instead.",
+    )
     addressing_style: Literal["auto", "path", "virtual"] = Field(
         "auto", description="`path` for S3-compatible stores that do not serve bucket host names."
     )

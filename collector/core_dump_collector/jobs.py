@@ -34,6 +34,8 @@ class RetryReason(StrEnum):
     FORBIDDEN = "forbidden"
     NO_SUCH_BUCKET = "no_such_bucket"
     CHECKSUM = "checksum"
+    UNPROVEN = "unproven"
+    """The store may have the dump, and nothing proves it: the log says which permission or setting would."""
     LOCAL_IO = "local_io"
     WORKER_DIED = "worker_died"
     INTERNAL = "internal"
@@ -41,7 +43,7 @@ class RetryReason(StrEnum):
     @property
     def needs_operator(self) -> bool:
         """True for what no retry mends until somebody changes a policy: retried slowly."""
-        return self in {RetryReason.FORBIDDEN, RetryReason.NO_SUCH_BUCKET}
+        return self in {RetryReason.FORBIDDEN, RetryReason.NO_SUCH_BUCKET, RetryReason.UNPROVEN}
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ class UploadOptions:
     metadata: bool
     fingerprint: bool
     checksum: Literal["when_supported", "when_required"]
+    conditional: Literal["auto", "true", "false"]
     addressing_style: str
     storage_class: str | None
     kms_key_id: str | None

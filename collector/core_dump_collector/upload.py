@@ -6,17 +6,14 @@ they are sent, `s3/store` the requests.
 
 from __future__ import annotations
 
-import contextlib
 import time
 import traceback
-import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError
 
 from core_dump_collector import fingerprint, metadata
-from core_dump_collector.errors import ConfigError, PermanentError, RetryableError
 from core_dump_collector.jobs import (
     Document,
     Job,
@@ -28,11 +25,11 @@ from core_dump_collector.jobs import (
     UploadResult,
 )
 from core_dump_collector.node import dumpfile
-from core_dump_collector.s3 import classify, parts, record
+from core_dump_collector.s3 import classify, documents, parts, record
 from core_dump_collector.s3.client import make_client
-from core_dump_collector.s3.store import Store, TakenError, UnconditionalStoreError
+from core_dump_collector.s3.errors import PermanentError, RetryableError
+from core_dump_collector.s3.store import Store
 from core_dump_collector.s3.transfer import Transfer
-from core_dump_format.advice import ADVICE
 from core_dump_format.attributes import SALVAGED
 from core_dump_format.keys import build_key
 from core_dump_format.text import printable
@@ -50,12 +47,8 @@ _OUTCOME_OF_UNFIT = {
     dumpfile.Unfit.BUSY: Outcome.BUSY,
     dumpfile.Unfit.REFUSED: Outcome.REFUSED,
 }
-_ADVICE = {
-    RetryReason.FORBIDDEN: "allow s3:PutObject on it (docs/iam.md has the policy)",
-    RetryReason.NO_SUCH_BUCKET: "create it, or correct BUCKET_NAME, AWS_REGION or AWS_ENDPOINT_URL_S3",
-    RetryReason.NETWORK: ADVICE["EndpointConnectionError"],
-    RetryReason.CREDENTIALS: "give this process credentials as boto3 expects them, and check the clock",
-}
+_NEW_CLIENT = frozenset({RetryReason.CREDENTIALS, RetryReason.UNPROVEN})
+"""The next job makes a new client, which reads credentials again. A refused HEAD may be due to expired ones."""
 
 
 class Worker:
@@ -107,8 +100,8 @@ class Worker:
     def _explain(self, error: Exception) -> tuple[RetryReason, str]:
         match error:
             case RetryableError():
-                if error.reason == RetryReason.CREDENTIALS:
-                    self.close()  # whatever renews them, files or environment, is read again
+                if error.reason in _NEW_CLIENT:
+                    self.close()
                 return error.reason, printable(str(error))
             case OSError():
                 return RetryReason.LOCAL_IO, printable(error.strerror or str(error))
@@ -122,7 +115,7 @@ class Worker:
         key = f"{self._options.prefix}{self._options.node_name}/{document.name.rpartition('/')[2]}"
         try:
             rendered = metadata.render_record(document, key, self._options)
-            self.open_store().put_document(key, rendered)
+            documents.put(self.open_store(), key, rendered)
         except PermanentError as error:
             raise RetryableError(RetryReason.SERVER, str(error)) from error
         return RecordResult(document.name)
@@ -156,64 +149,20 @@ class Worker:
             if options.metadata:
                 crash = _fingerprint(dump) if options.fingerprint else {}
                 rendered = metadata.render(facts, stored, options.bucket, crash)
-                store.put_document(stored.key + ".json", rendered)
+                documents.put(store, stored.key + ".json", rendered)
         except PermanentError as error:
             name = dump.quarantine()
             return _result(dump, facts, Outcome.QUARANTINED, f"{error}; moved to quarantine/{name}")
-        return _delete(dump, facts, stored, outcome)
+        return _delete(dump, facts, stored, outcome, transfer.note)
 
 
-def _delete(dump: DumpFile, facts: Facts, stored: StoredObject, outcome: Outcome) -> UploadResult:
+def _delete(dump: DumpFile, facts: Facts, stored: StoredObject, outcome: Outcome, note: str) -> UploadResult:
     """Delete the local file: the store has it."""
     if not dump.is_unchanged():
         record.clear(dump)
         raise RetryableError(RetryReason.LOCAL_IO, "the file was written to while it was uploaded")
-    detail = "" if dump.unlink() else "somebody else deleted or replaced the file in the meantime"
+    detail = note if dump.unlink() else "somebody else deleted or replaced the file in the meantime"
     return _result(dump, facts, outcome, detail, stored)
-
-
-def verify_store(options: UploadOptions) -> str:
-    """Store a probe object, try to store it again, and delete it; return what that has shown.
-
-    Raises:
-        ConfigError: the probe failed; the message says what to do.
-    """
-    with contextlib.closing(Worker(options)) as worker:
-        return _verify(worker.open_store(), options)
-
-
-def _verify(store: Store, options: UploadOptions) -> str:
-    key = f"{options.prefix}{options.node_name}/.check-{uuid.uuid4()}"
-    document = b'{"written by": "core-dump-collector check"}\n'
-    try:
-        store.put_probe(key, document)
-        kept = _second_probe(store, key, document)
-    except UnconditionalStoreError:
-        store.put_probe(key, document)
-        kept = "the store does not know If-None-Match: keys are looked at before they are written"
-    except PermanentError as error:
-        raise ConfigError(str(error)) from error
-    except RetryableError as error:
-        raise ConfigError(f"{error}: {_advice(error)}") from error
-    deleted = "and deleted" if store.delete(key) else f"and stays ({key}: deleting is not allowed)"
-    return f"a probe object was stored {deleted}; {kept}"
-
-
-def _advice(error: RetryableError) -> str:
-    """Return what to do, by the store's code or botocore's exception where they say more than our reason."""
-    cause = error.__cause__
-    code = classify.code_of(cause) if isinstance(cause, ClientError) else type(cause).__name__
-    return ADVICE.get(code) or _ADVICE.get(
-        error.reason, "try again; if it stays, ask those who run the store"
-    )
-
-
-def _second_probe(store: Store, key: str, document: bytes) -> str:
-    try:
-        store.put_probe(key, document)
-    except TakenError:
-        return "a second one under its key was refused"
-    return "WARNING: the store ignores If-None-Match, so a dump may replace another of the same key"
 
 
 def _fingerprint(dump: DumpFile) -> dict[str, str]:

@@ -33,3 +33,12 @@ def test_workers_load_nothing_that_only_the_daemon_needs():
     )
     assert "botocore" in done.stdout.split()
     assert not {"pydantic", "structlog", "prometheus_client"} & set(done.stdout.split())
+
+
+def test_daemon_loads_nothing_that_only_workers_need():
+    script = "import sys, core_dump_collector.daemon, core_dump_collector.s3.errors; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "core_dump_collector.pool" in done.stdout.split()
+    assert not {"botocore", "boto3", "isal"} & set(done.stdout.split())

@@ -179,6 +179,7 @@ LOST = {
 
 
 @pytest.mark.usefixtures("_connected")
+@pytest.mark.parametrize("keys", [s3.ADMIN], ids=[""])
 @pytest.mark.parametrize("lost", LOST.values(), ids=LOST.keys())
 @SIZES
 def test_a_success_whose_answer_is_lost_is_recognised_and_stored_once(proxy, bucket, dump, size, lost):
@@ -191,6 +192,34 @@ def test_a_success_whose_answer_is_lost_is_recognised_and_stored_once(proxy, buc
         assert dump.path.exists()
         assert settle(proxy, dump).outcome == Outcome.ALREADY_STORED
     only_this_is_stored(bucket, dump)
+
+
+@pytest.mark.parametrize("lost", LOST.values(), ids=LOST.keys())
+@SIZES
+def test_a_lost_answer_deletes_nothing_where_nobody_may_look(seaweed, proxy, bucket, dump, size, lost):
+    with connected(seaweed.environ(s3.WRITER), AWS_ENDPOINT_URL_S3=proxy.endpoint):
+        marks = [
+            f"http-request set-var(txn.visible) bool(true) if {condition}" for condition in MAKES_VISIBLE
+        ]
+        proxy.start(*marks, lost)
+        assert send(dump(size), read_timeout_seconds=1).outcome == Outcome.RETRY
+        proxy.start()
+        disconnect()
+        assert_unproven(send(dump.path), dump)
+        proxy.start("http-request deny if { method PUT POST }")
+        disconnect()
+        assert_unproven(send(dump.path), dump)  # it looks, and does not send again
+    assert set(s3.keys_in(bucket)) == {KEY}
+    with connected(seaweed.environ()):
+        assert send(dump.path).outcome == Outcome.ALREADY_STORED
+    only_this_is_stored(bucket, dump)
+
+
+def assert_unproven(result, dump):
+    """Check that the file stays, and that the message names the permission that would help."""
+    assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.UNPROVEN)
+    assert "s3:GetObject" in result.detail
+    assert dump.path.read_bytes() == dump.content
 
 
 @pytest.mark.usefixtures("_connected")
@@ -207,13 +236,16 @@ def test_a_lost_answer_does_not_hide_a_collision(proxy, bucket, dump, size):
     assert s3.unfinished_multiparts(bucket) == []
 
 
+WRONG_CRC32 = (
+    "http-response set-header x-amz-checksum-crc32 AAAAAA== if { res.hdr(x-amz-checksum-crc32) -m found }"
+)
+
+
 @pytest.mark.usefixtures("_connected")
+@pytest.mark.parametrize("keys", [s3.ADMIN], ids=[""])
 @SIZES
-def test_another_checksum_in_the_answer_keeps_the_file(proxy, bucket, dump, size):
-    wrong = (
-        "http-response set-header x-amz-checksum-crc32 AAAAAA== if { res.hdr(x-amz-checksum-crc32) -m found }"
-    )
-    proxy.start(wrong)
+def test_another_checksum_in_every_answer_keeps_the_file(proxy, bucket, dump, size):
+    proxy.start(WRONG_CRC32)
     result = send(dump(size))
     assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.CHECKSUM)
     assert dump.path.read_bytes() == dump.content
@@ -223,14 +255,36 @@ def test_another_checksum_in_the_answer_keeps_the_file(proxy, bucket, dump, size
 
 
 @pytest.mark.usefixtures("_connected")
-def test_another_md5_where_there_is_no_checksum_keeps_the_file(proxy, bucket, dump):
-    proxy.start(
-        "http-response del-header x-amz-checksum-crc32", f'http-response set-header ETag "{"0" * 32}"'
-    )
-    result = send(dump(SMALL))
-    assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.CHECKSUM)
-    assert dump.path.exists()
-    settle(proxy, dump)
+@pytest.mark.parametrize("keys", [s3.WRITER], ids=[""])
+def test_another_checksum_where_nobody_may_look_keeps_the_file_and_lays_no_copy(seaweed, proxy, bucket, dump):
+    proxy.start(WRONG_CRC32)
+    dump(SMALL)
+    for _ in range(3):
+        assert_unproven(send(dump.path), dump)
+    assert set(s3.keys_in(bucket)) == {KEY}
+    with connected(seaweed.environ()):
+        assert send(dump.path).outcome == Outcome.ALREADY_STORED
+    only_this_is_stored(bucket, dump)
+
+
+FOREIGN_ETAG = (
+    "http-response del-header x-amz-checksum-crc32",
+    f'http-response set-header ETag "{"0" * 32}" if {{ method PUT HEAD }}',
+)
+
+
+@pytest.mark.usefixtures("_connected")
+def test_an_etag_that_only_looks_like_an_md5_proves_nothing_and_lays_no_copy(seaweed, proxy, bucket, dump):
+    proxy.start(*FOREIGN_ETAG)
+    dump(SMALL)
+    for _ in range(3):
+        result = send(dump.path)
+        assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.UNPROVEN)
+    assert dump.path.read_bytes() == dump.content
+    assert set(s3.keys_in(bucket)) == {KEY}
+    with connected(seaweed.environ()):
+        assert send(dump.path).outcome == Outcome.ALREADY_STORED
+    only_this_is_stored(bucket, dump)
 
 
 @pytest.mark.usefixtures("_connected")

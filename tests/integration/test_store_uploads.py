@@ -9,10 +9,11 @@ import pytest
 from tests.support import s3
 from tests.support.uploads import KEY, MEBIBYTE, NAME, connected, options, send
 
-from core_dump_collector import metadata, upload
-from core_dump_collector.errors import ConfigError, RetryableError
+from core_dump_collector import metadata, storecheck
+from core_dump_collector.errors import ConfigError
 from core_dump_collector.jobs import Outcome, RetryReason
 from core_dump_collector.s3 import parts
+from core_dump_collector.s3.errors import RetryableError
 from core_dump_format.crc32 import encode_crc32
 
 RAW = NAME.removesuffix(".gz")
@@ -266,13 +267,13 @@ def test_a_directory_without_attributes_loses_metadata_and_not_the_dump(bucket, 
 
 @pytest.mark.usefixtures("_admin")
 def test_the_check_leaves_nothing_behind(bucket):
-    assert "refused" in upload.verify_store(options())
+    assert "refused" in storecheck.verify_store(options())
     assert s3.keys_in(bucket) == {}
 
 
 def test_the_check_works_for_an_identity_that_may_only_write(seaweed, bucket):
     with connected(seaweed.environ(s3.WRITER)):
-        assert "refused" in upload.verify_store(options())
+        assert "refused" in storecheck.verify_store(options())
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,7 @@ def test_the_check_works_for_an_identity_that_may_only_write(seaweed, bucket):
 )
 def test_the_check_says_what_to_do(seaweed, keys, changes, said):
     with connected(seaweed.environ(keys)), pytest.raises(ConfigError, match=said) as raised:
-        upload.verify_store(options(**changes))
+        storecheck.verify_store(options(**changes))
     assert "\n" not in str(raised.value)
 
 
@@ -295,5 +296,5 @@ def test_the_check_tells_an_unreachable_store_from_a_wrong_setting():
         connected(keys | {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}),
         pytest.raises(RetryableError) as raised,
     ):
-        upload.verify_store(options())
+        storecheck.verify_store(options())
     assert raised.value.reason == RetryReason.NETWORK

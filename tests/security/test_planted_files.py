@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from tests.support import s3
@@ -16,6 +17,8 @@ from tests.support.uploads import KEY, MEBIBYTE, NAME, connected, send
 from core_dump_collector.jobs import Outcome, RetryReason
 from core_dump_collector.node import dumpfile, scan
 from core_dump_collector.node.dumpfile import DumpFile
+from core_dump_collector.s3.errors import RetryableError
+from core_dump_collector.s3.store import Store
 from core_dump_format.attributes import ATTRIBUTE_PREFIX, UPLOAD_RECORD, read_attributes
 
 SOMEBODY = 12345
@@ -78,14 +81,26 @@ def test_record_of_our_own_is_believed_where_only_root_writes(bucket, watch_dir)
 
 
 @pytest.mark.usefixtures("_connected")
-def test_raw_core_of_an_ordinary_user_is_resumed_from_its_parts(bucket, shared_dir):
+@pytest.mark.parametrize("change", [{}, {"key": "node-1/another.gz"}, {"modified_ns": 1}])
+def test_forged_record_aborts_and_resumes_no_upload(bucket, shared_dir, change):
+    """The upload id in a planted record may be that of another dump, on another node."""
     content = os.urandom(12 * MEBIBYTE)
     path = plant(shared_dir, content)
-    begun = bucket.create_multipart_upload(Bucket=s3.BUCKET, Key=KEY)["UploadId"]
-    bucket.upload_part(Bucket=s3.BUCKET, Key=KEY, UploadId=begun, PartNumber=1, Body=content[: 5 * MEBIBYTE])
-    record(path, "sending", b"", upload_id=begun)
+    key = change.get("key", "node-2/of-another.gz")
+    begun = bucket.create_multipart_upload(Bucket=s3.BUCKET, Key=key)["UploadId"]
+    bucket.upload_part(Bucket=s3.BUCKET, Key=key, UploadId=begun, PartNumber=1, Body=content[: 5 * MEBIBYTE])
+    record(path, "sending", b"", **({"key": key, "upload_id": begun} | change))
     assert send(path).outcome == Outcome.UPLOADED
     assert s3.body_of(bucket, KEY) == content
+    assert s3.unfinished_multiparts(bucket) == [key]
+
+
+@pytest.mark.usefixtures("_connected")
+def test_failed_upload_of_an_ordinary_users_core_leaves_no_parts(bucket, shared_dir, monkeypatch):
+    path = plant(shared_dir, os.urandom(12 * MEBIBYTE))
+    gone = RetryableError(RetryReason.NETWORK, "gone")
+    monkeypatch.setattr(Store, "complete", mock.Mock(side_effect=gone))
+    assert send(path).outcome == Outcome.RETRY
     assert s3.unfinished_multiparts(bucket) == []
 
 

@@ -9,7 +9,7 @@ from unittest import mock
 
 from core_dump_collector.config import Settings
 from core_dump_collector.jobs import Document, Job, RecordResult, UploadResult
-from core_dump_collector.s3 import multipart
+from core_dump_collector.s3 import tries
 from core_dump_collector.upload import Worker
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def connected(variables: Mapping[str, str], **more: str) -> Iterator[None]:
     isolation = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull}
     with (
         mock.patch.dict(os.environ, kept | isolation | dict(variables) | more, clear=True),
-        mock.patch.object(multipart, "FIRST_PAUSE_SECONDS", 0.02),
+        mock.patch.object(tries, "FIRST_PAUSE_SECONDS", 0.02),
     ):
         disconnect()
         try:

@@ -21,8 +21,8 @@ from botocore.exceptions import (
     TokenRetrievalError,
 )
 
-from core_dump_collector.errors import PermanentError, RetryableError
 from core_dump_collector.jobs import RetryReason
+from core_dump_collector.s3.errors import PermanentError, RetryableError
 from core_dump_format.text import printable
 
 _MOST_DETAIL = 200
@@ -68,6 +68,11 @@ def status_of(error: ClientError) -> int:
 def code_of(error: ClientError) -> str:
     """Return the error code."""
     return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def is_known(code: str) -> bool:
+    """Tell whether an error code has a meaning of its own."""
+    return code in REASON_OF_CODE or code in REFUSED_FOR_GOOD
 
 
 def translate(error: ClientError | BotoCoreError) -> RetryableError | PermanentError:

@@ -1,4 +1,4 @@
-"""Owns the multipart upload of one object: begin or resume, send parts side by side, complete, prove.
+"""Owns the multipart upload of one object: send parts side by side, complete, and what the parts make.
 
 Parts that the store already has are not sent again: their checksum is compared with what would be sent, so a
 resumed upload is as sound as a fresh one. What fails for a reason that can pass is left in the store to be resumed.
@@ -7,40 +7,36 @@ resumed upload is as sound as a fresh one. What fails for a reason that can pass
 from __future__ import annotations
 
 import hashlib
-import random
-import re
-import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from isal import isal_zlib
 
-from core_dump_collector.errors import RetryableError
 from core_dump_collector.jobs import RetryReason
+from core_dump_collector.s3 import tries
 from core_dump_collector.s3.client import SENDERS
-from core_dump_collector.s3.store import ConflictError, Store, StoredPart, TakenError, etag_of
+from core_dump_collector.s3.errors import ConflictError, RetryableError, TakenError
+from core_dump_collector.s3.verdict import Content, Found, Seen, compare
 from core_dump_format.crc32 import encode_crc32
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from core_dump_collector.s3.parts import Part
-
-PART_TRIES = 4
-FIRST_PAUSE_SECONDS = 0.2
-_TRANSIENT = frozenset({RetryReason.NETWORK, RetryReason.SERVER, RetryReason.THROTTLED})
-_MD5 = re.compile(r"[0-9a-f]{32}")
+    from core_dump_collector.s3.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class SentPart:
-    """A part that the store has taken."""
+    """A part that the store has accepted."""
 
     number: int
     size_bytes: int
     crc32: int
     etag: str
+    proven: bool
+    """The store has shown the checksum or the MD5 of this part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +59,27 @@ class Whole:
         return crc
 
     @property
-    def composite_crc32(self) -> str:
+    def content(self) -> Content:
+        """Return what identifies the object."""
+        if len(self.parts) == 1:  # then it was sent with one request
+            return Content(self.size_bytes, self.crc32, lambda: self.parts[0].etag)
+        return Content(self.size_bytes, self.crc32, self._etag, self._composite_crc32)
+
+    def _composite_crc32(self) -> str:
         """Return what stores without full-object checksums report: the checksum of the checksums."""
         joined = b"".join(part.crc32.to_bytes(4, "big") for part in self.parts)
         return f"{encode_crc32(isal_zlib.crc32(joined))}-{len(self.parts)}"
 
-    @property
-    def etag(self) -> str | None:
-        """Return the ETag of most stores, the MD5 of the parts' MD5s; None when theirs are no MD5s."""
-        etags = [part.etag.strip('"').lower() for part in self.parts]
-        if not all(_MD5.fullmatch(etag) for etag in etags):
+    def _etag(self) -> str | None:
+        """Return the ETag of most stores, the MD5 of the parts' MD5s.
+
+        It ties the object to its parts, so it proves as much as is proven of them: None if one is not.
+        """
+        md5s = [Found(None, None, part.etag).md5 for part in self.parts if part.proven]
+        if len(md5s) < len(self.parts) or not all(md5 and "-" not in md5 for md5 in md5s):
             return None
-        joined = b"".join(bytes.fromhex(etag) for etag in etags)
-        return f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{len(etags)}"
+        joined = b"".join(bytes.fromhex(str(md5)) for md5 in md5s)
+        return f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{len(self.parts)}"
 
     def listed(self, *, with_checksums: bool) -> list[dict[str, Any]]:
         """Return the list that CompleteMultipartUpload takes."""
@@ -85,15 +89,9 @@ class Whole:
                 item["ChecksumCRC32"] = encode_crc32(part.crc32)
         return items
 
-    def is_matched_by(self, crc32: str | None, etag: str) -> bool | None:
-        """Tell whether a checksum or ETag that a store reports is this object's; None when neither says."""
-        if crc32 is not None:
-            return crc32 == (self.composite_crc32 if "-" in crc32 else encode_crc32(self.crc32))
-        return etag.strip('"').lower() == self.etag or None
-
 
 def send_parts(
-    store: Store, key: str, upload_id: str, parts: Iterator[Part], have: dict[int, StoredPart]
+    store: Store, key: str, upload_id: str, parts: Iterator[Part], have: dict[int, Found]
 ) -> Whole:
     """Send what the store has not, SENDERS at a time.
 
@@ -125,69 +123,70 @@ def _collect(under_way: set[Future[SentPart]]) -> list[SentPart]:
     return [future.result() for future in done]
 
 
-def _settle_part(store: Store, key: str, upload_id: str, part: Part, have: StoredPart | None) -> SentPart:
+def describe(parts: Iterable[Part]) -> Whole:
+    """Return what the parts would make, from the dump alone."""
+    described = []
+    for part in parts:
+        try:
+            described.append(SentPart(part.number, part.size_bytes, part.crc32(), part.md5(), proven=True))
+        finally:
+            part.release()
+    return Whole(tuple(described))
+
+
+def _settle_part(store: Store, key: str, upload_id: str, part: Part, have: Found | None) -> SentPart:
     """Make sure that the store has a part."""
     try:
-        crc32 = part.crc32()
-        if have is not None and _is_same(part, crc32, have):
-            etag = have.etag
-        else:
-            etag = _put_part(store, key, upload_id, part, crc32)
-        return SentPart(part.number, part.size_bytes, crc32, etag)
+        content = Content(part.size_bytes, part.crc32(), part.md5)
+        if have is not None and compare(have, content) is Seen.SAME:
+            return SentPart(part.number, part.size_bytes, content.crc32, have.etag, proven=True)
+        return _put_part(store, key, upload_id, part, content)
     finally:
         part.release()
 
 
-def _put_part(store: Store, key: str, upload_id: str, part: Part, crc32: int) -> str:
-    """Send a part; sending it twice does no harm, so what can pass is tried again at once."""
-    for attempt in range(PART_TRIES - 1):
+def _put_part(store: Store, key: str, upload_id: str, part: Part, content: Content) -> SentPart:
+    """Send a part. Sending it twice does no harm, so what can pass is tried again at once."""
+    for number in range(tries.TRIES - 1):
         try:
-            return store.put_part(key, upload_id, part, crc32)
+            return _put_part_once(store, key, upload_id, part, content)
         except RetryableError as error:
-            if error.reason not in _TRANSIENT | {RetryReason.CHECKSUM}:
+            if error.reason not in tries.TRANSIENT | {RetryReason.CHECKSUM}:
                 raise
-        _pause(attempt)
-    return store.put_part(key, upload_id, part, crc32)
+        tries.pause(number)
+    return _put_part_once(store, key, upload_id, part, content)
 
 
-def _is_same(part: Part, crc32: int, have: StoredPart) -> bool:
-    if have.size_bytes != part.size_bytes:
-        return False
-    if have.crc32 is not None:
-        return have.crc32 == encode_crc32(crc32)
-    return have.etag.strip('"').lower() == part.md5()
+def _put_part_once(store: Store, key: str, upload_id: str, part: Part, content: Content) -> SentPart:
+    found = store.put_part(key, upload_id, part, content.crc32)
+    seen = compare(found, content)
+    if seen is Seen.OTHER:
+        raise RetryableError(RetryReason.CHECKSUM, "the store reports another CRC32 than was sent")
+    return SentPart(part.number, part.size_bytes, content.crc32, found.etag, proven=seen is Seen.SAME)
 
 
-def complete(store: Store, key: str, upload_id: str, whole: Whole) -> bool:
-    """Make the object visible; tell whether the answer proves that it is whole.
+def complete(store: Store, key: str, upload_id: str, whole: Whole, *, conditional: bool) -> Found:
+    """Make the object visible; return what the response says of it.
 
-    A lost answer is asked for again: the store then repeats it, or says that the upload is gone or the key taken.
+    After a lost response the request is repeated: the store then repeats its response, or says that the upload is
+    gone or the key taken.
 
     Raises:
-        TakenError: `by_us` when a request before may have done it.
-        GoneError, ConflictError, UnconditionalStoreError, RetryableError, PermanentError
+        TakenError: `by_us` when an earlier request of this call may have done it.
+        GoneError, ConflictError, ConditionRefusedError, RetryableError, PermanentError
     """
-    listed = whole.listed(with_checksums=store.sends_checksums)
+    listed, content = whole.listed(with_checksums=store.sends_checksums), whole.content
     unknown = False
-    for attempt in range(PART_TRIES):
+    for number in range(tries.TRIES):
         try:
-            answer = store.complete(key, upload_id, listed, crc32=whole.crc32, size_bytes=whole.size_bytes)
-            matched = whole.is_matched_by(answer.get("ChecksumCRC32"), etag_of(answer))
-            break
+            return store.complete(key, upload_id, listed, content, conditional=conditional)
         except ConflictError:
             raise
         except TakenError as error:
             raise TakenError(by_us=unknown) from error
         except RetryableError as error:
             unknown = unknown or error.outcome_unknown
-            if error.reason not in _TRANSIENT or attempt == PART_TRIES - 1:
+            if error.reason not in tries.TRANSIENT or number == tries.TRIES - 1:
                 raise RetryableError(error.reason, str(error), outcome_unknown=unknown) from error
-        _pause(attempt)
-    if matched is False:
-        raise RetryableError(RetryReason.CHECKSUM, "the store reports another checksum for the whole object")
-    return matched is True
-
-
-def _pause(attempt: int) -> None:
-    """Wait briefly before the next try; longer waiting is the backlog's, which blocks nobody."""
-    time.sleep(FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311  jitter
+        tries.pause(number)
+    raise AssertionError("the last try returns or raises")

@@ -1,4 +1,4 @@
-"""Owns the requests to S3: one method for each, its parameters, and what its answer proves.
+"""Owns the requests to S3: one method for each, its parameters, and what its response says.
 
 Retries of botocore are off: a retry inside it would meet the object that the first try stored and call it a
 collision. Every checksum goes in a header and is known before the body is sent, so no store needs trailers.
@@ -9,15 +9,24 @@ from __future__ import annotations
 import re
 import urllib.parse
 import zlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from core_dump_collector.errors import RetryableError
 from core_dump_collector.jobs import RetryReason
-from core_dump_collector.s3 import classify
+from core_dump_collector.s3 import classify, tries
+from core_dump_collector.s3.condition import Condition
+from core_dump_collector.s3.errors import (
+    ConditionRefusedError,
+    ConflictError,
+    GoneError,
+    HeadRefusedError,
+    RetryableError,
+    StoreError,
+    TakenError,
+)
 from core_dump_collector.s3.smallbody import SmallPut
+from core_dump_collector.s3.verdict import Content, Found
 from core_dump_format.crc32 import encode_crc32
 
 if TYPE_CHECKING:
@@ -28,53 +37,8 @@ if TYPE_CHECKING:
     from core_dump_collector.options import UploadOptions
     from core_dump_collector.s3.parts import Part
 
-_MD5 = re.compile(r"[0-9a-f]{32}")
 _UPLOAD_ID = re.compile(r"[\x21-\x7e]{1,512}")
 _MOST_LIST_PAGES = 20
-
-
-class TakenError(Exception):
-    """The key is taken: If-None-Match was not fulfilled (412)."""
-
-    def __init__(self, *, by_us: bool = False) -> None:
-        """Say whether a request of ours just before, its outcome unknown, may have taken it."""
-        super().__init__("the key is taken")
-        self.by_us = by_us
-
-
-class ConflictError(RetryableError):
-    """Another conditional request for the key was under way (409): a multipart upload has to begin anew."""
-
-    def __init__(self) -> None:
-        """Call it the store's."""
-        super().__init__(RetryReason.SERVER, "409 ConditionalRequestConflict: the key is being written to")
-
-
-class UnconditionalStoreError(Exception):
-    """The store does not know If-None-Match (501, or 412 for the header itself)."""
-
-
-class GoneError(Exception):
-    """The multipart upload does not exist any more: completed, aborted or expired."""
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What lies under a key."""
-
-    size_bytes: int
-    crc32: str | None
-    """As S3 writes it; with `-N` for a checksum of the checksums of N parts."""
-    etag: str
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPart:
-    """A part that the store has."""
-
-    etag: str
-    crc32: str | None
-    size_bytes: int
 
 
 class Store:
@@ -86,8 +50,7 @@ class Store:
         self._put_small = SmallPut(client)
         self._bucket = options.bucket
         self.sends_checksums = options.checksum == "when_supported"
-        self.conditional = True
-        """Whether the store knows If-None-Match, as far as we have seen."""
+        self.condition = Condition(options.conditional)
         owner = options.expected_bucket_owner
         self._owner: dict[str, Any] = {"ExpectedBucketOwner": owner} if owner else {}
         self._object = self._object_parameters(options)
@@ -103,24 +66,27 @@ class Store:
             parameters["Tagging"] = urllib.parse.urlencode(options.object_tags)
         return parameters
 
-    def put(self, key: str, part: Part, crc32: int, headers: Mapping[str, Any]) -> bool:
-        """Store a whole object with one request; tell whether the answer proves that it arrived whole.
+    def put(
+        self, key: str, part: Part, crc32: int, headers: Mapping[str, Any], *, conditional: bool
+    ) -> Found:
+        """Store a whole object with one request; return what the response says of it.
 
         Raises:
-            TakenError, UnconditionalStoreError, RetryableError, PermanentError
+            TakenError, ConditionRefusedError, RetryableError, PermanentError
         """
         body = part.body()
-        answer = self._call(
-            self._put_small if isinstance(body, bytes) else self._client.put_object,
-            part,
-            Key=key,
-            Body=body,
-            **self._checksum(crc32),
-            **self._condition(),
-            **self._object,
-            **headers,
+        return _found(
+            self._call(
+                self._put_small if isinstance(body, bytes) else self._client.put_object,
+                part,
+                Key=key,
+                Body=body,
+                **self._checksum(crc32),
+                **_condition(conditional),
+                **self._object,
+                **headers,
+            )
         )
-        return self._is_proven(answer, part, crc32)
 
     def create_multipart(self, key: str, headers: Mapping[str, Any]) -> str:
         """Begin a multipart upload and return its id."""
@@ -134,63 +100,86 @@ class Store:
             raise RetryableError(RetryReason.SERVER, "the store gave a multipart upload an unusable id")
         return upload_id
 
-    def put_part(self, key: str, upload_id: str, part: Part, crc32: int) -> str:
-        """Send a part and return its ETag.
+    def put_part(self, key: str, upload_id: str, part: Part, crc32: int) -> Found:
+        """Send a part; return what the response says of it.
 
         Raises:
             GoneError, RetryableError, PermanentError
         """
-        answer = self._call(
-            self._client.upload_part,
-            part,
-            Key=key,
-            UploadId=upload_id,
-            PartNumber=part.number,
-            Body=part.body(),
-            **self._checksum(crc32),
+        return _found(
+            self._call(
+                self._client.upload_part,
+                part,
+                Key=key,
+                UploadId=upload_id,
+                PartNumber=part.number,
+                Body=part.body(),
+                **self._checksum(crc32),
+            )
         )
-        self._is_proven(answer, part, crc32)
-        return str(answer["ETag"])
 
-    def list_parts(self, key: str, upload_id: str) -> dict[int, StoredPart]:
+    def list_parts(self, key: str, upload_id: str) -> dict[int, Found]:
         """Return the parts that the store has, by number.
 
         Raises:
             GoneError, RetryableError, PermanentError
         """
-        parts: dict[int, StoredPart] = {}
+        parts: dict[int, Found] = {}
         marker = 0
         for _ in range(_MOST_LIST_PAGES):
             call = self._client.list_parts
             page = self._call(call, None, Key=key, UploadId=upload_id, PartNumberMarker=marker)
             for part in page.get("Parts", []):
-                etag = str(part["ETag"])
-                parts[part["PartNumber"]] = StoredPart(etag, part.get("ChecksumCRC32"), part["Size"])
+                found = Found(part["Size"], part.get("ChecksumCRC32"), str(part["ETag"]))
+                parts[part["PartNumber"]] = found
             following = page.get("NextPartNumberMarker", 0)
             if not page.get("IsTruncated") or following <= marker:
                 break
             marker = following
         return parts
 
-    def complete(
-        self, key: str, upload_id: str, parts: list[dict[str, Any]], *, crc32: int, size_bytes: int
-    ) -> dict[str, Any]:
-        """Make the object of the parts; the answer is for the caller to check.
+    def find_uploads(self, key: str) -> list[str] | None:
+        """Return the ids of the unfinished multipart uploads of a key, newest first; None if that is not allowed.
 
         Raises:
-            TakenError, UnconditionalStoreError, GoneError, RetryableError, PermanentError
+            RetryableError: no response to rely on.
+        """
+        try:
+            page = self._call(self._client.list_multipart_uploads, None, Prefix=key, MaxUploads=1000)
+        except RetryableError as error:
+            if error.reason != RetryReason.FORBIDDEN:
+                raise
+            return None
+        uploads = [item for item in page.get("Uploads", []) if item.get("Key") == key]
+        uploads.sort(key=lambda item: str(item.get("Initiated", "")), reverse=True)
+        return [item["UploadId"] for item in uploads if _UPLOAD_ID.fullmatch(str(item.get("UploadId", "")))]
+
+    def complete(
+        self, key: str, upload_id: str, parts: list[dict[str, Any]], content: Content, *, conditional: bool
+    ) -> Found:
+        """Make the object of the parts; return what the response says of it.
+
+        Raises:
+            TakenError, ConditionRefusedError, GoneError, RetryableError, PermanentError
         """
         checksum: dict[str, Any] = {}
         if self.sends_checksums:
-            checksum = {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": size_bytes, **self._checksum(crc32)}
-        call = self._client.complete_multipart_upload
-        listed = {"Parts": parts}
-        return self._call(
-            call, None, Key=key, UploadId=upload_id, MultipartUpload=listed, **checksum, **self._condition()
+            checksum = {"ChecksumType": "FULL_OBJECT", "MpuObjectSize": content.size_bytes}
+            checksum |= self._checksum(content.crc32)
+        return _found(
+            self._call(
+                self._client.complete_multipart_upload,
+                None,
+                Key=key,
+                UploadId=upload_id,
+                MultipartUpload={"Parts": parts},
+                **checksum,
+                **_condition(conditional),
+            )
         )
 
     def abort(self, key: str, upload_id: str) -> None:
-        """Give a multipart upload up, if the store lets us; a lifecycle rule does it otherwise."""
+        """Abort a multipart upload, if the store allows it; a lifecycle rule does it otherwise."""
         try:
             self._client.abort_multipart_upload(
                 Bucket=self._bucket, Key=key, UploadId=upload_id, **self._owner
@@ -199,12 +188,22 @@ class Store:
             return
 
     def look(self, key: str) -> Found | None:
-        """Return what lies under a key, None when nothing does.
+        """Return what HEAD says of the object under a key, None if there is none. What can pass is tried again.
 
         Raises:
-            PermissionError: we may not look, which is normal for an identity that may only write.
-            RetryableError: no answer to rely on.
+            HeadRefusedError: normal for an identity that may only write.
+            RetryableError: no response to rely on.
         """
+        for number in range(tries.TRIES - 1):
+            try:
+                return self._look_once(key)
+            except RetryableError as error:
+                if error.reason not in tries.TRANSIENT:
+                    raise
+            tries.pause(number)
+        return self._look_once(key)
+
+    def _look_once(self, key: str) -> Found | None:
         try:
             answer = self._client.head_object(
                 Bucket=self._bucket, Key=key, ChecksumMode="ENABLED", **self._owner
@@ -213,42 +212,22 @@ class Store:
             status = classify.status_of(error)
             if status == 404:  # noqa: PLR2004
                 return None
-            if 400 <= status < 500:  # noqa: PLR2004  a HEAD has no body: 403 is all that it says
-                raise PermissionError(status) from error
+            if 400 <= status < 500 and status not in {408, 429}:  # noqa: PLR2004  a HEAD has no body to say more
+                raise HeadRefusedError(status) from error
             raise classify.translate(error) from error
         except BotoCoreError as error:
             raise classify.translate(error) from error
         return Found(answer["ContentLength"], answer.get("ChecksumCRC32"), str(answer.get("ETag", "")))
 
-    def put_document(self, key: str, document: bytes) -> None:
-        """Store a small JSON document; one that is there already is ours and stays.
+    def put_document(self, key: str, document: bytes, *, conditional: bool) -> Found:
+        """Store a small JSON document; return what the response says of it.
 
         Raises:
-            RetryableError, PermanentError
+            TakenError, ConditionRefusedError, RetryableError, PermanentError
         """
-        try:
-            self._put_document(key, document)
-        except UnconditionalStoreError:
-            self._put_document(key, document)
-        except TakenError:
-            return
-
-    def put_probe(self, key: str, document: bytes) -> None:
-        """Store a document on the condition that the key is free.
-
-        Raises:
-            TakenError, UnconditionalStoreError, RetryableError, PermanentError
-        """
-        self._put_document(key, document)
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
-
-    def _put_document(self, key: str, document: bytes) -> None:
-        headers = {"ContentType": "application/json", **self._condition(), **self._object}
+        headers = {"ContentType": "application/json", **_condition(conditional), **self._object}
         checksum = self._checksum(zlib.crc32(document))
-        etag_of(self._call(self._put_small, None, Key=key, Body=document, **checksum, **headers))
+        return _found(self._call(self._put_small, None, Key=key, Body=document, **checksum, **headers))
 
     def delete(self, key: str) -> bool:
         """Delete an object; False when that is not allowed."""
@@ -258,11 +237,12 @@ class Store:
             return False
         return True
 
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
     def _checksum(self, crc32: int) -> dict[str, str]:
         return {"ChecksumCRC32": encode_crc32(crc32)} if self.sends_checksums else {}
-
-    def _condition(self) -> dict[str, str]:
-        return {"IfNoneMatch": "*"} if self.conditional else {}
 
     def _call(self, call: Callable[..., Any], part: Part | None, **parameters: Any) -> dict[str, Any]:  # noqa: ANN401
         try:
@@ -273,49 +253,50 @@ class Store:
             if part is not None and part.error is not None:
                 raise part.error from error
             raise classify.translate(error) from error
+        if "IfNoneMatch" in parameters:
+            self.condition.succeed()
         return answer
 
     def _explain(self, error: ClientError, parameters: Mapping[str, Any]) -> Exception:
-        status, code = classify.status_of(error), classify.code_of(error)
         if "IfNoneMatch" in parameters:
-            if status == 412 and code == "PreconditionFailed":  # noqa: PLR2004
-                return TakenError()
-            if status == 501 or (status == 412 and code == "InvalidRequest"):  # noqa: PLR2004  Swift says both
-                self.conditional = False
-                return UnconditionalStoreError()
-            if code == "ConditionalRequestConflict":
-                return ConflictError()
-        if code == "NoSuchUpload":
-            return GoneError()
-        return classify.translate(error)
+            explained = self._explain_condition(error)
+            if explained is not None:
+                return explained
+        return GoneError() if classify.code_of(error) == "NoSuchUpload" else classify.translate(error)
 
-    def _is_proven(self, answer: Mapping[str, Any], part: Part, crc32: int) -> bool:
-        """Compare what the store says it got with what was sent; False when its answer says neither.
-
-        Raises:
-            RetryableError: it got something else, or this is not the answer of a store.
-        """
-        etag = etag_of(answer)
-        told = answer.get("ChecksumCRC32")
-        if told is not None:
-            if told != encode_crc32(crc32):
-                raise RetryableError(RetryReason.CHECKSUM, "the store reports another CRC32 than was sent")
-            return True
-        encrypted = str(answer.get("ServerSideEncryption", "AES256")) != "AES256"  # then an ETag is no MD5
-        if encrypted or not _MD5.fullmatch(etag):
-            return False
-        if etag != part.md5():
-            raise RetryableError(RetryReason.CHECKSUM, "the store reports another MD5 than was sent")
-        return True
+    def _explain_condition(self, error: ClientError) -> StoreError | None:
+        """Return what an error means for a conditional request; None if it has nothing to do with the condition."""
+        status, code = classify.status_of(error), classify.code_of(error)
+        if status == 412 and code in {"PreconditionFailed", "412"}:  # noqa: PLR2004  the code if there is no body
+            self.condition.succeed()
+            return TakenError()
+        if status == 409:  # noqa: PLR2004
+            refused = self.condition.conflict()
+            return ConditionRefusedError(_shown(error)) if refused else ConflictError(_shown(error))
+        unknown_400 = status == 400 and not classify.is_known(code)  # noqa: PLR2004
+        if status in {412, 501} or unknown_400:
+            if self.condition.mode == "true":
+                detail = f"{_shown(error)}; if the store refuses If-None-Match, set CONDITIONAL=auto"
+                return RetryableError(RetryReason.FORBIDDEN, detail)
+            return ConditionRefusedError(_shown(error))
+        return None
 
 
-def etag_of(answer: Mapping[str, Any]) -> str:
-    """Return the bare ETag of an answer, lower-case.
+def _found(answer: Mapping[str, Any]) -> Found:
+    """Return what a response says of the object.
 
     Raises:
-        RetryableError: there is none, so it is not a store that has answered; a proxy's log-in page, say.
+        RetryableError: it has no ETag, so it is not a store's; a proxy's log-in page, perhaps.
     """
-    etag = str(answer.get("ETag", "")).strip('"').lower()
-    if not etag:
-        raise RetryableError(RetryReason.SERVER, "the answer has no ETag", outcome_unknown=True)
-    return etag
+    etag = str(answer.get("ETag", ""))
+    if not etag.strip('"'):
+        raise RetryableError(RetryReason.SERVER, "the response has no ETag", outcome_unknown=True)
+    return Found(None, answer.get("ChecksumCRC32"), etag)
+
+
+def _condition(conditional: bool) -> dict[str, str]:  # noqa: FBT001  one parameter
+    return {"IfNoneMatch": "*"} if conditional else {}
+
+
+def _shown(error: ClientError) -> str:
+    return str(classify.translate(error))

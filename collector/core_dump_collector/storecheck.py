@@ -1,0 +1,93 @@
+"""Owns the store's part of `core-dump-collector check`: a probe object, stored as a dump is, and its result."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from typing import TYPE_CHECKING
+
+from botocore.exceptions import ClientError
+
+from core_dump_collector.errors import ConfigError
+from core_dump_collector.jobs import RetryReason
+from core_dump_collector.s3 import classify, documents
+from core_dump_collector.s3.errors import (
+    ConditionRefusedError,
+    PermanentError,
+    RetryableError,
+    TakenError,
+    UnprovenError,
+)
+from core_dump_collector.upload import Worker
+from core_dump_format.advice import ADVICE
+
+if TYPE_CHECKING:
+    from core_dump_collector.options import UploadOptions
+    from core_dump_collector.s3.store import Store
+
+_PROBE = b'{"written by": "core-dump-collector check"}\n'
+_ADVICE = {
+    RetryReason.FORBIDDEN: "allow s3:PutObject on it (docs/iam.md has the policy)",
+    RetryReason.NO_SUCH_BUCKET: "create it, or correct BUCKET_NAME, AWS_REGION or AWS_ENDPOINT_URL_S3",
+    RetryReason.NETWORK: ADVICE["EndpointConnectionError"],
+    RetryReason.CREDENTIALS: "give this process credentials as boto3 expects them, and check the clock",
+}
+_NOT_LISTED = (
+    "; unfinished multipart uploads cannot be listed (s3:ListBucketMultipartUploads), so a lifecycle rule "
+    "(AbortIncompleteMultipartUpload) has to remove those of a collector that was killed"
+)
+
+
+def verify_store(options: UploadOptions) -> str:
+    """Store a probe object with proof, try to store it again, and delete it; return what that has shown.
+
+    Raises:
+        ConfigError: the probe failed; the message says what to do.
+    """
+    key = f"{options.prefix}{options.node_name}/.check-{uuid.uuid4()}"
+    with contextlib.closing(Worker(options)) as worker:
+        try:
+            return _verify(worker.open_store(), key)
+        except PermanentError as error:
+            raise ConfigError(str(error)) from error
+        except UnprovenError as error:
+            raise ConfigError(f"{error}; until then no dump is deleted from the node") from error
+        except RetryableError as error:
+            raise ConfigError(f"{error}: {_advice(error)}") from error
+
+
+def _verify(store: Store, key: str) -> str:
+    try:
+        kept = _probe(store, key)
+        listed = "" if store.find_uploads(key) is not None else _NOT_LISTED
+    finally:
+        deleted = store.delete(key)
+    left = "and deleted" if deleted else f"and stays ({key}: deleting is not allowed)"
+    return f"a probe object was stored {left}; {kept}{listed}"
+
+
+def _probe(store: Store, key: str) -> str:
+    """Store an object with proof, and again; return what the second request has shown."""
+    if not store.condition.is_used:
+        documents.put(store, key, _PROBE)
+        return "CONDITIONAL=false: keys are looked at before they are written"
+    try:
+        found = store.put_document(key, _PROBE, conditional=True)
+    except ConditionRefusedError:
+        documents.put(store, key, _PROBE)
+        return "the store does not know If-None-Match: keys are looked at before they are written"
+    documents.prove(store, key, _PROBE, found)
+    try:
+        store.put_document(key, _PROBE, conditional=True)
+    except TakenError:
+        return "a second one under its key was refused"
+    return "WARNING: the store ignores If-None-Match, so a dump may replace another of the same key"
+
+
+def _advice(error: RetryableError) -> str:
+    """Return what to do, by the store's code or botocore's exception where they say more than our reason."""
+    cause = error.__cause__
+    code = classify.code_of(cause) if isinstance(cause, ClientError) else type(cause).__name__
+    return ADVICE.get(code) or _ADVICE.get(
+        error.reason, "try again; if it stays, ask those who run the store"
+    )
