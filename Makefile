@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 DEMO_READY := $(VENV)/.demo-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: deploy-tools help demo run test test-swift test-large check format torture bench docs wheel clean packages
+.PHONY: deploy-tools help demo picture run test test-swift test-large check format torture bench docs wheel clean packages
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,9 @@ demo: $(DEMO_READY) ## a real crash, from the kernel to an S3 server on this mac
 
 run: $(DEMO_READY) ## BUCKET_NAME=b [WATCH_DIR=/core_dumps]: collect this machine's dumps
 	@BUCKET_NAME='$(BUCKET_NAME)' $(BIN)/core-dump-collector run $(WATCH_DIR)
+
+picture: $(READY) packages ## the terminal picture of the README, from real crashes
+	@$(BIN)/python -m demo.picture
 
 test: $(READY) packages ## every test tier; kernel tests need root
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
