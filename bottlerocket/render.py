@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Print user data for a Bottlerocket node: a TOML of this folder with its bootstrap script put in.
+"""Print user data for a Bottlerocket node: a TOML file of this folder, completed with its bootstrap script.
 
-usage: bottlerocket/render.py {file,dd,socket} > user-data.toml      (Python 3.11, no packages)
+usage: bottlerocket/render.py {dd,file} > user-data.toml      (Python 3.11, no packages)
 """
 
 from __future__ import annotations
@@ -12,22 +12,27 @@ import sys
 import tomllib
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
+WAYS = ("dd", "file")
+NO_SOCKET = (
+    "socket cannot be used: the collector receives no dumps from a socket, and the kernel loses every dump that no "
+    "program receives; use dd or file"
+)
 PATTERN_LIMIT = 127
-"""Bytes that the kernel keeps of kernel.core_pattern (core(5)); the rest is cut without a word."""
+"""Bytes of kernel.core_pattern that the kernel keeps (core(5)); it cuts longer patterns without an error."""
 
 
 def script(way: str) -> str:
-    """Return the bootstrap script for one way, in base64."""
+    """Return the bootstrap script for one way, encoded in base64."""
     with open(os.path.join(FOLDER, "bootstrap", "prepare.sh"), encoding="utf-8") as file:
         first, rest = file.read().split("\n", 1)
     return base64.b64encode(f"{first}\nset -- {way}\n{rest}".encode()).decode()
 
 
 def render(name: str) -> str:
-    """Return the whole TOML.
+    """Return the complete TOML text.
 
     Raises:
-        ValueError: it is no TOML, or its pattern is one that the kernel or the node would spoil.
+        ValueError: the text is not TOML, or the kernel or the node would change its pattern.
     """
     with open(os.path.join(FOLDER, f"{name}.toml"), encoding="utf-8") as file:
         text = file.read()
@@ -39,18 +44,22 @@ def render(name: str) -> str:
         )
     if '"' in pattern or "\\" in pattern:
         raise ValueError(
-            f"{name}.toml: the node's own template takes neither quotes nor backslashes in the pattern"
+            f"{name}.toml: the pattern holds quotes or backslashes, which the node's own template cannot write"
         )
     return text
 
 
 def main() -> int:
-    """Run as the command line says."""
-    if len(sys.argv) != 2 or sys.argv[1] not in {"file", "dd", "socket"}:  # noqa: PLR2004
+    """Print the user data that the command line asks for; return the exit code."""
+    way = sys.argv[1] if len(sys.argv) == 2 else ""  # noqa: PLR2004
+    if way == "socket":
+        sys.stderr.write(NO_SOCKET + "\n")
+        return 1
+    if way not in WAYS:
         sys.stderr.write(__doc__ or "")
         return 2
     try:
-        sys.stdout.write(render(sys.argv[1]))
+        sys.stdout.write(render(way))
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 1

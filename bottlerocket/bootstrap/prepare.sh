@@ -1,22 +1,36 @@
 #!/bin/sh
-# Makes the directory for core dumps on a Bottlerocket node; a failure stops the boot (essential = true) and says why.
-# file: anybody may create a file, nobody may list or touch another's (1733). dd: root alone (0700).
+# Prepares the directory for core dumps on a Bottlerocket node: /var/core_dumps, root's alone for dd (0700), or open to
+# every process that creates files but lists none for file (1733). Repairs a wrong owner or mode, moves away a file that
+# has the name, and says so. Anything else is an error, which stops the boot (essential = true).
 set -eu
 way=${1:-${CORE_DUMP_WAY:-dd}}
 root=${CORE_DUMP_ROOT:-/.bottlerocket/rootfs}
 directory=$root/var/core_dumps
 
-fail() { echo "core-dumps bootstrap: $*" >&2; exit 1; }
+say() { echo "core-dumps bootstrap: $*"; }
+fail() { say "$*" >&2; exit 1; }
+state() { stat -c '%a %u %g' "$directory"; }
 case $way in
 file) mode=1733 ;;
-dd) mode=0700 ;;
+dd) mode=700 ;;
 *) fail "way '$way': must be file or dd" ;;
 esac
 [ -d "$root/var" ] && [ ! -h "$root/var" ] || fail "$root/var is not a directory: not a bootstrap container?"
-[ ! -h "$directory" ] || fail "$directory is a symbolic link"
-mkdir -p "$directory" || fail "cannot create $directory"
+[ ! -h "$directory" ] || fail "$directory is a symbolic link: remove it, or make it a directory"
+if [ -e "$directory" ] && [ ! -d "$directory" ]; then
+    mv "$directory" "$directory.moved-$(date +%s)" || fail "$directory is not a directory and cannot be moved away"
+    say "moved a file away that was at $directory"
+fi
+if [ ! -d "$directory" ]; then
+    mkdir "$directory" || fail "cannot create $directory"
+    before="$mode 0 0"
+else
+    before=$(state)
+fi
+# A numeric mode leaves the set-group-ID bit of a directory alone (chmod(1)): it is cleared by name.
 chown 0:0 "$directory" || fail "cannot give $directory to root"
+chmod a-s "$directory" || fail "cannot clear the set-ID bits of $directory"
 chmod "$mode" "$directory" || fail "cannot set mode $mode of $directory"
-found=$(stat -c '%a %u %g' "$directory")
-[ "$found" = "${mode#0} 0 0" ] || fail "$directory has $found in place of ${mode#0} 0 0"
-echo "core-dumps bootstrap: $directory is ready for $way"
+[ "$(state)" = "$mode 0 0" ] || fail "$directory has $(state) instead of $mode 0 0 (mode, owner, group)"
+[ "$before" = "$mode 0 0" ] || say "repaired $directory: it had $before (mode, owner, group)"
+say "$directory is ready for $way"
