@@ -26,7 +26,7 @@ check: $(READY) ## lint, types, oldest Python of the helper
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/vermin -q --no-tips --violations -t=3.7- helper/core_dump_helper format/core_dump_format
+	$(BIN)/vermin -q --no-tips --violations -t=3.7- helper/core_dump_helper format/core_dump_format sysctl/core_dump_setup
 
 format: $(READY) ## format and mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -13,7 +13,7 @@ from core_dump_collector.config import Settings
 
 SYSCTL = deploy.ROOT / "sysctl"
 UNIT = SYSCTL / "core-dump-collector.service"
-SOURCES = ("helper", "sysctl")
+SOURCES = ("helper", "sysctl", "format")
 PROGRAM = "usr/libexec/core-dump-handler"
 MODULE = "core_dump_helper/handler.py"
 BOOT_FILE = "etc/sysctl.d/69-core-dump.conf"

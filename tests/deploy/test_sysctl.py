@@ -1,10 +1,11 @@
-"""install.sh and uninstall.sh, below a scratch root and on this machine's kernel."""
+"""install.sh and uninstall.sh below a scratch root: what they make, keep, refuse and remove."""
 
 from __future__ import annotations
 
 import os
-import shutil
+import re
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,17 @@ from tests.support import deploy, kernel
 from core_dump_helper.settings import Settings
 
 SYSCTL = deploy.ROOT / "sysctl"
-PACKAGE = deploy.ROOT / "helper/core_dump_helper"
+PACKAGES = [deploy.ROOT / name for name in deploy.PACKAGES]
 PROGRAM = Path("/usr/libexec/core-dump-handler/core-dump-helper")
-BOOT_FILE = Path("/etc/sysctl.d/69-core-dump.conf")
-WATCH_DIR = Path("/core_dumps")
 OURS = deploy.sysctl_values(SYSCTL / "69-core-dump.conf")["kernel.core_pattern"]
+CONFIGURATION = {
+    "etc/core-dump-handler/helper.conf": "helper.conf",
+    "etc/sysctl.d/69-core-dump.conf": "69-core-dump.conf",
+    "etc/tmpfiles.d/core-dump-handler.conf": "tmpfiles.conf",
+    "etc/security/limits.d/69-core-dump.conf": "limits.conf",
+}
+SYSTEMD = "kernel.core_pattern=|/usr/lib/systemd/systemd-coredump %P %u %g %s %t %c %h %d %F %I\n"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes owners, needs root: sudo make test")
-
-
-def pattern():
-    return deploy.PATTERN.read_text().rstrip("\n")
 
 
 def tree(root):
@@ -34,22 +36,23 @@ def tree(root):
     return found
 
 
-@pytest.fixture
-def host():
-    """This machine without us, its core pattern `core` and ours alone; left as it was."""
-    if not kernel.can_crash():
-        pytest.skip("sets kernel.core_pattern, needs root: sudo make test")
-    taken = [str(path) for path in (PROGRAM, BOOT_FILE, WATCH_DIR) if path.exists()]
-    if taken:
-        pytest.skip(f"{', '.join(taken)} exists: this machine uses what the test would install")
-    with kernel.core_pattern("core"):
-        try:
-            yield
-        finally:
-            for leftover in WATCH_DIR.glob("core*"):
-                leftover.unlink()
-            deploy.run(SYSCTL / "uninstall.sh", "--purge")
-            assert not any(path.exists() for path in (PROGRAM, BOOT_FILE, WATCH_DIR, PROGRAM.parent))
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def install(root, *options):
+    return deploy.succeed(SYSCTL / "install.sh", "--root", root, *options)
+
+
+def refused(root, *options):
+    """Run an installation that must fail and change nothing; return what it said."""
+    before = tree(root)
+    done = deploy.run(SYSCTL / "install.sh", "--root", root, *options)
+    assert done.returncode == 1, done.stdout
+    assert tree(root) == before
+    return done.stderr
 
 
 def test_pattern_fits_into_the_kernels_limit():
@@ -67,21 +70,34 @@ def test_helper_conf_shows_every_setting_with_its_default():
 
 @needs_root
 def test_scratch_root_gets_every_file_with_its_mode(tmp_path):
-    deploy.succeed(SYSCTL / "install.sh", "--root", tmp_path)
+    install(tmp_path)
     files = {path: stat.S_IMODE(mode) for path, (mode, _) in tree(tmp_path).items() if stat.S_ISREG(mode)}
-    modules = {path: files.pop(path) for path in list(files) if "/core_dump_helper/" in path}
+    modules = {path: files.pop(path) for path in list(files) if re.search("/core_dump_[a-z]+/", path)}
     assert set(modules.values()) == {0o644}
-    assert {Path(path).name for path in modules} == {path.name for path in PACKAGE.glob("*.py")}
+    assert {path.split("/", 4)[4] for path in modules} == {
+        f"{package.name}/{path.name}" for package in PACKAGES for path in package.glob("*.py")
+    }
     assert files == {
         "usr/libexec/core-dump-handler/core-dump-helper": 0o755,
         "usr/libexec/core-dump-handler/core-dump-setup": 0o755,
         "usr/share/core-dump-handler/69-core-dump.conf": 0o644,
-        "etc/core-dump-handler/helper.conf": 0o644,
-        "etc/sysctl.d/69-core-dump.conf": 0o644,
-        "etc/tmpfiles.d/core-dump-handler.conf": 0o644,
-        "etc/security/limits.d/69-core-dump.conf": 0o644,
+        "var/lib/core-dump-handler/installed-files": 0o644,
+        **dict.fromkeys(CONFIGURATION, 0o644),
     }
     assert stat.S_IMODE((tmp_path / "core_dumps").stat().st_mode) == 0o700
+
+
+@needs_root
+def test_installed_programs_start_with_the_modules_of_their_release_alone(tmp_path):
+    install(tmp_path)
+    for name, argument in (("core-dump-helper", "--version"), ("core-dump-setup", "--help")):
+        deploy.succeed("/usr/bin/python3", "-IS", tmp_path / str(PROGRAM.with_name(name))[1:], argument)
+    code = "import sys; sys.path[:] = [p for p in sys.path if 'site' not in p] + [sys.argv[1]]; "
+    code += (
+        "import core_dump_format.elf, core_dump_format.names, core_dump_format.gzip, core_dump_format.keys"
+    )
+    (release,) = tmp_path.glob("usr/libexec/core-dump-handler/[0-9]*-*")
+    deploy.succeed("/usr/bin/python3", "-ISB", "-c", code, release)
 
 
 @needs_root
@@ -89,44 +105,97 @@ def test_second_installation_changes_nothing(tmp_path):
     def inodes():
         return {path: path.stat().st_ino for path in tmp_path.rglob("*")}
 
-    deploy.succeed(SYSCTL / "install.sh", "--root", tmp_path)
+    install(tmp_path)
     before, content = inodes(), tree(tmp_path)
-    deploy.succeed(SYSCTL / "install.sh", "--root", tmp_path)
+    install(tmp_path)
     assert (inodes(), tree(tmp_path)) == (before, content)
 
 
 @needs_root
-def test_configuration_of_the_operator_survives_upgrade_and_removal(tmp_path):
-    deploy.succeed(SYSCTL / "install.sh", "--root", tmp_path)
-    conf = tmp_path / "etc/core-dump-handler/helper.conf"
-    conf.write_text("LEVEL=3\n")
-    deploy.succeed(SYSCTL / "install.sh", "--root", tmp_path)
+@pytest.mark.parametrize("path", CONFIGURATION)
+def test_edited_configuration_is_kept_and_the_new_version_put_beside_it(tmp_path, path):
+    install(tmp_path)
+    shipped = (tmp_path / path).read_text()
+    (tmp_path / path).write_text(shipped + "# edited\n")
+    said = install(tmp_path)
+    assert f"kept {tmp_path / path}, which was edited" in said
+    assert (tmp_path / path).read_text() == shipped + "# edited\n"
+    assert (tmp_path / f"{path}.dist").read_text() == shipped
+    (tmp_path / path).write_text(shipped)
+    install(tmp_path)
+    assert not (tmp_path / f"{path}.dist").exists()
+
+
+@needs_root
+@pytest.mark.parametrize("path", CONFIGURATION)
+def test_configuration_that_nobody_edited_is_upgraded(tmp_path, path):
+    source = deploy.checkout(tmp_path / "checkout")
+    root = tmp_path / "root"
+    deploy.succeed(source / "sysctl/install.sh", "--root", root)
+    with (source / "sysctl" / CONFIGURATION[path]).open("a") as file:
+        file.write("# a later version\n")
+    deploy.succeed(source / "sysctl/install.sh", "--root", root)
+    assert (root / path).read_text().endswith("# a later version\n")
+    assert not (root / f"{path}.dist").exists()
+
+
+@needs_root
+def test_configuration_that_an_operator_turned_off_by_a_link_stays_off(tmp_path):
+    off = tmp_path / "etc/security/limits.d/69-core-dump.conf"
+    off.parent.mkdir(parents=True)
+    off.symlink_to("/dev/null")
+    assert "which was edited" in install(tmp_path)
+    assert off.readlink() == Path("/dev/null")
+
+
+@needs_root
+def test_boot_sets_what_the_edited_file_says_or_the_installation_stops(tmp_path):
+    install(tmp_path)
+    boot = tmp_path / "etc/sysctl.d/69-core-dump.conf"
+    boot.write_text(boot.read_text().replace("core_pipe_limit=0", "core_pipe_limit=16"))
+    install(tmp_path)
+    boot.write_text("kernel.core_pattern=|/bin/false\n")
+    assert "does not start the helper" in refused(tmp_path)
+
+
+@needs_root
+def test_removal_keeps_edited_files_where_nothing_reads_them(tmp_path):
+    install(tmp_path)
+    for path in CONFIGURATION:
+        with (tmp_path / path).open("a") as file:
+            file.write("# edited\n")
     deploy.succeed(SYSCTL / "uninstall.sh", "--root", tmp_path)
     left = [path for path, (mode, _) in tree(tmp_path).items() if stat.S_ISREG(mode)]
-    assert left == ["etc/core-dump-handler/helper.conf"]
-    assert conf.read_text() == "LEVEL=3\n"
+    kept = [path if path.endswith("helper.conf") else f"{path}.save" for path in sorted(CONFIGURATION)]
+    assert left == kept
+    assert all((tmp_path / path).read_text().endswith("# edited\n") for path in left)
+    install(tmp_path)
+    deploy.succeed(SYSCTL / "uninstall.sh", "--root", tmp_path, "--purge")
+    assert [path for path, (mode, _) in tree(tmp_path).items() if stat.S_ISREG(mode)] == []
 
 
 @needs_root
 def test_running_helper_keeps_its_file_when_a_new_version_is_installed(tmp_path):
-    source = tmp_path / "checkout"
-    shutil.copytree(SYSCTL, source / "sysctl")
-    shutil.copytree(deploy.ROOT / "helper", source / "helper")
+    source = deploy.checkout(tmp_path / "checkout")
     root = tmp_path / "root"
     deploy.succeed(source / "sysctl/install.sh", "--root", root)
     launcher = root / str(PROGRAM)[1:]
     (module,) = launcher.parent.glob("*/core_dump_helper/handler.py")
     old = module.read_text()
+    os.utime(module.parents[1], (0, 0))
     with launcher.open() as running:
         with (source / "helper/core_dump_helper/handler.py").open("a") as new:
             new.write("# a later version\n")
         deploy.succeed(source / "sysctl/install.sh", "--root", root)
         assert running.read() != launcher.read_text()
-    assert module.read_text() == old, "a release is never written to"
+    assert module.read_text() == old, (
+        "a release is never written to, and stays for who was just started from it"
+    )
     (release,) = {path.parents[1] for path in launcher.parent.glob("*/core_dump_helper/handler.py")} - {
         module.parents[1]
     }
-    assert f'RELEASE = "{release.name}"\n' in launcher.read_text()
+    for program in (launcher, launcher.with_name("core-dump-setup")):
+        assert f'RELEASE = "{release.name}"\n' in program.read_text()
     assert (release / "core_dump_helper/handler.py").read_text().endswith("# a later version\n")
     assert list(launcher.parent.rglob("*.new*")) == []
     os.utime(module.parents[1], (0, 0))
@@ -135,10 +204,35 @@ def test_running_helper_keeps_its_file_when_a_new_version_is_installed(tmp_path)
 
 
 @needs_root
+@pytest.mark.parametrize("what", ["launcher", "module", "compiled module", "folder"])
+def test_program_that_others_could_change_is_replaced(tmp_path, what):
+    install(tmp_path)
+    launcher = tmp_path / str(PROGRAM)[1:]
+    (release,) = launcher.parent.glob("[0-9]*-*")
+    compiled = release / "core_dump_helper/__pycache__/handler.cpython-37.pyc"
+    compiled.parent.mkdir()
+    compiled.write_bytes(b"planted")
+    target = {
+        "launcher": launcher,
+        "module": release / "core_dump_helper/handler.py",
+        "compiled module": compiled,
+        "folder": release / "core_dump_helper",
+    }[what]
+    before = target.stat().st_ino
+    os.chown(target, 1234, 1234)
+    target.chmod(0o777)
+    install(tmp_path)
+    name = re.search('^RELEASE = "(.*)"$', launcher.read_text(), re.MULTILINE)[1]
+    used = [launcher, launcher.parent / name, *(launcher.parent / name).rglob("*")]
+    status = [path.stat() for path in used]
+    assert {(found.st_uid, found.st_mode & 0o022) for found in status} == {(0, 0)}
+    assert before not in [found.st_ino for found in status], "whoever holds it open must not change what runs"
+    assert (what == "launcher") == (compiled in used)
+
+
+@needs_root
 def test_pattern_that_the_kernel_would_cut_is_refused(tmp_path):
-    source = tmp_path / "checkout"
-    shutil.copytree(SYSCTL, source / "sysctl")
-    shutil.copytree(deploy.ROOT / "helper", source / "helper")
+    source = deploy.checkout(tmp_path / "checkout")
     conf = source / "sysctl/69-core-dump.conf"
     conf.write_text(conf.read_text().replace(" -- %e\n", " -Cxxxxxxxxxxxxxxxxxx -- %e\n"))
     done = deploy.run(source / "sysctl/install.sh", "--root", tmp_path / "root")
@@ -151,61 +245,168 @@ def test_pattern_that_the_kernel_would_cut_is_refused(tmp_path):
 def test_watch_directory_that_is_a_link_is_refused(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "core_dumps").symlink_to("elsewhere")
-    done = deploy.run(SYSCTL / "install.sh", "--root", tmp_path)
-    assert (done.returncode, "symbolic link" in done.stderr) == (1, True)
+    assert "symbolic link" in refused(tmp_path)
 
 
-def test_installation_proves_itself_with_a_crash_and_removal_restores(host):
-    said = deploy.succeed(SYSCTL / "install.sh")
-    assert "a test process crashed and its dump arrived" in said
-    assert pattern() == OURS
-    assert deploy.sysctl_values(BOOT_FILE)["kernel.core_pattern"] == OURS
-    assert (WATCH_DIR.stat().st_uid, stat.S_IMODE(WATCH_DIR.stat().st_mode)) == (0, 0o700)
-    assert "a test process crashed" in deploy.succeed(PROGRAM.with_name("core-dump-setup"), "test")
-    deploy.succeed(SYSCTL / "install.sh", "--no-test")
-    deploy.succeed(SYSCTL / "uninstall.sh")
-    assert pattern() == "core"
-    assert not BOOT_FILE.exists()
+@needs_root
+@pytest.mark.parametrize(
+    "name", ["/", "//", "/var/tmp", "/tmp/", "/var//lib", "/usr/../etc", "dumps", "/etc/."]
+)
+def test_watch_directory_that_is_the_systems_or_no_path_is_refused(tmp_path, name):
+    write(tmp_path / "etc/core-dump-handler/helper.conf", f"WATCH_DIR={name}\n")
+    (tmp_path / "var/tmp").mkdir(parents=True)
+    (tmp_path / "var/tmp").chmod(0o1777)
+    said = refused(tmp_path)
+    assert "WATCH_DIR=" in said
+    assert "must be" in said
 
 
-def test_foreign_handler_is_named_and_replaced_only_by_force(host):
-    foreign = "|/usr/lib/systemd/systemd-coredump %P %u"
-    deploy.PATTERN.write_text(foreign + "\n")
-    done = deploy.run(SYSCTL / "install.sh")
-    assert done.returncode == 1
-    assert foreign in done.stderr
-    assert "--force" in done.stderr
-    assert (pattern(), BOOT_FILE.exists()) == (foreign, False)
-    deploy.succeed(SYSCTL / "install.sh", "--force", "--no-test")
-    assert pattern() == OURS
-    deploy.succeed(SYSCTL / "install.sh", "--no-test")  # must not save our own pattern over the foreign one
-    deploy.succeed(SYSCTL / "uninstall.sh")
-    assert pattern() == foreign
+@needs_root
+def test_directory_with_files_of_others_is_not_taken_from_them(tmp_path):
+    write(tmp_path / "etc/core-dump-handler/helper.conf", "WATCH_DIR=/data\n")
+    write(tmp_path / "data/accounts.db", "")
+    assert "accounts.db" in refused(tmp_path)
+    (tmp_path / "data/accounts.db").rename(tmp_path / "data/core-app-1790000000-7-11.gz")
+    (tmp_path / "data").chmod(0o1777)
+    install(tmp_path)
+    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
 
 
-def test_pattern_that_somebody_set_after_us_is_left_alone(host):
-    deploy.succeed(SYSCTL / "install.sh", "--no-test")
-    deploy.PATTERN.write_text("/var/crash/core.%p\n")
-    assert "left alone" in deploy.succeed(SYSCTL / "uninstall.sh")
-    assert pattern() == "/var/crash/core.%p"
+@needs_root
+@pytest.mark.parametrize(
+    "line", ["WATCH_DIR=/data \t", "WATCH_DIR = /data\r", "  WATCH_DIR=/x\r\nWATCH_DIR=/data"]
+)
+def test_installer_and_helper_read_the_same_watch_directory(tmp_path, line):
+    conf = write(tmp_path / "etc/core-dump-handler/helper.conf", "")
+    conf.write_bytes(line.encode() + b"\n")
+    install(tmp_path)
+    settings = Settings()
+    settings.load(str(conf))
+    assert settings.WATCH_DIR == "/data"
+    assert [path.name for path in tmp_path.iterdir() if path.name in {"data", "x", "core_dumps"}] == ["data"]
+    assert sorted(os.listdir(tmp_path)) == ["data", "etc", "usr", "var"]
 
 
-def test_dry_run_touches_nothing(host):
-    said = deploy.succeed(SYSCTL / "install.sh", "--dry-run")
-    assert f"would set kernel.core_pattern={OURS}" in said
-    assert pattern() == "core"
-    assert not any(path.exists() for path in (PROGRAM, BOOT_FILE, WATCH_DIR))
+@needs_root
+def test_wrong_setting_is_named_with_what_it_accepts(tmp_path):
+    write(tmp_path / "etc/core-dump-handler/helper.conf", "LEVEL=12\n")
+    assert "LEVEL=12: must be a whole number from 1 to 9" in refused(tmp_path)
 
 
-def test_installation_fails_loudly_when_no_dump_arrives(host):
-    conf = Path("/etc/core-dump-handler/helper.conf")
-    conf.parent.mkdir()
-    conf.write_text("IGNORE_SIGNALS=11\n")
-    done = deploy.run(SYSCTL / "install.sh")
-    assert done.returncode == 1
-    assert "no dump arrived in /core_dumps" in done.stderr
+def test_root_without_a_name_is_refused():
+    for script in ("install.sh", "uninstall.sh"):
+        done = deploy.run(SYSCTL / script, "--root", "")
+        assert (done.returncode, "--root: takes a directory" in done.stderr) == (2, True)
+        done = deploy.run(SYSCTL / script, "--root", "/dev/null")
+        assert (done.returncode, "is not a directory" in done.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("script", ["install.sh", "uninstall.sh", "core-dump-setup"])
+@needs_root
+@pytest.mark.parametrize(
+    "directory",
+    ["etc/sysctl.d", "run/sysctl.d", "usr/local/lib/sysctl.d", "usr/lib/sysctl.d", "lib/sysctl.d"],
+)
+def test_handler_that_an_image_sets_at_boot_is_named_and_replaced_only_by_force(tmp_path, directory):
+    path = write(tmp_path / directory / "50-coredump.conf", SYSTEMD)
+    said = refused(tmp_path)
+    assert str(path) in said
+    assert "systemd-coredump" in said
+    assert "--force" in said
+    install(tmp_path, "--force")
+    assert (tmp_path / "etc/sysctl.d/69-core-dump.conf").exists()
+
+
+@needs_root
+def test_file_that_is_hidden_by_a_stronger_one_is_no_handler(tmp_path):
+    write(tmp_path / "usr/lib/sysctl.d/50-coredump.conf", SYSTEMD)
+    write(tmp_path / "etc/sysctl.d/50-coredump.conf", "# off\n")
+    install(tmp_path)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "later", ["usr/local/lib/sysctl.d/70-ours.conf", "etc/sysctl.conf", "run/sysctl.d/ab.conf"]
+)
+@pytest.mark.parametrize("key", ["kernel.core_pattern = ", "-kernel/core_pattern=", "kernel.core_*="])
+def test_file_that_wins_at_boot_is_named(tmp_path, later, key):
+    write(tmp_path / later, f"# comment\n{key}core\n")
+    write(tmp_path / "etc/sysctl.d/10-earlier.conf", "kernel.core_pattern=core\n")
+    said = deploy.run(SYSCTL / "install.sh", "--root", tmp_path)
+    assert said.returncode == 0
+    assert f"{tmp_path / later} also sets kernel.core_pattern and wins at boot" in said.stderr
+    assert "10-earlier" not in said.stderr
+
+
+@needs_root
+def test_service_of_systemd_that_sets_the_pattern_after_sysctl_is_masked_and_unmasked(tmp_path):
+    write(tmp_path / "usr/lib/systemd/system/systemd-coredump-register.service", "[Service]\n")
+    assert "systemd-coredump-register.service sets kernel.core_pattern" in refused(tmp_path)
+    install(tmp_path, "--force")
+    mask = tmp_path / "etc/systemd/system/systemd-coredump-register.service"
+    assert mask.readlink() == Path("/dev/null")
+    install(tmp_path)
+    deploy.succeed(SYSCTL / "uninstall.sh", "--root", tmp_path)
+    assert not mask.is_symlink()
+
+
+@needs_root
+def test_service_that_an_operator_masked_stays_masked(tmp_path):
+    write(tmp_path / "usr/lib/systemd/system/systemd-coredump-register.service", "[Service]\n")
+    mask = tmp_path / "etc/systemd/system/systemd-coredump-register.service"
+    mask.parent.mkdir(parents=True)
+    mask.symlink_to("/dev/null")
+    install(tmp_path)
+    deploy.succeed(SYSCTL / "uninstall.sh", "--root", tmp_path)
+    assert mask.readlink() == Path("/dev/null")
+
+
+@needs_root
+@pytest.mark.parametrize("link", ["etc/sysctl.d", "usr/libexec", "etc/core-dump-handler"])
+def test_link_that_leads_out_of_the_root_is_not_followed(tmp_path, link):
+    outside, root = tmp_path / "outside", tmp_path / "root"
+    outside.mkdir()
+    (root / link).parent.mkdir(parents=True)
+    (root / link).symlink_to(outside)
+    assert "leads out of" in refused(root)
+    assert list(outside.iterdir()) == []
+
+
+@needs_root
+def test_leftovers_of_a_killed_run_are_removed_by_the_next(tmp_path):
+    install(tmp_path)
+    expected = tree(tmp_path)
+    folder = tmp_path / "usr/libexec/core-dump-handler"
+    write(folder / "0.1.0-abc.new.17/core_dump_helper/core.py", "")
+    for leftover in (
+        folder / "core-dump-helper.new.17",
+        folder / "coretest-0a1b2c",
+        *(tmp_path / f"{path}.new.17" for path in CONFIGURATION),
+        tmp_path / "usr/share/core-dump-handler/69-core-dump.conf.new.17",
+        tmp_path / "var/lib/core-dump-handler/previous-core-pattern.new.17",
+        tmp_path / "var/lib/core-dump-handler/installed-files.new.17",
+    ):
+        leftover.write_text("")
+    install(tmp_path)
+    assert tree(tmp_path) == expected
+
+
+@needs_root
+def test_second_run_waits_for_the_first(tmp_path):
+    install(tmp_path)
+    lock = tmp_path / "var/lib/core-dump-handler/lock"
+    with subprocess.Popen(["flock", "-o", lock, "cat"], stdin=subprocess.PIPE) as holder:
+        while not lock.exists() or subprocess.run(["flock", "-n", lock, "true"], check=False).returncode == 0:
+            assert holder.poll() is None
+        command = [str(SYSCTL / "uninstall.sh"), "--root", str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as second:
+            assert "waiting" in second.stdout.readline()
+            assert (tmp_path / str(PROGRAM)[1:]).exists()
+            holder.stdin.close()
+            assert second.wait(30) == 0
+    assert not (tmp_path / str(PROGRAM)[1:]).exists()
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("script", ["install.sh", "uninstall.sh"])
 def test_scripts_pass_shellcheck(script):
     deploy.succeed(deploy.tool("shellcheck"), SYSCTL / script)

@@ -123,9 +123,7 @@ def test_script_then_boot_then_a_crashing_service_leave_its_dump(root, tmp_path)
 
 
 def test_package_then_boot_then_crash_then_removal(root, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(deploy.ROOT / "sysctl", source / "sysctl")
-    shutil.copytree(deploy.ROOT / "helper", source / "helper")
+    source = deploy.checkout(tmp_path / "source")
     defines = ["--define", f"_topdir {tmp_path}/top", "--define", f"_sourcedir {source}"]
     deploy.succeed(deploy.tool("rpmbuild"), "-bb", *defines, source / "sysctl/core-dump-handler.spec")
     (package,) = tmp_path.glob("top/RPMS/noarch/*.rpm")

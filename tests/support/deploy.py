@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PATTERN = Path("/proc/sys/kernel/core_pattern")
 PATTERN_LIMIT = 127
+PACKAGES = ("helper/core_dump_helper", "format/core_dump_format", "sysctl/core_dump_setup")
+"""What a release holds on a host."""
 
 
 def tool(name: str) -> str:
@@ -54,3 +56,10 @@ def sysctl_values(path: Path) -> dict[str, str]:
     """Return the settings of a sysctl.d file."""
     lines = [line for line in path.read_text().splitlines() if line and line[0] not in "#;"]
     return dict(line.split("=", 1) for line in lines)
+
+
+def checkout(target: Path) -> Path:
+    """Copy what install.sh needs, so that a test can change it."""
+    for name in ("sysctl", "helper", "format"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return target

@@ -1,11 +1,13 @@
 """Owns `core-dump-collector configure-host`: installs the helper on a Kubernetes node that takes no user data.
 
-Runs in a privileged init container with the host's root mounted. All that is done on the host is done by
+Runs in a privileged init container with the host's root mounted. Everything done on the host is done by
 sysctl/install.sh, which the image carries; this module copies it there and runs it in the host's root.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -15,11 +17,14 @@ from typing import TYPE_CHECKING
 from core_dump_collector.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 SOURCE = "/usr/share/core-dump-handler"
-"""Where the image keeps `sysctl/` and `helper/`."""
+"""Where the image keeps the folders of FOLDERS."""
+FOLDERS = ("sysctl", "helper", "format")
 STATE = "var/lib/core-dump-handler"
+COPY = "install-"
+"""How the name of a copy on the host begins; whoever uses one holds a lock on it."""
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -30,7 +35,7 @@ def configure(root: str, *, restore: bool = False, options: Sequence[str] = (), 
         root: where the host's root is mounted.
         restore: put the host's own core pattern back, if ours is in use, and remove the helper.
         options: for the script, e.g. `--force`.
-        source: directory with `sysctl/` and `helper/`.
+        source: directory with the folders of FOLDERS.
 
     Raises:
         ConfigError: the directory is not a host's root, the scripts are missing, or it may not be entered.
@@ -41,18 +46,68 @@ def configure(root: str, *, restore: bool = False, options: Sequence[str] = (), 
         raise ConfigError(
             f"{root} holds no /bin/sh: mount the host's / there (Bottlerocket has none: see its page)"
         )
+    if not os.path.isfile(os.path.join(root, "proc/sys/kernel/core_pattern")):
+        raise ConfigError(
+            f"{root}/proc does not show the host's kernel: mount the host's / with everything below it (rbind)"
+        )
     state = os.path.join(root, STATE)
     script = "uninstall.sh" if restore else "install.sh"
     try:
         os.makedirs(state, 0o755, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="install-", dir=state) as copy:
-            for name in ("sysctl", "helper"):
-                shutil.copytree(os.path.join(source, name), os.path.join(copy, name))
+        _remove_leftovers(state)
+        with _copy(source, state) as copy:
             inside = f"/{STATE}/{os.path.basename(copy)}/sysctl/{script}"
-            command = ["/bin/sh", inside, *options]
-            return _run_inside(root, command)
+            result = _run_inside(root, ["/bin/sh", inside, "--host", *options])
+        with contextlib.suppress(OSError):  # after a removal nothing else is left in it
+            os.rmdir(state)
     except (OSError, subprocess.SubprocessError) as error:
         raise ConfigError(f"{root}: {error}: configure-host needs a privileged container") from error
+    return result
+
+
+@contextlib.contextmanager
+def _copy(source: str, state: str) -> Iterator[str]:
+    """Copy the scripts and what they install to the host; yield the directory, remove it at the end."""
+    copy, lock = _locked_directory(state)
+    try:
+        for name in FOLDERS:
+            shutil.copytree(
+                os.path.join(source, name),
+                os.path.join(copy, name),
+                ignore=shutil.ignore_patterns("__pycache__"),
+            )
+        yield copy
+    finally:
+        shutil.rmtree(copy)
+        os.close(lock)
+
+
+def _locked_directory(state: str) -> tuple[str, int]:
+    """Make a directory for a copy; return it and the descriptor that holds its lock."""
+    while True:
+        copy = tempfile.mkdtemp(prefix=COPY, dir=state)
+        lock = os.open(copy, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.isdir(copy):  # else another run took it for a leftover before it was locked
+            return copy, lock
+        os.close(lock)
+
+
+def _remove_leftovers(state: str) -> None:
+    """Remove the copies that killed runs left; one that is in use is locked."""
+    for name in os.listdir(state):
+        path = os.path.join(state, name)
+        if not name.startswith(COPY) or os.path.islink(path):
+            continue
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            shutil.rmtree(path)
+        finally:
+            os.close(descriptor)
 
 
 def _run_inside(root: str, command: list[str]) -> int:

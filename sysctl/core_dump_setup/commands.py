@@ -1,0 +1,222 @@
+"""Owns the order of steps: install, activate, test, deactivate, uninstall.
+
+Until the proof has succeeded every step can be undone. The kernel names the helper only while its files are complete,
+and no file is removed before the kernel names something else.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+
+from core_dump_setup import boot, directory, kernel, proof, release
+from core_dump_setup.errors import SetupError, say, warn
+from core_dump_setup.files import RECORD, STATE, Tree, remove_any
+
+CALIBRATION = STATE + "/compressor"
+CONFIGURATION = {
+    "/etc/tmpfiles.d/core-dump-handler.conf": "tmpfiles.conf",
+    "/etc/security/limits.d/69-core-dump.conf": "limits.conf",
+    directory.CONFIG: "helper.conf",
+}
+"""Files of /etc that an operator may edit, and where a checkout has them; boot.FILE is placed after the proof."""
+CALIBRATION_SECONDS = 60
+DRAIN_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    force: bool
+    test: bool
+    keep_dump: bool
+    purge: bool
+    host: bool
+
+
+class Setup:
+    """One run: the files, the options, and where the files come from."""
+
+    def __init__(self, tree: Tree, source: str, options: Options) -> None:
+        """Take a checkout as `source`, or "" for an installed copy.
+
+        Raises:
+            SetupError: the running kernel was asked for and is out of reach.
+        """
+        self.tree, self.source, self.options = tree, source, options
+        self.live = not tree.root and kernel.is_host()
+        if options.host and not self.live:
+            raise SetupError(
+                "the kernel cannot be reached from here: is the host's /proc mounted below its root?"
+            )
+
+    def shipped(self, name: str) -> bytes:
+        """Return a configuration file as we ship it."""
+        path = (
+            os.path.join(self.source, "sysctl", name)
+            if self.source
+            else self.tree.path(boot.SHARE + "/" + name)
+        )
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise SetupError("%s: %s: run install.sh" % (path, error.strerror)) from error
+
+    def install(self) -> None:
+        """Install the files, then activate."""
+        if not self.source:
+            raise SetupError(
+                "an installed copy holds no files to install: run sysctl/install.sh of a checkout"
+            )
+        self._check_foreign()
+        release.install(self.tree, self.source)
+        self.tree.place(boot.SHARE + "/" + boot.NAME, self.shipped(boot.NAME))
+        for name, shipped in CONFIGURATION.items():
+            self.tree.configure(name, self.shipped(shipped))
+        self._activate()
+        release.remove_replaced(self.tree)
+
+    def activate(self) -> None:
+        """Make the kernel start the helper that is installed, now and at every boot, and prove it with a crash."""
+        self._check_foreign()
+        self._activate()
+
+    def _activate(self) -> None:
+        if not (self.tree.exists(release.HELPER) or self.tree.dry_run):
+            raise SetupError(self.tree.path(release.HELPER) + " is missing: run install.sh")
+        if not any(os.access(path, os.X_OK) for path in ("/usr/bin/pigz", "/usr/local/bin/pigz")):
+            say("pigz is not installed: without it (or isal) dumps are compressed several times slower")
+        pattern, limit = boot.ours(self.tree, self.shipped(boot.NAME))
+        watched = directory.make(self.tree)
+        boot.warn_of_later_files(self.tree)
+        boot.mask_register(self.tree, force=self.options.force)
+        if self.live:
+            self._reload_systemd()
+            self._use(pattern, limit, watched)
+        self.tree.configure(boot.FILE, self.shipped(boot.NAME))
+        self.tree.keep()
+        when = "now and at every boot" if self.live else "at the next boot; the running kernel is left alone"
+        if not self.tree.dry_run:
+            say("kernel.core_pattern is set " + when)
+
+    def _use(self, pattern: str, limit: str, watched: str) -> None:
+        kernel.save(self.tree)
+        self._calibrate()
+        kernel.use(self.tree, pattern, limit)
+        if self.options.test and not self.tree.dry_run:
+            proof.prove(watched, keep=self.options.keep_dump)
+
+    def _check_foreign(self) -> None:
+        """Stop at a handler that somebody else chose, unless --force is given."""
+        if not self.live:
+            boot.check_image(self.tree, force=self.options.force)
+            return
+        now = kernel.current("core_pattern")
+        if kernel.is_ours(now) or kernel.is_default(now):
+            return
+        if not self.options.force:
+            boot.refuse_foreign(self.tree, "kernel.core_pattern is not ours: " + kernel.describe(now))
+        else:
+            say("replacing " + kernel.describe(now))
+
+    def _calibrate(self) -> None:
+        """Let the helper measure which compressor is fastest here."""
+        if self.tree.dry_run:
+            say("would run " + release.HELPER + " --calibrate")
+            return
+        if not self.tree.exists(CALIBRATION):
+            self.tree.on_failure(lambda: remove_any(self.tree.path(CALIBRATION)))
+        try:
+            subprocess.run([release.HELPER, "--calibrate"], check=True, env={}, timeout=CALIBRATION_SECONDS)
+        except (OSError, subprocess.SubprocessError):
+            warn("the compressors could not be measured: pigz is used, then isal, then gzip")
+
+    def _reload_systemd(self) -> None:
+        """Tell systemd of units that were masked or unmasked."""
+        if os.path.isdir("/run/systemd/system") and not self.tree.dry_run:
+            subprocess.run(["/bin/systemctl", "daemon-reload"], check=False)
+
+    def prove(self) -> None:
+        """Crash a process and find its dump, with the pattern in use."""
+        if not self.live:
+            raise SetupError("no crash can be tested here: the kernel starts its helpers in another root")
+        proof.prove(directory.watch_directory(self.tree), keep=self.options.keep_dump)
+
+    def deactivate(self) -> None:
+        """Give the kernel its former pattern and remove what sets ours at boot.
+
+        Raises:
+            SetupError: the kernel still starts the helper; nothing was removed.
+        """
+        if self.live:
+            kernel.restore(self.tree)
+        elif kernel.starts_helper_in(self.tree.root or "/"):
+            raise SetupError(
+                "the kernel still starts %s: uninstall on the host itself, without --root"
+                % self.tree.path(release.HELPER)
+            )
+        self.tree.discard(boot.FILE, self._shipped_or_nothing(boot.NAME), purge=False)
+        boot.unmask_register(self.tree)
+        if self.live:
+            self._reload_systemd()
+        self.tree.remove(kernel.SAVED)
+
+    def _shipped_or_nothing(self, name: str) -> bytes:
+        try:
+            return self.shipped(name)
+        except SetupError:
+            return b""
+
+    def uninstall(self) -> None:
+        """Deactivate and remove the files; dumps and helper.conf stay unless `purge` is given."""
+        purge = self.options.purge
+        watched = self._watched() if purge else ""
+        self.deactivate()
+        if self.live and not self.tree.dry_run:
+            _wait_for_helpers()
+        for name, shipped in CONFIGURATION.items():
+            if purge or name != directory.CONFIG:
+                self.tree.discard(name, self._shipped_or_nothing(shipped), purge=purge)
+        if purge:
+            self.tree.remove(boot.FILE + ".save")
+            self._remove_directory(watched)
+        self.tree.remove(boot.SHARE + "/" + boot.NAME)
+        self.tree.remove(CALIBRATION)
+        release.remove(self.tree)
+        self.tree.remove(RECORD)
+        self.tree.remove_empty(boot.SHARE, os.path.dirname(directory.CONFIG))
+        self.tree.keep()
+
+    def _watched(self) -> str:
+        """Return the watch directory; a configuration that names none that is possible is no reason to stay."""
+        try:
+            return directory.watch_directory(self.tree)
+        except SetupError as error:
+            warn(str(error))
+            return ""
+
+    def _remove_directory(self, name: str) -> None:
+        path = self.tree.path(name)
+        if not name or not os.path.isdir(path) or os.path.islink(path):
+            return
+        if self.tree.dry_run:
+            say("would remove %s unless it holds dumps" % path)
+            return
+        directory.remove_state(path)
+        self.tree.remove_empty(name)
+        if os.path.isdir(path):
+            say(path + " still holds dumps")
+
+
+def _wait_for_helpers() -> None:
+    """Wait until no helper runs: it may import a module of its release until it ends."""
+    end = time.monotonic() + DRAIN_SECONDS
+    while release.is_running():
+        if time.monotonic() > end:
+            warn("a dump is still being written; the program is removed nevertheless")
+            return
+        time.sleep(0.1)

@@ -1,0 +1,325 @@
+"""Owns the files below one root: replaced atomically, undone on failure, under one lock."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import time
+
+from core_dump_setup.errors import SetupError, say
+
+TYPE_CHECKING = False  # importing typing costs more than it gives
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+STATE = "/var/lib/core-dump-handler"
+RECORD = STATE + "/installed-files"
+LOCK = STATE + "/lock"
+LOCK_SECONDS = 120
+NEW = ".new."
+"""Between a file's name and the process ID: a file that is being written."""
+DIST = ".dist"
+"""After a file's name: the version we ship, beside one that was edited."""
+SAVE = ".save"
+"""After a file's name: an edited file whose program was removed."""
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Tree:
+    """Files below a root directory; names are absolute, as the host sees them."""
+
+    def __init__(self, root: str, *, dry_run: bool = False) -> None:
+        """Take `root` ("" for this host's own); with `dry_run`, only say what would be done."""
+        self.root, self.dry_run = root, dry_run
+        self._undo: list[Callable[[], object]] = []
+        self._after_unlock: list[Callable[[], object]] = []
+        self._lock = -1
+
+    def path(self, name: str) -> str:
+        """Return where a name lies.
+
+        Raises:
+            SetupError: a symbolic link leads out of the root.
+        """
+        path = self.root + name
+        if self.root:
+            real, root = os.path.realpath(os.path.dirname(path)), os.path.realpath(self.root)
+            if not (real + "/").startswith(root.rstrip("/") + "/"):
+                raise SetupError(path + ": a symbolic link leads out of " + self.root)
+        return path
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a regular file, None for anything else."""
+        try:
+            descriptor = os.open(self.path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return None
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read() if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+
+    def exists(self, name: str) -> bool:
+        """Say whether anything has this name."""
+        return os.path.lexists(self.path(name))
+
+    def place(self, name: str, data: bytes, mode: int = 0o644) -> None:
+        """Make a file of root's with this content and mode, unless it is there already."""
+        path = self.path(name)
+        if self.read(name) == data and _is_private(path, mode):
+            return
+        if self.dry_run:
+            say("would install " + path)
+            return
+        self.make_directory(os.path.dirname(name))
+        self._remember(name)
+        _write(path, data, mode, (0, 0))
+        self.relabel(path)
+
+    def relabel(self, path: str) -> None:
+        """Give what was installed on this host the SELinux label of its place."""
+        program = shutil.which("restorecon", path="/usr/sbin:/sbin:/usr/bin")
+        if program and not self.root:
+            subprocess.run([program, "-R", path], check=False)
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a symbolic link, if it exists."""
+        if not self.exists(name):
+            return
+        if self.dry_run:
+            say("would remove " + self.path(name))
+            return
+        self._remember(name)
+        os.unlink(self.path(name))
+
+    def link(self, name: str, target: str) -> None:
+        """Make a symbolic link where nothing is."""
+        if self.dry_run:
+            say("would link %s to %s" % (self.path(name), target))
+            return
+        self.make_directory(os.path.dirname(name))
+        self._remember(name)
+        os.symlink(target, self.path(name))
+
+    def make_directory(self, name: str) -> None:
+        """Make a directory and its parents, as far as they are missing."""
+        path = self.path(name)
+        if os.path.isdir(path):
+            return
+        if name.strip("/"):
+            self.make_directory(os.path.dirname(name))
+        os.mkdir(path, 0o755)
+        self.on_failure(lambda: _remove_empty(path))
+
+    def remove_empty(self, *names: str) -> None:
+        """Remove directories that hold nothing."""
+        for name in names:
+            if not self.dry_run:
+                _remove_empty(self.path(name))
+
+    def is_edited(self, name: str, shipped: bytes) -> bool:
+        """Say whether a configuration file is neither the one we ship nor the one we installed."""
+        current = self.read(name)
+        known = (self._records().get(name), _digest(shipped))
+        return self.exists(name) and (current is None or _digest(current) not in known)
+
+    def configure(self, name: str, shipped: bytes) -> None:
+        """Install a configuration file; if it was edited, keep it and put ours beside it."""
+        if self.is_edited(name, shipped):
+            self.place(name + DIST, shipped)
+            say("kept %s, which was edited; our version is %s" % (self.path(name), self.path(name + DIST)))
+            return
+        self.place(name, shipped)
+        self.remove(name + DIST)
+        if self._records().get(name) != _digest(shipped):
+            self._record(name, _digest(shipped))
+
+    def discard(self, name: str, shipped: bytes, *, purge: bool) -> None:
+        """Remove a configuration file; one that was edited stays as NAME.save unless `purge` is given."""
+        current = self.read(name)
+        if not purge and current is not None and self.is_edited(name, shipped):
+            self.place(name + SAVE, current)
+            say("%s was edited: kept as %s" % (self.path(name), self.path(name + SAVE)))
+        self.remove(name)
+        self.remove(name + DIST)
+        if purge:
+            self.remove(name + SAVE)
+        if name in self._records():
+            self._record(name, "")
+
+    def _records(self) -> dict[str, str]:
+        lines = (self.read(RECORD) or b"").decode("ascii", "replace").splitlines()
+        return {name: digest for digest, _, name in (line.partition(" ") for line in lines)}
+
+    def _record(self, name: str, digest: str) -> None:
+        """Remember what was installed under a name; forget the name if `digest` is empty."""
+        records = dict(self._records(), **{name: digest})
+        lines = ["%s %s\n" % (records[n], n) for n in sorted(records) if records[n]]
+        if lines:
+            self.place(RECORD, "".join(lines).encode())
+        else:
+            self.remove(RECORD)
+
+    def on_failure(self, action: Callable[[], object]) -> None:
+        """Run this when the changes are undone; the last one runs first."""
+        self._undo.append(action)
+
+    def keep(self) -> None:
+        """Make the changes so far final."""
+        self._undo.clear()
+
+    def undo(self) -> list[str]:
+        """Undo every change since `keep`; return what could not be undone."""
+        failures = []
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except (OSError, SetupError) as error:
+                failures.append(str(error))
+        return failures
+
+    def _remember(self, name: str) -> None:
+        """Let `undo` bring back what a name holds now."""
+        path = self.path(name)
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            self.on_failure(lambda: _unlink(path))
+            return
+        if stat.S_ISLNK(status.st_mode):
+            target = os.readlink(path)
+            self.on_failure(lambda: _link_again(path, target))
+            return
+        data = self.read(name)
+        if data is None:
+            raise SetupError(path + " is no file: remove it")
+        mode, owner = stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid)
+        self.on_failure(lambda: _write(path, data, mode, owner))
+
+    def lock(self) -> None:
+        """Hold the lock of this root until the process ends, or raise SetupError after LOCK_SECONDS."""
+        if self.dry_run:
+            return
+        self._make_lock_directory()
+        end, waiting = time.monotonic() + LOCK_SECONDS, False
+        while not self._try_lock():
+            if not waiting:
+                say("waiting for another installation or removal to end")
+                waiting = True
+            if time.monotonic() > end:
+                raise SetupError("another installation or removal holds " + self.path(LOCK))
+            time.sleep(0.05)
+
+    def _try_lock(self) -> bool:
+        """Lock the file that has the name now: whoever held the lock may have removed it."""
+        path = self.path(LOCK)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:  # a removal that has just ended took the directory too
+            self._make_lock_directory()
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                self._lock = descriptor
+                return True
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        os.close(descriptor)
+        return False
+
+    def _make_lock_directory(self) -> None:
+        """Make the lock's directory; `unlock` removes what is made here, `undo` does not."""
+        undo, self._undo = self._undo, []
+        self.make_directory(STATE)
+        self._after_unlock, self._undo = self._undo, undo
+
+    def unlock(self) -> None:
+        """Remove the lock and the directories that hold nothing else, and let go."""
+        if self._lock >= 0:
+            _unlink(self.path(LOCK))
+            _remove_empty(self.path(STATE))
+            while self._after_unlock:
+                self._after_unlock.pop()()
+            os.close(self._lock)
+
+    def remove_leftovers(self, *names: str) -> None:
+        """Remove what a killed run left beside these files. The lock must be held."""
+        if self.dry_run:
+            return
+        for name in names:
+            directory = self.path(os.path.dirname(name) + "/")
+            for entry in _entries(directory):
+                if entry.startswith(os.path.basename(name) + NEW):
+                    remove_any(os.path.join(directory, entry))
+
+
+def remove_any(path: str) -> None:
+    """Remove a file or a directory with everything in it; follow no link."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        _unlink(path)
+
+
+def _entries(directory: str) -> Iterator[str]:
+    try:
+        return iter(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return iter(())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _is_private(path: str, mode: int) -> bool:
+    """Say whether a file has this mode and belongs to root."""
+    status = os.lstat(path)
+    return (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (mode, 0, 0)
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def _link_again(path: str, target: str) -> None:
+    _unlink(path)
+    os.symlink(target, path)
+
+
+def _remove_empty(path: str) -> None:
+    try:
+        os.rmdir(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.ENOTDIR, errno.EBUSY, errno.EEXIST):
+            raise
+
+
+def _write(path: str, data: bytes, mode: int, owner: tuple[int, int]) -> None:
+    """Write a file beside its name, to the disk, and rename it: a reader sees the old file or the new one."""
+    new = path + NEW + str(os.getpid())
+    _unlink(new)
+    with os.fdopen(os.open(new, NEW_FILE, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fchown(file.fileno(), *owner)
+        os.fchmod(file.fileno(), mode)
+        os.fsync(file.fileno())
+    os.rename(new, path)
+    sync_directory(os.path.dirname(path))
+
+
+def sync_directory(path: str) -> None:
+    """Write a directory's names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

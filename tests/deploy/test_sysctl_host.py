@@ -1,0 +1,377 @@
+"""install.sh and uninstall.sh on this machine's kernel: the pattern, the proof, and what a failure leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import stat
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+from tests.support import collector, deploy, kernel
+
+from core_dump_collector.node import host as configure_host
+
+SYSCTL = deploy.ROOT / "sysctl"
+INSTALL, UNINSTALL = SYSCTL / "install.sh", SYSCTL / "uninstall.sh"
+PROGRAM = Path("/usr/libexec/core-dump-handler/core-dump-helper")
+SETUP = PROGRAM.with_name("core-dump-setup")
+BOOT_FILE = Path("/etc/sysctl.d/69-core-dump.conf")
+WATCH_DIR = Path("/core_dumps")
+CONF = Path("/etc/core-dump-handler/helper.conf")
+STATE = Path("/var/lib/core-dump-handler")
+SAVED = STATE / "previous-core-pattern"
+INSTALLED = [PROGRAM.parent, BOOT_FILE, WATCH_DIR, CONF.parent, STATE, Path("/usr/share/core-dump-handler")]
+OURS = deploy.sysctl_values(SYSCTL / "69-core-dump.conf")["kernel.core_pattern"]
+FOREIGN = "|/bin/true %P %u"
+NOTHING = "#!/bin/sh\nexit 1\n"
+HANGS = '#!/bin/sh\n[ "$1" = --calibrate ] || exec sleep 60\n'
+IMAGE = """
+set -e
+mount -t overlay none -o lowerdir=/,upperdir="$1/upper",workdir="$1/work" "$1/root"
+mount -t proc none "$1/root/proc"
+exec chroot "$1/root" "$2"
+"""
+
+
+def pattern():
+    return deploy.PATTERN.read_text().rstrip("\n")
+
+
+def set_pattern(text):
+    deploy.PATTERN.write_text(text + "\n")
+
+
+def leftovers():
+    """Files that a killed run has left beside others."""
+    return [path for root in INSTALLED for path in root.rglob("*") if ".new." in path.name]
+
+
+@pytest.fixture
+def host():
+    """This machine without us, its core pattern `core` and ours alone; left as it was."""
+    if not kernel.can_crash():
+        pytest.skip("sets kernel.core_pattern, needs root: sudo make test")
+    taken = [str(path) for path in INSTALLED if path.exists()]
+    if taken:
+        pytest.skip(f"{', '.join(taken)} exists: this machine uses what the test would install")
+    with kernel.core_pattern("core"):
+        try:
+            yield
+        finally:
+            for leftover in WATCH_DIR.glob("core*"):
+                leftover.unlink()
+            deploy.run(UNINSTALL, "--purge")
+            assert [path for path in INSTALLED if path.exists()] == []
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the checkout, to be broken."""
+    return deploy.checkout(tmp_path / "checkout")
+
+
+def replace_helper(source, script):
+    """Put another program where the helper is; the line that names the release stays valid for both."""
+    first, rest = script.split("\n", 1)
+    (source / "helper/core-dump-helper").write_text(f'{first}\nRELEASE = "."\n{rest}')
+
+
+def test_installation_proves_itself_with_a_crash_and_removal_restores(host):
+    done = deploy.run(INSTALL)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "a test process crashed and its dump arrived" in done.stdout
+    assert "egmentation" not in done.stdout
+    assert pattern() == OURS
+    assert deploy.sysctl_values(BOOT_FILE)["kernel.core_pattern"] == OURS
+    assert (WATCH_DIR.stat().st_uid, stat.S_IMODE(WATCH_DIR.stat().st_mode)) == (0, 0o700)
+    assert list(WATCH_DIR.glob("core*")) == []
+    assert "a test process crashed" in deploy.succeed(SETUP, "test", "--keep-test-dump")
+    assert len(list(WATCH_DIR.glob("core-coretest-*.gz"))) == 1
+    deploy.succeed(INSTALL, "--no-test")
+    deploy.succeed(SETUP, "uninstall")
+    assert pattern() == "core"
+    assert [path for path in (PROGRAM.parent, BOOT_FILE, STATE) if path.exists()] == []
+
+
+def test_foreign_handler_is_named_and_replaced_only_by_force(host):
+    foreign = "|/usr/lib/systemd/systemd-coredump %P %u"
+    set_pattern(foreign)
+    done = deploy.run(INSTALL)
+    assert done.returncode == 1
+    assert f"{foreign} (systemd-coredump)" in done.stderr
+    assert "--force" in done.stderr
+    assert (pattern(), [path for path in INSTALLED if path.exists()]) == (foreign, [])
+    set_pattern(FOREIGN)
+    deploy.succeed(INSTALL, "--force", "--no-test")
+    assert pattern() == OURS
+    deploy.succeed(INSTALL, "--no-test")  # must not save our own pattern over the foreign one
+    deploy.succeed(UNINSTALL)
+    assert pattern() == FOREIGN
+
+
+def test_last_pattern_that_was_replaced_is_what_removal_restores(host):
+    deploy.succeed(INSTALL, "--no-test")
+    set_pattern(FOREIGN)
+    deploy.succeed(INSTALL, "--force", "--no-test")
+    deploy.succeed(UNINSTALL)
+    assert pattern() == FOREIGN
+
+
+def test_socket_of_systemd_is_named_saved_and_restored_from_any_mount_namespace(host):
+    if "socket" not in Path("/proc/sys/kernel/core_modes").read_text():
+        pytest.skip("this kernel sends no dump to a socket")
+    socket = "@@/run/systemd/coredumpd/kernel"
+    set_pattern(socket)
+    assert f"{socket} (systemd-coredump" in deploy.run(INSTALL).stderr
+    deploy.succeed(INSTALL, "--force", "--no-test")
+    deploy.succeed("unshare", "--mount", UNINSTALL)
+    assert pattern() == socket
+
+
+@pytest.mark.parametrize(
+    ("saved", "why"),
+    [
+        (b"", "it is empty"),
+        (b"\n0\n", "it is empty"),
+        (b"/" + b"x" * 127 + b"\n0\n", "128 bytes, the kernel takes 127"),
+        (OURS.encode() + b"\n0\n", "our own"),
+        (b"|/usr/bin/no-such-handler %p\n0\n", "does not exist"),
+        (b"core\x1b[2J\n0\n", "unprintable"),
+    ],
+)
+def test_saved_pattern_that_would_lose_dumps_is_not_restored(host, saved, why):
+    deploy.succeed(INSTALL, "--no-test")
+    SAVED.write_bytes(saved)
+    done = deploy.run(UNINSTALL)
+    assert (done.returncode, pattern()) == (0, "core")
+    assert f"{SAVED}: " in done.stderr
+    assert why in done.stderr
+
+
+def test_pattern_that_somebody_set_after_us_is_left_alone(host):
+    deploy.succeed(INSTALL, "--no-test")
+    set_pattern("/var/crash/core.%p")
+    assert "left alone" in deploy.succeed(UNINSTALL)
+    assert pattern() == "/var/crash/core.%p"
+
+
+def test_dry_run_touches_nothing(host):
+    said = deploy.succeed(INSTALL, "--dry-run")
+    assert f"would set kernel.core_pattern={OURS}" in said
+    assert (pattern(), [path for path in INSTALLED if path.exists()]) == ("core", [])
+    deploy.succeed(INSTALL, "--no-test")
+    deploy.succeed(UNINSTALL, "--dry-run", "--purge")
+    assert (pattern(), PROGRAM.exists(), BOOT_FILE.exists(), SAVED.exists()) == (OURS, True, True, True)
+
+
+def test_removal_fails_and_keeps_the_program_while_the_kernel_cannot_be_set(host):
+    deploy.succeed(INSTALL, "--no-test")
+    read_only = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec "
+    for command in (f"{UNINSTALL}", f"{SETUP} deactivate"):
+        done = deploy.run("unshare", "--mount", "sh", "-c", read_only + command)
+        assert (done.returncode, "cannot set kernel.core_pattern" in done.stderr) == (1, True)
+        assert (pattern(), PROGRAM.exists(), BOOT_FILE.exists(), SAVED.exists()) == (OURS, True, True, True)
+    done = deploy.run(UNINSTALL, "--root", "/")
+    assert (done.returncode, "the kernel still starts" in done.stderr) == (1, True)
+    assert PROGRAM.exists()
+
+
+def test_root_that_is_slash_leaves_the_running_kernel_alone(host):
+    assert "at the next boot" in deploy.succeed(INSTALL, "--root", "/")
+    assert (pattern(), PROGRAM.exists(), BOOT_FILE.exists()) == ("core", True, True)
+
+
+@pytest.mark.parametrize("own_pids", [False, True], ids=["chroot", "container"])
+def test_build_of_an_image_leaves_the_running_kernel_alone(host, tmp_path, own_pids):
+    for name in ("upper", "work", "root"):
+        (tmp_path / name).mkdir()
+    spaces = ["--mount", "--pid", "--fork"] if own_pids else ["--mount"]
+    done = deploy.run("unshare", *spaces, "sh", "-c", IMAGE, "sh", tmp_path, INSTALL)
+    if "mount:" in done.stderr:
+        pytest.skip(f"no overlay file system here: {done.stderr.strip()}")
+    assert (done.returncode, "at the next boot" in done.stdout) == (0, True), done.stderr
+    assert pattern() == "core"
+    assert (tmp_path / "upper" / str(PROGRAM)[1:]).exists()
+    assert not PROGRAM.exists()
+
+
+def test_failed_proof_takes_everything_back(host):
+    CONF.parent.mkdir()
+    CONF.write_text("IGNORE_SIGNALS=11\n")
+    done = deploy.run(INSTALL)
+    assert done.returncode == 1
+    assert "no dump arrived in /core_dumps" in done.stderr
+    assert "IGNORE_SIGNALS" in done.stderr, "the helper's own words"
+    assert (pattern(), CONF.read_text()) == ("core", "IGNORE_SIGNALS=11\n")
+    assert [path for path in INSTALLED if path.exists()] == [CONF.parent]
+    assert sorted(CONF.parent.iterdir()) == [CONF]
+
+
+def test_failed_proof_of_an_upgrade_leaves_the_older_release_at_work(host, source):
+    deploy.succeed(INSTALL, "--no-test")
+    before = PROGRAM.read_text()
+    replace_helper(source, NOTHING)
+    with (source / "helper/core_dump_helper/handler.py").open("a") as module:
+        module.write("# a later version\n")
+    done = deploy.run(source / "sysctl/install.sh")
+    assert (done.returncode, "no dump arrived" in done.stderr) == (1, True)
+    assert (pattern(), PROGRAM.read_text()) == (OURS, before)
+    assert "its dump arrived" in deploy.succeed(SETUP, "test")
+    assert len(list(PROGRAM.parent.glob("[0-9]*-*"))) == 1
+
+
+def test_interrupted_proof_takes_everything_back(host, source):
+    replace_helper(source, HANGS)
+    with subprocess.Popen(
+        [source / "sysctl/install.sh"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        collector.wait_until(lambda: pattern() == OURS, 20, "the pattern")
+        run.send_signal(signal.SIGTERM)
+        _, said = run.communicate(timeout=30)
+    assert (run.returncode, "interrupted by signal 15" in said) == (1, True)
+    assert (pattern(), [path for path in INSTALLED if path.exists()]) == ("core", [])
+
+
+def test_proof_is_not_answered_by_an_older_line_of_the_log(host, source):
+    replace_helper(source, NOTHING)
+    command = [source / "sysctl/install.sh"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        for pid in range(run.pid, run.pid + 60):
+            published = f"core-coretest-{pid}-1790000000-9-11.gz"
+            old = f"pid 9: {published}: 7 bytes by gzip in 1 ms"
+            new = f"Process 9 (coretest-{pid}): {published} is complete: 7 bytes by gzip in 1 ms"
+            Path("/dev/kmsg").write_text(f"<30>core-dump-helper[7]: {old}; {new}")
+        _, said = run.communicate(timeout=60)
+    assert (run.returncode, "no dump arrived" in said) == (1, True)
+    assert pattern() == "core"
+
+
+PUBLISH = """#!/usr/bin/python3 -IS
+import gzip, os, sys, time
+core = sys.stdin.buffer.read()
+path = "/core_dumps/core-%s-%d-1-11.gz" % (sys.argv[-1], time.time())
+os.makedirs("/core_dumps", exist_ok=True)
+data = {data}
+with open(path + ".partial", "wb") as file:
+    file.write(data)
+{then}
+os.rename(path + ".partial", path)
+"""
+
+
+@pytest.mark.parametrize(
+    ("data", "then", "said"),
+    [
+        ("gzip.compress(core[:64] + bytes(4096))", "", "is of another process"),
+        ("gzip.compress(b'nothing')", "", "is no core"),
+        ("core", "", "is no gzip file"),
+        (
+            "gzip.compress(core)",
+            "os.setxattr(path + '.partial', 'user.coredump.truncated', b'disk_full')",
+            "was cut: disk_full",
+        ),
+    ],
+    ids=["other process", "no core", "no gzip", "cut"],
+)
+def test_proof_reads_the_dump_itself(host, source, data, then, said):
+    replace_helper(source, PUBLISH.format(data=data, then=then))
+    done = deploy.run(source / "sysctl/install.sh")
+    assert (done.returncode, said in done.stderr) == (1, True), done.stderr
+    assert pattern() == "core"
+    for dump in WATCH_DIR.glob("core*"):
+        dump.unlink()
+
+
+def test_dump_that_a_collector_takes_at_once_is_proof_enough(host, source):
+    deploy.succeed(INSTALL, "--no-test")
+    ended = threading.Event()
+
+    def collect():
+        while not ended.is_set():
+            for dump in WATCH_DIR.glob("core-coretest-*.gz"):
+                dump.unlink(missing_ok=True)
+
+    thread = threading.Thread(target=collect)
+    thread.start()
+    try:
+        for _ in range(3):
+            assert "a test process crashed" in deploy.succeed(SETUP, "test")
+    finally:
+        ended.set()
+        thread.join()
+
+
+def assert_consistent():
+    """The kernel names a foreign pattern, or a helper that can run: a crash leaves its dump."""
+    assert pattern() in ("core", OURS)
+    if pattern() == OURS:
+        assert PROGRAM.exists()
+        deploy.succeed(PROGRAM, "--version")
+
+
+def test_installation_and_removal_at_once_leave_one_of_both(host):
+    for _ in range(4):
+        with contextlib.ExitStack() as stack:
+            for command in ([INSTALL, "--no-test"], [UNINSTALL], [INSTALL, "--no-test"], [UNINSTALL]):
+                stack.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        assert_consistent()
+        assert PROGRAM.exists() == (pattern() == OURS) == BOOT_FILE.exists()
+        assert leftovers() == []
+
+
+@pytest.mark.parametrize("script", ["install.sh", "uninstall.sh"])
+def test_run_that_is_killed_at_any_step_leaves_no_absent_program_and_is_finished_by_the_next(host, script):
+    options = ["--no-test"] if script == "install.sh" else []
+    if script == "uninstall.sh":
+        deploy.succeed(INSTALL, "--no-test")
+    step, killed = 1, True
+    while killed:
+        inject = f"inject=rename,unlink,mkdir,chown,?openat2:signal=KILL:when={step}"
+        command = [
+            "strace",
+            "-qq",
+            "-f",
+            "--seccomp-bpf",
+            "-o",
+            "/dev/null",
+            "-e",
+            inject,
+            "/usr/bin/python3",
+            "-IS",
+        ]
+        done = deploy.run(*command, SYSCTL / "core-dump-setup", script.removesuffix(".sh"), *options)
+        killed = done.returncode == -signal.SIGKILL
+        assert_consistent()
+        if script == "uninstall.sh":
+            deploy.succeed(INSTALL, "--no-test")
+            assert leftovers() == []
+        step += 1
+    assert done.returncode == 0
+    assert step > 12, "each step was tried"
+    assert leftovers() == []
+    deploy.succeed(UNINSTALL)
+    assert pattern() == "core"
+
+
+def test_configure_host_keeps_what_an_operator_edited_and_fails_when_the_proof_does(host, capfd):
+    def configure(**options):
+        code = configure_host.configure("/", source=str(deploy.ROOT), **options)
+        return code, "".join(capfd.readouterr())
+
+    code, said = configure()
+    assert (code, "its dump arrived" in said) == (0, True), said
+    BOOT_FILE.write_text(BOOT_FILE.read_text() + "fs.suid_dumpable=2\n")
+    edited = BOOT_FILE.read_text()
+    assert configure(options=["--no-test"])[0] == 0
+    assert (BOOT_FILE.read_text(), pattern()) == (edited, OURS)
+    CONF.write_text("IGNORE_SIGNALS=11\n")
+    code, said = configure()
+    assert (code, "no dump arrived" in said) == (1, True)
+    set_pattern(FOREIGN)
+    assert configure()[0] == 1
+    assert configure(restore=True)[0] == 0
+    assert (pattern(), PROGRAM.exists()) == (FOREIGN, False)
+    Path(f"{BOOT_FILE}.save").unlink()
