@@ -32,6 +32,17 @@ pytestmark = pytest.mark.skipif(
 PYTHON_CRASH = "import ctypes; ctypes.string_at(0)"
 
 
+def crash(command):
+    """Run a program that crashes; return its pid."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        return process.pid
+
+
+def dumps_of(pids, watch_dir):
+    """Return the whole dumps of these processes: others on this machine may crash at the same time."""
+    return [path for pid in pids for path in watch_dir.glob(f"core-*-{pid}-*.gz")]
+
+
 @pytest.fixture(scope="module")
 def fleet(seaweed, tmp_path_factory):
     """Crash programs in C (twice), C++ and Python, and let the collector bring their dumps to the bucket."""
@@ -45,13 +56,18 @@ def fleet(seaweed, tmp_path_factory):
         subprocess.run(["g++", "-g", "-o", throw, kernel.CRASHER.with_name("throw.cpp")], check=True)
         settings = {"WATCH_DIR": watch_dir, "RATE_LIMIT": 0, "KEEP_FREE_PERCENT": 1}
         with kernel.core_pattern(kernel.install_helper(Path(directory), settings)):
-            for _ in range(2):
-                kernel.crash(program, 11, megabytes=20, kind="zero", threads=2)
-            subprocess.run([throw], check=False, capture_output=True)
-            subprocess.run([sys.executable, "-c", PYTHON_CRASH], check=False)
-            wait_until(lambda: len(list(watch_dir.glob("*.gz"))) == 4, 60, "four dumps")
+            command = [program, "11", b"crash".hex(), "20", "zero", "2"]
+            pids = [
+                crash(command),
+                crash(command),
+                crash([throw]),
+                crash([sys.executable, "-c", PYTHON_CRASH]),
+            ]
+            wait_until(lambda: len(dumps_of(pids, watch_dir)) == 4, 60, "four dumps")
         kept = home / "kept"
         kept.mkdir()
+        for path in set(watch_dir.glob("core*")) - set(dumps_of(pids, watch_dir)):
+            path.unlink()  # a stranger's
         for path in watch_dir.glob("*.gz"):
             (kept / path.name.removesuffix(".gz")).write_bytes(gzip.decompress(path.read_bytes()))
         environ = seaweed.environ() | {"BUCKET_NAME": f"s3://{s3.BUCKET}/{prefix}"}

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import gzip
 import os
+import re
 import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from tests.support import kernel
+from tests.support.cleanup import temporary_directory
 from tests.support.collector import wait_until
+
+DUMP = re.compile(r"core-(.*)-\d+-(\d+)-\d+(-\d+)?(\.gz)?(\.partial)?")
 
 
 def pytest_collection_modifyitems(items):
@@ -32,6 +35,8 @@ class Node:
     directory: Path
     watch_dir: Path
     program: Path
+    crashes: set[tuple[str, int]] = field(default_factory=set)
+    """Name, as a file's name holds it, and pid, in its own namespace, of each crash of this test."""
 
     @contextlib.contextmanager
     def installed(self, python=sys.executable, **settings):
@@ -40,11 +45,34 @@ class Node:
         with kernel.core_pattern(kernel.install_helper(self.directory, given, python)):
             yield self
 
+    def expect(self, name, pid):
+        """Count dumps of this process as ours: others on this machine may crash at the same time."""
+        safe = re.sub(rb"[^A-Za-z0-9._+-]", b"_", name).decode() or "_"
+        self.crashes.add((re.sub("^[-.]", "_", safe), pid))
+
+    def crash_only(self, signal=11, program=None, name=b"crash", **how):
+        """Crash one process; return its pid."""
+        process = kernel.crash(program or self.program, signal, name=name, **how)
+        pid = int(process.stdout or 0)
+        self.expect(name, pid)
+        return pid
+
     def crash(self, signal=11, program=None, **how):
         """Crash one process and wait until its helper has ended; return the process's pid."""
-        process = kernel.crash(program or self.program, signal, **how)
+        pid = self.crash_only(signal, program, **how)
         self.settle()
-        return int(process.stdout or 0)
+        return pid
+
+    def start(self, *command, name, **how):
+        """Start a process that will crash under this name."""
+        process = subprocess.Popen(command, **how)
+        self.expect(name, process.pid)
+        return process
+
+    def is_ours(self, name):
+        """Say whether a name in the watch directory, or at the end of a key, is not that of a stranger's dump."""
+        found = DUMP.fullmatch(name)
+        return not found or (found[1], int(found[2])) in self.crashes
 
     def settle(self):
         """Wait until no helper runs."""
@@ -60,8 +88,8 @@ class Node:
         return found
 
     def names(self):
-        """Return all names in the watch directory except the helper's state."""
-        return sorted(name for name in os.listdir(self.watch_dir) if name != ".helper")
+        """Return all names in the watch directory except the helper's state and strangers' dumps."""
+        return sorted(name for name in os.listdir(self.watch_dir) if name != ".helper" and self.is_ours(name))
 
     def dump(self):
         """Return the path of the only dump."""
@@ -89,10 +117,10 @@ def backtrace(program, core):
 @pytest.fixture
 def node():
     """A node in a short path: the kernel takes 127 bytes of pattern."""
-    with tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp") as directory:
-        watch_dir = Path(directory) / "w"
+    with temporary_directory("cdh-", "/var/tmp") as directory:
+        watch_dir = directory / "w"
         watch_dir.mkdir(mode=0o700)
-        node = Node(Path(directory), watch_dir, Path(directory) / "crash")
+        node = Node(directory, watch_dir, directory / "crash")
         kernel.build(kernel.CRASHER, node.program, "-pthread")
         yield node
         node.settle()

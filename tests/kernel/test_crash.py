@@ -86,7 +86,7 @@ def test_core_is_byte_for_byte_what_the_kernel_wrote_and_gdb_reads_it(node):
         )
         tee.chmod(0o755)
         kernel.PATTERN.write_text(f"|{tee} {kernel.ARGUMENTS}\n")
-        process = kernel.crash(node.program, 11, megabytes=20, threads=3, name=b"the culprit")
+        pid = node.crash_only(megabytes=20, threads=3, name=b"the culprit")
         wait_until(lambda: node.names() and node.names()[0].endswith(".gz"))
         node.settle()
     core = core_of(node.dump())
@@ -96,7 +96,7 @@ def test_core_is_byte_for_byte_what_the_kernel_wrote_and_gdb_reads_it(node):
     assert "die_here" in trace
     assert trace.count("wait_for_ever") >= 3
     found = attributes(node.dump())
-    assert found["pid"] == process.stdout.strip()
+    assert found["pid"] == str(pid).encode()
     assert found["tid"] != found["pid"]
     assert found["threads"] == b"4"
     assert found["thread"] == b"the culprit"
@@ -181,7 +181,8 @@ def test_dump_of_a_setuid_program_is_flagged_sensitive(node):
 
 def test_dump_cut_short_by_sigkill_is_flagged_killed(node):
     with node.installed(COMPRESSOR="gzip", LEVEL=9, BUFFER_BYTES=0):
-        process = subprocess.Popen([node.program, "11", "61", "200", "random", "0"], stdout=subprocess.PIPE)
+        command = [node.program, "11", b"cut".hex(), "200", "random", "0"]
+        process = node.start(*command, name=b"cut", stdout=subprocess.PIPE)
         wait_until(lambda: any((node.watch_dir / n).stat().st_size > 1 << 16 for n in node.names()))
         process.kill()
         process.communicate()
@@ -206,7 +207,7 @@ def test_rlimit_core_zero_is_dumped_unless_it_is_respected(node):
 def test_fifty_crashes_at_once_are_fifty_dumps(node):
     with node.installed(COMPRESSOR="gzip"):
         command = [node.program, "6", b"storm".hex(), "1", "mixed", "0"]
-        crashing = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(50)]
+        crashing = [node.start(*command, name=b"storm", stdout=subprocess.DEVNULL) for _ in range(50)]
         assert {process.wait(timeout=60) for process in crashing} == {-6}
         node.settle()
     assert len(node.names()) == 50
@@ -223,6 +224,16 @@ def test_crash_loop_leaves_room_for_others(node):
         other.chmod(0o755)
         node.crash(program=other, name=b"quiet")
     assert [name.split("-")[1] for name in node.names()] == ["loop", "loop", "quiet"]
+
+
+def test_crash_of_a_stranger_is_not_taken_for_ours(node):
+    with node.installed(COMPRESSOR="gzip"):
+        pid = node.crash()
+        for name in (b"crash", b"stranger"):
+            kernel.crash(node.program, 11, name=name)
+        node.settle()
+    assert len(list(node.watch_dir.glob("core*"))) == 3
+    assert attributes(node.dump())["pid"] == str(pid).encode()
 
 
 def test_own_configuration_is_named_by_an_option(node):

@@ -74,7 +74,7 @@ def test_nothing_below_the_root_of_a_container_is_opened_or_run(node, jail):
     inside = ("unshare", "--mount", "--uts", "chroot", jail, "/crasher")
     with node.installed(COMPRESSOR="pigz"):
         command = [*inside, b"app".hex(), "1000000", "7", "11"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = node.start(*command, name=b"app", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdout.readline() == b"ready\n"
         with touches(jail) as touched:
             (jail / "etc/passwd").read_bytes()
@@ -113,7 +113,7 @@ def quota(node):
 def test_quota_that_is_used_up_leaves_a_flagged_dump_and_holds_nobody(node, compressor, record_property):
     with node.installed(COMPRESSOR=compressor, BUFFER_BYTES=0, DEADLINE_SECONDS=10), quota(node):
         began = time.monotonic()
-        kernel.crash(node.program, 11, megabytes=48, kind="random")
+        node.crash_only(megabytes=48, kind="random")
         held = time.monotonic() - began
         node.settle()
         status = node.dump().stat()
@@ -141,7 +141,7 @@ def test_no_descriptors_left_lets_the_process_go_at_once(node, record_property):
         launcher.chmod(0o755)
         kernel.PATTERN.write_text(f"|{launcher} {kernel.ARGUMENTS}\n")
         began = time.monotonic()
-        kernel.crash(node.program, 11, megabytes=48)
+        node.crash_only(megabytes=48)
         held = time.monotonic() - began
         node.settle()
     record_property("held_seconds", round(held, 2))
