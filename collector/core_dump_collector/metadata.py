@@ -1,4 +1,4 @@
-"""Owns what is known of a dump and the JSON that goes up beside it (docs/contracts.md, "Object and sidecar")."""
+"""Owns what is known of a dump, and its metadata object (docs/contracts.md, "Object and metadata object")."""
 
 from __future__ import annotations
 

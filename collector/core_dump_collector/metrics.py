@@ -116,9 +116,13 @@ class Metrics:
         self.pattern_ours = Gauge(
             "core_dump_core_pattern_ours", "1 when the node's core_pattern leads to us.", registry=r
         )
-        Gauge("core_dump_build_info", "Always 1.", ["version", "python"], registry=r).labels(
-            __version__, platform.python_version()
-        ).set(1)
+        self.build_info = Gauge(
+            "core_dump_build_info",
+            "Always 1; its labels say which version runs.",
+            ["version", "python"],
+            registry=r,
+        )
+        self.build_info.labels(__version__, platform.python_version()).set(1)
 
     def observe(self, result: UploadResult) -> None:
         """Count one result."""

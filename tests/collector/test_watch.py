@@ -2,15 +2,21 @@ import os
 import select
 import shutil
 import struct
+import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as limits
 from hypothesis import strategies as st
 from inotify_simple import parse_events
 from tests.support.collector import flood
 
 from core_dump_collector.node.watch import Watch
+
+FILE_NAME = st.binary(min_size=1, max_size=100).filter(
+    lambda name: not {0, 47} & set(name) and name not in {b".", b".."}
+)
 
 
 def read_all(watch, *, until, seconds=10):
@@ -109,3 +115,15 @@ def test_descriptor_that_somebody_closed_is_a_lost_watch(tmp_path):
         watch._inotify.close()
         assert watch.read().lost
         assert not watch.is_current()
+
+
+@limits(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(FILE_NAME, unique=True, max_size=8))
+def test_any_file_name_comes_out_of_inotify_as_it_went_in(tmp_path, names):
+    directory = Path(tempfile.mkdtemp(dir=tmp_path))
+    with Watch(str(directory)) as watch:
+        for name in names:
+            descriptor = os.open(os.fsencode(directory) + b"/" + name, os.O_CREAT | os.O_WRONLY)
+            os.close(descriptor)
+        seen = watch.read().names if names else []
+    assert [os.fsencode(name) for name in seen] == names

@@ -4,7 +4,8 @@ import struct
 from urllib.parse import unquote_to_bytes
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as limits
 from hypothesis import strategies as st
 from tests.support.cores import Shape
 from tests.support.cores import simple as elf
@@ -145,3 +146,24 @@ def test_records_hold_no_raw_bytes(value):
     assert unquote_to_bytes(text) == value
     assert text.isascii()
     assert not set(text) & set("\n=% ") - {"%"}
+
+
+@limits(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=500))
+def test_no_bytes_in_helper_conf_cost_a_setting(tmp_path, text):
+    path = tmp_path / "helper.conf"
+    path.write_bytes(text)
+    path.chmod(0o600)
+    read = Settings()
+    read.load(str(path))
+    assert read.WATCH_DIR.startswith("/")
+    assert 1 <= read.DEADLINE_SECONDS <= 86400
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+@limits(deadline=None)
+@given(order=st.sampled_from([1, 2]), rest=st.binary(min_size=58, max_size=300))
+def test_no_elf_header_makes_the_helper_wait_for_more_than_its_limit(kind, order, rest):
+    wanted, length = elf_length(b"\x7fELF" + bytes([kind, order]) + rest)
+    assert 0 <= wanted <= HEADER_LIMIT + 64
+    assert length >= 0

@@ -8,9 +8,13 @@ import time
 from urllib.parse import quote
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
 from tests.support import s3
 from tests.support.collector import running, wait_until
 
+from core_dump_collector.node import drops
 from core_dump_collector.node.drops import DropRecords
 
 HASH = "0123456789abcdef01234567"
@@ -150,3 +154,10 @@ def test_storm_reaches_the_bucket_once_across_restarts(seaweed, bucket, watch_di
     assert (told["exe"], told["signal"], told["container_id"]) == ("/bin/a\n\x1b", 11, "c" * 64)
     assert (told["kept"], told["suppressed"], told["first"], told["last"]) == (2, 3, first, first + 50)
     assert set(s3.keys_in(bucket)) == {key}
+
+
+@limits(deadline=None)
+@given(st.binary(max_size=2000))
+def test_no_bytes_in_a_record_fail(text):
+    record = drops._parse("0" * 24, text)
+    assert record is None or record.reason

@@ -1,4 +1,4 @@
-"""Owns the reading of what the helper refused: its records in `.helper/` (docs/contracts.md, "Storm and drop records").
+"""Reads the records in `.helper/` of what the helper refused (docs/contracts.md, "Records of refused dumps").
 
 Each record counts one window of one workload. What is new in it is counted; once the window is over, one document
 says what was suppressed. Its name comes from the record, so that it is stored once however often we start.

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 
-import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
@@ -16,25 +15,18 @@ from core_dump_collector import metadata
 from core_dump_collector.metadata import StoredObject
 from core_dump_collector.node import drops
 from core_dump_collector.node.dumpfile import DumpFile
-from core_dump_collector.node.watch import Watch
-from core_dump_collector.s3 import record
-from core_dump_format.attributes import ATTRIBUTE_PREFIX, NUMBERS, TEXTS, UPLOAD_RECORD
+from core_dump_format.attributes import ATTRIBUTE_PREFIX, NUMBERS, TEXTS
 from core_dump_format.names import LEAST_TIMESTAMP, is_candidate, is_partial, parse_name, unpartial
-from core_dump_helper.core import HEADER_LIMIT, elf_length
 from core_dump_helper.crash import parse_arguments, read_metadata
 from core_dump_helper.dumpfile import file_name, set_attributes
 from core_dump_helper.limits import RateLimiter
 from core_dump_helper.records import Records, open_state
-from core_dump_helper.settings import Settings
 
 COMM = st.binary(max_size=64).filter(lambda name: b"\0" not in name)
 FEW = limits(
     max_examples=60,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-FILE_NAME = st.binary(min_size=1, max_size=100).filter(
-    lambda n: not {0, 47} & set(n) and n not in {b".", b".."}
 )
 number = itertools.count()
 
@@ -117,68 +109,3 @@ def test_every_record_of_the_helper_is_read_by_the_collector(watch_dir, exe, thr
     told = (exe or thread)[:1024].decode("utf-8", "backslashreplace")
     assert dict(read.workload).get("exe", "") == told
     json.dumps(dict(read.as_document().facts))
-
-
-@limits(deadline=None)
-@given(st.binary(max_size=2000))
-def test_no_bytes_in_a_record_fail(text):
-    record = drops._parse("0" * 24, text)
-    assert record is None or record.reason
-
-
-@FEW
-@given(st.binary(max_size=500))
-def test_no_bytes_in_helper_conf_cost_a_setting(tmp_path, text):
-    path = tmp_path / "helper.conf"
-    path.write_bytes(text)
-    path.chmod(0o600)
-    read = Settings()
-    read.load(str(path))
-    assert read.WATCH_DIR.startswith("/")
-    assert 1 <= read.DEADLINE_SECONDS <= 86400
-
-
-@FEW
-@given(st.lists(FILE_NAME, unique=True, max_size=8))
-def test_any_file_name_comes_out_of_inotify_as_it_went_in(tmp_path, names):
-    directory = tmp_path / str(next(number))
-    directory.mkdir()
-    with Watch(str(directory)) as watch:
-        for name in names:
-            descriptor = os.open(os.fsencode(directory) + b"/" + name, os.O_CREAT | os.O_WRONLY)
-            os.close(descriptor)
-        seen = watch.read().names if names else []
-    assert [os.fsencode(name) for name in seen] == names
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-)
-FIELDS = st.fixed_dictionaries(
-    {
-        "state": st.sampled_from(["sending", "sent", "stored", "x"]),
-        "key": st.text() | JSON,
-        "modified_ns": JSON,
-    },
-    optional={"size": JSON, "crc32": JSON, "upload_id": JSON, "part_bytes": JSON, "more": JSON},
-)
-
-
-@limits(deadline=None)
-@given(st.binary() | (JSON | FIELDS).map(lambda value: json.dumps(value).encode()), st.booleans())
-def test_no_bytes_in_the_record_of_an_attempt_fail(raw, trusted):
-    read = record.read({UPLOAD_RECORD: raw}, trusted=trusted)
-    if read is not None:
-        assert type(read.key) is str
-        assert type(read.size) is int
-        assert trusted or read.state is record.State.SENDING
-
-
-@pytest.mark.parametrize("kind", [1, 2])
-@limits(deadline=None)
-@given(order=st.sampled_from([1, 2]), rest=st.binary(min_size=58, max_size=300))
-def test_no_elf_header_makes_the_helper_wait_for_more_than_its_limit(kind, order, rest):
-    wanted, length = elf_length(b"\x7fELF" + bytes([kind, order]) + rest)
-    assert 0 <= wanted <= HEADER_LIMIT + 64
-    assert length >= 0
