@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from core_dump_collector.backlog import Candidate
 from core_dump_collector.node import scan
 from core_dump_collector.node import watch as inotify
 from core_dump_collector.observation import Look
@@ -34,6 +35,8 @@ SCAN_SLICE = 500
 """Names looked at before events and results get their turn."""
 POLL_SECONDS = 2.0
 """Pause between scans while inotify is not available or the last scan failed."""
+NEW_SECONDS = 600.0
+"""A file that a scan finds is served before others if its time is so close to the clock's; it decides nothing else."""
 POLL_SHARE = 10
 """Such a pause is at least so many times as long as the scan before it."""
 
@@ -127,7 +130,7 @@ class Arrivals:
         for name in changes.names:
             found = scan.look(self._directory, name, patterns=self._settings.file_patterns)
             if found is not None:
-                self._note(found)
+                self._note(found, reported=True)
         if changes.overflow:
             self._metrics.overflows.inc()
             log.warning("inotify dropped events; the directory is scanned")
@@ -142,7 +145,7 @@ class Arrivals:
         if self._scan is None:
             self._scan_began = now
             self._scan_due = now + self._settings.scan_seconds
-            self._backlog.starved = False
+            self._backlog.turned_away = False
             self._scan = scan.scan(self._directory, self._settings.file_patterns)
         next_slice = islice(self._scan, SCAN_SLICE)
         found = self._observer.look(Look.SCAN, lambda: list(next_slice))
@@ -160,16 +163,20 @@ class Arrivals:
         if not succeeded or not self._watch.is_armed:
             self._scan_due = min(self._scan_due, now + max(POLL_SECONDS, taken * POLL_SHARE))
 
-    def scan_again(self) -> None:
-        """Scan as soon as the last scan allows: there is room for names that were turned away."""
-        self._scan_due = 0.0
+    def scan_again(self, pause_seconds: float) -> None:
+        """Scan again so long after the last scan began, or as soon as that allows."""
+        self._scan_due = min(self._scan_due, self._scan_began + pause_seconds)
 
-    def _note(self, found: scan.Found) -> None:
+    def _note(self, found: scan.Found, *, reported: bool = False) -> None:
+        """Take a file into the backlog; one that an event reported, or that was just written, is new."""
         now = time.monotonic()
-        if not found.partial:
-            self._backlog.add(found.name, now, size_bytes=found.size_bytes, written_at=found.written_at)
-        elif found.trusted:
-            self.partials.note(found.name, (found.size_bytes, found.written_at), now)
+        if found.partial:
+            if found.trusted:
+                self.partials.note(found.name, (found.size_bytes, found.modified_ns), now)
+            return
+        new = reported or abs(time.time() - found.modified_ns / 1e9) < NEW_SECONDS
+        file = Candidate(found.name, found.size_bytes, found.modified_ns, found.owner, new)
+        self._backlog.add(file, now)
 
     def next_partial(self, now: float) -> str | None:
         """Return a partial that nobody has touched for long enough to salvage it, or None."""

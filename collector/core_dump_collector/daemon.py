@@ -127,9 +127,10 @@ class Daemon:
             name = self._backlog.take(now)
             if name is None:
                 break
-            self._pool.submit(Job(self._directory, name))
-        if self._backlog.starved and len(self._backlog) < self._backlog.capacity // 2:
-            self._arrivals.scan_again()
+            self._pool.submit(Job(self._directory, name, self._backlog.sighting(name, now)))
+        pause = self._backlog.scan_pause()
+        if pause is not None:
+            self._arrivals.scan_again(pause)
 
     def _on_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):

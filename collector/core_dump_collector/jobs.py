@@ -47,11 +47,23 @@ class RetryReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Sighting:
+    """What the loop has seen of a file without opening it."""
+
+    size_bytes: int
+    modified_ns: int
+    """Modification time, Unix nanoseconds."""
+    unchanged_seconds: float
+    """For how long both have been seen as they are, on the monotonic clock."""
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One file of the watch directory, by name (undecodable bytes as surrogate escapes)."""
 
     directory: str
     name: str
+    sighting: Sighting | None = None
 
 
 @dataclass(frozen=True, slots=True)

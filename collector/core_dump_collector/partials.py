@@ -17,7 +17,7 @@ MOST_PARTIALS = 1000
 
 @dataclass(slots=True)
 class _Partial:
-    version: tuple[int, float]
+    version: tuple[int, int]
     """Size and modification time."""
     due: float
     attempts: int = 0
@@ -30,7 +30,7 @@ class Partials:
 
     _known: dict[str, _Partial] = field(default_factory=dict)
 
-    def note(self, name: str, version: tuple[int, float], now: float) -> None:
+    def note(self, name: str, version: tuple[int, int], now: float) -> None:
         """Remember a partial; one that has changed starts to wait again."""
         partial = self._known.get(name)
         if partial is None:

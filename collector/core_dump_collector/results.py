@@ -57,7 +57,6 @@ class Results:
         if result.published:
             self.metrics.salvaged.inc()
             log.warning("salvaged an abandoned partial dump", file=result.published)
-            self.backlog.add(result.published, now)
         elif result.published is not None:
             log.warning("removed an abandoned partial dump that was empty", file=result.name)
         elif result.detail:
@@ -77,7 +76,7 @@ class Results:
             case Outcome.UPLOADED | Outcome.ALREADY_STORED:
                 self.breaker.succeed()
                 gone = not os.path.lexists(os.path.join(self.directory, name))
-                self.backlog.finish(name, now, gone=gone)
+                self.backlog.finish(name, gone=gone)
                 log.info(
                     result.outcome.value,
                     bytes=result.stored_bytes,
@@ -85,9 +84,12 @@ class Results:
                     truncated=result.truncated,
                     **shown,
                 )
-            case Outcome.VANISHED | Outcome.BUSY:
-                self.backlog.finish(name, now)
+            case Outcome.BUSY:
+                self.backlog.postpone(name, now)
+                log.debug(result.outcome.value, **shown)
+            case Outcome.VANISHED:
+                self.backlog.finish(name)
                 log.debug(result.outcome.value, **shown)
             case _:
-                self.backlog.finish(name, now)
+                self.backlog.finish(name)
                 log.warning(result.outcome.value, **shown)

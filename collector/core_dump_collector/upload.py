@@ -122,7 +122,7 @@ class Worker:
 
     def _upload(self, job: Job) -> UploadResult:
         try:
-            with dumpfile.DumpFile(job.directory, job.name) as dump:
+            with dumpfile.DumpFile(job.directory, job.name, job.sighting) as dump:
                 return self._upload_open(dump)
         except dumpfile.UnfitError as unfit:
             return UploadResult(job.name, _OUTCOME_OF_UNFIT[unfit.why], detail=str(unfit))

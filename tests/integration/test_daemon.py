@@ -181,16 +181,19 @@ def test_raw_core_goes_as_it_is_when_asked(seaweed, bucket, watch_dir, tmp_path)
     assert s3.body_of(bucket, "node-1/core-raw-1700000000-9-11") == b"\x7fELF raw"
 
 
-def test_abandoned_partial_is_salvaged_and_flagged(seaweed, bucket, watch_dir, tmp_path):
+def test_abandoned_partial_is_salvaged_and_flagged_whatever_its_time(seaweed, bucket, watch_dir, tmp_path):
     whole = gzip.compress(os.urandom(500_000), 1)
     partial = watch_dir / "core-cut-1700000000-5-11.gz.partial"
     partial.write_bytes(whole[:300_000])
     os.utime(partial, (1_700_000_000, 1_700_000_000))
+    after_a_jump = watch_dir / "core-jump-1700000000-6-11.gz.partial"
+    after_a_jump.write_bytes(whole[:300_000])
+    os.utime(after_a_jump, (32_503_680_000, 32_503_680_000))  # the year 3000
     with running(watch_dir, seaweed.environ(), tmp_path) as collector:
         wait_until(lambda: not list(watch_dir.glob("core*")), 30)
-        wait_until(lambda: uploaded(collector) == 1, 10)
-        assert collector.metric("core_dump_partials_salvaged_total") == 1
-        assert collector.metric("core_dump_dumps_truncated_total") == 1
+        wait_until(lambda: uploaded(collector) == 2, 10)
+        assert collector.metric("core_dump_partials_salvaged_total") == 2
+        assert collector.metric("core_dump_dumps_truncated_total") == 2
     sidecar = json.loads(s3.body_of(bucket, "node-1/core-cut-1700000000-5-11.gz.json"))
     assert (sidecar["state"], sidecar["truncated"]) == ("truncated", "salvaged")
     assert len(gzip.decompress(s3.body_of(bucket, "node-1/core-cut-1700000000-5-11.gz"))) > 200_000
@@ -316,3 +319,20 @@ def test_port_that_is_taken_is_one_clear_line_and_exit_2(watch_dir):
     assert ended.returncode == 2
     assert f"METRICS_PORT={port}" in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+def test_fresh_dump_goes_up_before_the_old_ones_that_wait(seaweed, bucket, watch_dir, tmp_path):
+    old = names(0, 600)
+    for name in old:
+        put_dump(watch_dir, name, b"old")
+        os.utime(watch_dir / name, (1_700_000_000, 1_700_000_000))
+    fresh = "core-fresh-1800000000-1-11.gz"
+    with (
+        slow_proxy(seaweed.endpoint, 20_000) as endpoint,
+        running(watch_dir, seaweed.environ() | {"AWS_ENDPOINT_URL_S3": endpoint}, tmp_path) as collector,
+    ):
+        put_dump(watch_dir, fresh)
+        wait_until(lambda: not (watch_dir / fresh).exists(), 60, "the fresh dump to go")
+        left = len(list(watch_dir.glob("core-app-*")))
+        collector.kill()
+    assert left > 300

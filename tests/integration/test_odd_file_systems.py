@@ -7,13 +7,12 @@ import gzip
 import json
 import os
 import subprocess
-import time
 
 import pytest
 from tests.support import s3
 from tests.support.uploads import KEY, NAME, connected, send
 
-from core_dump_collector.jobs import Outcome
+from core_dump_collector.jobs import Outcome, Sighting
 from core_dump_collector.node import dumpfile
 
 pytestmark = pytest.mark.skipif(
@@ -60,23 +59,24 @@ def test_whole_dump_without_attributes_is_not_said_to_be_salvaged(seaweed, bucke
     assert json.loads(s3.body_of(bucket, f"{KEY}.json"))["state"] == "complete"
 
 
+@pytest.mark.parametrize("written_at", [0, 1_700_000_000, 32_503_680_000], ids=["1970", "2023", "3000"])
 @pytest.mark.parametrize(("quiet_seconds", "outcome"), [(50, Outcome.BUSY), (70, Outcome.UPLOADED)])
 def test_without_a_lease_a_minute_without_writes_makes_a_dump_ready(
-    seaweed, bucket, watch_dir, quiet_seconds, outcome
+    seaweed, bucket, watch_dir, quiet_seconds, outcome, written_at
 ):
     """A lease on another user's file takes CAP_LEASE; NFS has none either."""
     dump = watch_dir / "core-app-1700000000-42-11"
     dump.write_bytes(b"\x7fELF core")
     dump.chmod(0o644)
-    written = time.time() - quiet_seconds
-    os.utime(dump, (written, written))
+    os.utime(dump, (written_at, written_at))
+    sighting = Sighting(dump.stat().st_size, dump.stat().st_mtime_ns, quiet_seconds)
     os.chown(watch_dir, SOMEBODY, -1)
     with connected(seaweed.environ()):
         for parent in watch_dir.parents[:3]:
             parent.chmod(parent.stat().st_mode | 0o011)
         os.seteuid(SOMEBODY)
         try:
-            assert send(dump).outcome == outcome
+            assert send(dump, sighting).outcome == outcome
         finally:
             os.seteuid(0)
     assert dump.exists() == (outcome == Outcome.BUSY)

@@ -124,6 +124,14 @@ def test_storm_is_told_once_when_its_window_is_over(watch_dir, state):
     assert not drops.settle("core-a-1700000000-1-11.gz", 200, stored=True)
 
 
+def test_window_ends_where_the_clock_has_jumped_back(watch_dir, state):
+    write(state, first=NOW + 10**9)
+    drops = DropRecords(str(watch_dir))
+    assert drops.next_document(NOW, now=0) is None
+    assert drops.next_document(NOW, now=60) is None
+    assert drops.next_document(NOW, now=70).name.endswith(f"-{NOW + 10**9}.json")
+
+
 def test_window_that_a_new_one_replaced_is_told_too(watch_dir, state):
     write(state)
     drops = DropRecords(str(watch_dir))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from core_dump_collector.config import Settings
-from core_dump_collector.jobs import Document, Job, RecordResult, UploadResult
+from core_dump_collector.jobs import Document, Job, RecordResult, Sighting, UploadResult
 from core_dump_collector.s3 import tries
 from core_dump_collector.upload import Worker
 
@@ -44,9 +44,9 @@ def worker(**changes: Any) -> Worker:
     return _workers.setdefault(repr(changes), Worker(options(**changes)))
 
 
-def send(path: Path, **changes: Any) -> UploadResult:
+def send(path: Path, sighting: Sighting | None = None, **changes: Any) -> UploadResult:
     """Process one file."""
-    result = worker(**changes).process(Job(str(path.parent), path.name))
+    result = worker(**changes).process(Job(str(path.parent), path.name, sighting))
     assert isinstance(result, UploadResult)
     return result
 

@@ -69,6 +69,7 @@ class DropRecords:
         self._seen = {record.name: record for record in _read_records(directory)}
         self._over: dict[str, Document] = {}
         self._done: set[str] = set()
+        self._since: dict[tuple[str, int], float] = {}
         self._in_flight = ""
         self._due = 0.0
 
@@ -92,12 +93,16 @@ class DropRecords:
 
         Args:
             wall_clock: Unix seconds, to tell which windows are over.
-            now: monotonic seconds, to pause after a failure.
+            now: monotonic seconds, for the same where the clock has jumped back, and to pause after a failure.
         """
         if self._in_flight or now < self._due:
             return None
+        self._since = {
+            (r.name, r.first): self._since.get((r.name, r.first), now) for r in self._seen.values()
+        }
         for record in self._seen.values():
-            if wall_clock > record.first + record.seconds + GRACE_SECONDS:
+            known = now - self._since[record.name, record.first]
+            if max(wall_clock - record.first, known) > record.seconds + GRACE_SECONDS:
                 self._finish(record)
         if not self._over:
             self._due = now + GRACE_SECONDS

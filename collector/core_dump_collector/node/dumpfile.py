@@ -11,7 +11,6 @@ import fcntl
 import os
 import signal
 import stat
-import time
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
@@ -23,9 +22,11 @@ from core_dump_format.names import QUARANTINE, unpartial
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from core_dump_collector.jobs import Sighting
+
 QUIET_SECONDS = 60.0
-"""Where no lease can be had (NFS, a file of another user without CAP_LEASE), this long without a write is ready."""
-"""Set on a salvaged partial: its compressed stream has no end and is repaired while it is uploaded."""
+"""Where no lease is available (NFS, a file of another user without CAP_LEASE), a file is ready once the loop has seen
+it unchanged for so long. Its own time is not compared with the clock: clocks jump, and a server has its own."""
 
 _SALVAGED_FLAGS = {SALVAGED: b"1", ATTRIBUTE_PREFIX + "truncated": b"salvaged"}
 """Where they cannot be set, the sticky bit stands for them, which means nothing else on a file."""
@@ -77,8 +78,8 @@ class DumpFile:
         OSError: the directory or the file cannot be read.
     """
 
-    def __init__(self, directory: str, name: str) -> None:
-        """Open and check."""
+    def __init__(self, directory: str, name: str, sighting: Sighting | None = None) -> None:
+        """Open and check; `sighting` is what the loop knows of the file."""
         if name in {"", ".", ".."} or "/" in name or "\0" in name:
             raise UnfitError(Unfit.REFUSED, "not a file name")
         self.name = name
@@ -87,7 +88,8 @@ class DumpFile:
             stack.callback(os.close, self._directory)
             self.fd, self._status = _open_regular(self._directory, name)
             stack.callback(os.close, self.fd)
-            _require_no_writer(self.fd, self._status)
+            if not _has_no_writer(self.fd):
+                _require_quiet(self._status, sighting)
             self._status = os.fstat(self.fd)
             self.identity = Identity.of(self._status)
             self._stack = stack.pop_all()
@@ -156,11 +158,10 @@ class DumpFile:
 
     def is_unchanged(self) -> bool:
         """Tell whether the file has the length and time it had when it was opened, and no writer."""
-        status = os.fstat(self.fd)
-        if Identity.of(status) != self.identity:
+        if Identity.of(os.fstat(self.fd)) != self.identity:
             return False
         try:
-            _require_no_writer(self.fd, status)
+            _has_no_writer(self.fd)
         except UnfitError:
             return False
         return True
@@ -284,11 +285,14 @@ def _require_regular(status: os.stat_result) -> None:
         raise UnfitError(Unfit.REFUSED, f"it has {status.st_nlink} hard links")
 
 
-def _require_no_writer(fd: int, status: os.stat_result) -> None:
-    """Refuse a file that somebody may still write to.
+def _has_no_writer(fd: int) -> bool:
+    """Return True if nobody has the file open for writing, and False where that cannot be known.
 
     A read lease is granted only when nobody has the file open for writing, exact even for cores that the kernel
     writes (fcntl(2), "Leases").
+
+    Raises:
+        UnfitError: somebody has it open for writing.
     """
     try:
         _take_lease(fd)
@@ -298,8 +302,18 @@ def _require_no_writer(fd: int, status: os.stat_result) -> None:
     except OSError as error:
         if error.errno not in _NO_LEASE_HERE:
             raise
-        if time.time() - status.st_mtime < QUIET_SECONDS:
-            raise UnfitError(Unfit.BUSY, "written to less than a minute ago") from None
+        return False
+    return True
+
+
+def _require_quiet(status: os.stat_result, sighting: Sighting | None) -> None:
+    """Refuse a file that was not seen unchanged for long enough."""
+    if (
+        sighting is None
+        or (sighting.size_bytes, sighting.modified_ns) != (status.st_size, status.st_mtime_ns)
+        or sighting.unchanged_seconds < QUIET_SECONDS
+    ):
+        raise UnfitError(Unfit.BUSY, "not seen unchanged for a minute yet")
 
 
 def _take_lease(fd: int) -> None:

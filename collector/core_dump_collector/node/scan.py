@@ -27,8 +27,8 @@ class Found:
 
     name: str
     size_bytes: int
-    written_at: float
-    """Modification time, Unix seconds."""
+    modified_ns: int
+    """Modification time, Unix nanoseconds."""
     partial: bool
     """A `.partial`: the helper's, or one that it left behind."""
     owner: int
@@ -46,7 +46,9 @@ def look(directory: str, name: str, *, patterns: tuple[str, ...]) -> Found | Non
         status = os.lstat(os.path.join(directory, name))
     except OSError:
         return None
-    return Found(name, status.st_size, status.st_mtime, partial, status.st_uid, dumpfile.is_trusted(status))
+    return Found(
+        name, status.st_size, status.st_mtime_ns, partial, status.st_uid, dumpfile.is_trusted(status)
+    )
 
 
 def scan(directory: str, patterns: tuple[str, ...]) -> Iterator[Found]:
