@@ -148,7 +148,8 @@ class Daemon:
     def _beat(self, now: float) -> None:
         """Repeat every look whose subject changes without an event. None of them can end the loop."""
         self._beat_due = now + HEARTBEAT_SECONDS
-        self._health.beat()
+        self._pool.kill_hung(now)
+        self._health.beat(stuck=self._pool.is_stuck(now))
         self._arrivals.follow()
         metrics, look, directory = self._metrics, self._observer.look, self._directory
         metrics.backlog_oldest.set(self._backlog.oldest_seconds(time.time()))

@@ -45,13 +45,15 @@ class Health:
         """
         self._beat = time.monotonic()
         self._ready = False
+        self._stuck = False
         self._startup_file: StartupFile | None = None
         if startup_file is not None:
             self._startup_file = StartupFile(startup_file, HEARTBEAT_SECONDS, self._turns, observer)
 
-    def beat(self) -> None:
-        """Note that the loop turns."""
+    def beat(self, *, stuck: bool = False) -> None:
+        """Note that the loop turns, and whether its jobs stay out long after their deadlines."""
         self._beat = time.monotonic()
+        self._stuck = stuck
 
     def _turns(self) -> bool:
         return time.monotonic() - self._beat < 2 * HEARTBEAT_SECONDS
@@ -75,8 +77,8 @@ class Health:
 
     @property
     def is_live(self) -> bool:
-        """Tell whether the loop turns."""
-        return time.monotonic() - self._beat < STALLED_SECONDS
+        """Tell whether the loop turns and its jobs return; a store that cannot be reached is a result as well."""
+        return time.monotonic() - self._beat < STALLED_SECONDS and not self._stuck
 
     @property
     def is_ready(self) -> bool:

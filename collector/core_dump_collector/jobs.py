@@ -38,6 +38,8 @@ class RetryReason(StrEnum):
     """The store may have the dump, and nothing proves it: the log says which permission or setting would."""
     LOCAL_IO = "local_io"
     WORKER_DIED = "worker_died"
+    TIMEOUT = "timeout"
+    """The job did not end by its deadline."""
     INTERNAL = "internal"
 
     @property

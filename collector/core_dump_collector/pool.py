@@ -1,11 +1,13 @@
-"""Owns the worker processes: start, submit, rebuild when one dies, drain, kill.
+"""Owns the worker processes: start, submit, kill when one hangs, rebuild when one dies, drain.
 
 `ProcessPoolExecutor` and not `multiprocessing.Pool`: the latter's join hangs for ever when a worker was
-SIGKILLed. Workers come from a fork server that has imported boto3 once, so they share its memory.
+SIGKILLed. Workers come from a fork server that has imported boto3 once, so they share its memory. The executor does not
+tell which worker has which job, and replaces all of them when one dies: a job that hangs costs the others a retry.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -16,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
+from core_dump_collector.deadlines import Deadlines, seconds_for
 from core_dump_collector.jobs import (
     Document,
     Job,
@@ -38,7 +41,12 @@ AnyJob = Job | Document | Salvage
 AnyResult = UploadResult | RecordResult | SalvageResult
 _PRELOAD = ["__main__", "core_dump_collector.preload"]
 _KILL_SECONDS = 5.0
-
+STOPPED_SECONDS = 60.0
+"""A worker that was stopped (SIGSTOP) and not continued for this long is killed."""
+STUCK_SECONDS = 60.0
+"""After its deadline a job is given this long to come back from its killed worker."""
+_DIED = (RetryReason.WORKER_DIED, "the worker process died")
+_HUNG = (RetryReason.TIMEOUT, "the job did not end in time, so its worker process was killed")
 
 _worker: Worker | None = None
 """Set in worker processes: an initializer of ProcessPoolExecutor can leave its result nowhere else."""
@@ -85,7 +93,9 @@ class Pool:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(_PRELOAD)
         self._done: queue.SimpleQueue[tuple[AnyJob, Future[AnyResult]]] = queue.SimpleQueue()
-        self._in_flight = 0
+        self._deadlines: Deadlines[Future[AnyResult]] = Deadlines(workers)
+        self._hung: set[Future[AnyResult]] = set()
+        self._stopped_since: dict[int, float] = {}
         self._executor = self._start()
         self.rebuilds = 0
         """How often a worker died and the pool was started anew."""
@@ -98,12 +108,16 @@ class Pool:
     @property
     def has_room(self) -> bool:
         """Tell whether another job should be submitted: two for each worker keep it busy."""
-        return self._in_flight < 2 * self._workers
+        return len(self._deadlines) < 2 * self._workers
 
     @property
     def in_flight(self) -> int:
         """Jobs whose result was not collected yet."""
-        return self._in_flight
+        return len(self._deadlines)
+
+    def is_stuck(self, now: float) -> bool:
+        """Tell whether killing the workers did not bring an overdue job back."""
+        return bool(self._deadlines.overdue(now - STUCK_SECONDS))
 
     def submit(self, job: AnyJob) -> None:
         """Hand a job to the next free worker."""
@@ -112,7 +126,8 @@ class Pool:
         except BrokenProcessPool:
             self._rebuild()
             future = self._executor.submit(_process, job)
-        self._in_flight += 1
+        request_seconds = self._options.connect_timeout_seconds + self._options.read_timeout_seconds
+        self._deadlines.add(future, seconds_for(_size_of(job), request_seconds), time.monotonic())
         future.add_done_callback(lambda done: self._land(job, done))
 
     def _land(self, job: AnyJob, future: Future[AnyResult]) -> None:
@@ -128,17 +143,32 @@ class Pool:
                 job, future = self._done.get_nowait()
             except queue.Empty:
                 break
-            self._in_flight -= 1
+            self._deadlines.remove(future, time.monotonic())
+            hung = future in self._hung
+            self._hung.discard(future)
             try:
                 results.append(future.result())
             except BrokenProcessPool:
                 broken = True
-                results.append(_failed(job, RetryReason.WORKER_DIED, "the worker process died"))
+                results.append(_failed(job, *(_HUNG if hung else _DIED)))
             except Exception as error:  # noqa: BLE001  the boundary to the workers: nothing may end the daemon
                 results.append(_failed(job, RetryReason.INTERNAL, repr(error)))
         if broken:
             self._rebuild()
         return results
+
+    def kill_hung(self, now: float) -> None:
+        """Kill the workers if a job is past its deadline, or if one of them was stopped a while ago."""
+        hung = set(self._deadlines.overdue(now)) - self._hung
+        if hung or (self._is_one_stopped(now) and self.in_flight):
+            self._hung |= hung
+            _kill_all()
+
+    def _is_one_stopped(self, now: float) -> bool:
+        workers = multiprocessing.active_children()
+        stopped = [worker.pid for worker in workers if worker.pid is not None and _is_stopped(worker.pid)]
+        self._stopped_since = {pid: self._stopped_since.get(pid, now) for pid in stopped}
+        return any(since <= now - STOPPED_SECONDS for since in self._stopped_since.values())
 
     def _rebuild(self) -> None:
         if self._executor._broken:  # noqa: SLF001  a fresh one stays
@@ -162,6 +192,23 @@ def _kill_all() -> list[BaseProcess]:
     for worker in workers:
         worker.kill()
     return workers
+
+
+def _is_stopped(pid: int) -> bool:
+    """Tell whether a process was stopped by a signal (proc_pid_stat(5))."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[:1] == [b"T"]
+    return False
+
+
+def _size_of(job: AnyJob) -> int:
+    """Return the length of a job's file; 0 if there is none."""
+    if not isinstance(job, Job):
+        return 0
+    try:
+        return os.lstat(os.path.join(job.directory, job.name)).st_size
+    except (OSError, ValueError):
+        return 0
 
 
 def _failed(job: AnyJob, reason: RetryReason, detail: str) -> AnyResult:

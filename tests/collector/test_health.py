@@ -81,6 +81,13 @@ def test_default_address_works_on_a_host_without_ipv6(monkeypatch):
         server.stop()
 
 
+def test_liveness_ends_while_jobs_stay_out_after_their_deadlines(served):
+    server, health = served
+    for stuck, status in ((True, 503), (False, 200)):
+        health.beat(stuck=stuck)
+        assert get(server, "/livez")[0] == status
+
+
 def test_readiness_follows_the_daemon_and_liveness_its_heartbeat(served, monkeypatch):
     server, health = served
     assert [get(server, p)[0] for p in ("/livez", "/readyz")] == [200, 503]

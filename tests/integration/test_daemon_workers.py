@@ -53,3 +53,20 @@ def test_worker_killed_with_the_queues_lock_in_its_hands_leaves_none_that_waits_
     wait_until(lambda: collector.metric(DONE) == 60, 60)
     wait_until(lambda: not set(others) & set(collector.workers()), 10, "the old workers to end")
     assert collector.metric("core_dump_pool_rebuilds_total") == 1
+
+
+def test_stopped_worker_is_killed_at_the_deadline_and_its_job_done_by_another(
+    seaweed, bucket, watch_dir, tmp_path
+):
+    variables = {"WORKERS": "1", "SIDECAR": "false", "RETRY_SECONDS": "1"}
+    variables |= {"CONNECT_TIMEOUT_SECONDS": "0.2", "READ_TIMEOUT_SECONDS": "0.3"}
+    with running(watch_dir, seaweed.environ() | variables, tmp_path) as collector:
+        publish(watch_dir, [1])
+        wait_until(lambda: collector.metric(DONE) == 1)
+        (worker,) = collector.workers()
+        os.kill(worker, signal.SIGSTOP)
+        publish(watch_dir, [2])
+        wait_until(lambda: collector.metric(DONE) == 2, 40)
+        assert collector.metric('core_dump_retries_total{reason="timeout"}') == 1
+        assert worker not in collector.workers()
+        assert collector.get("/livez") == "ok\n"
