@@ -16,7 +16,12 @@ Exception                     raised by                     caught by
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from core_dump_collector.jobs import RetryReason
+
+if TYPE_CHECKING:
+    from core_dump_collector.metadata import StoredObject
 
 
 class StoreError(Exception):
@@ -92,10 +97,10 @@ class HeadRefusedError(StoreError):
 class CollisionError(StoreError):
     """Another object has the key, or one that nobody can look at."""
 
-    def __init__(self, crc32: int, *, seen: bool) -> None:
-        """Remember the CRC-32 of the dump, and whether the other object was seen."""
+    def __init__(self, stored: StoredObject, *, seen: bool) -> None:
+        """Remember what the dump would be under the key, and whether the other object was seen."""
         super().__init__("the key is taken by another object")
-        self.crc32 = crc32
+        self.stored = stored
         self.seen = seen
 
 

@@ -128,7 +128,12 @@ class Publisher:
         try:
             found = candidate.send(conditional)
         except TakenError as error:
-            return Answer.TAKEN, Tried.UNKNOWN if error.by_us and tried is Tried.NEVER else tried
+            if tried is not Tried.NEVER:
+                return Answer.TAKEN, tried
+            if error.by_us:
+                return Answer.TAKEN, Tried.UNKNOWN
+            self._take_back(candidate)
+            return Answer.TAKEN, Tried.NEVER
         except GoneError:
             return Answer.GONE, tried
         except (RetryableError, PermanentError) as error:
@@ -163,7 +168,7 @@ class Publisher:
                 self._record.write(State.STORED, stored)
                 return Outcome.UPLOADED if verdict is Verdict.UPLOADED else Outcome.ALREADY_STORED
             case Verdict.COLLISION:
-                raise CollisionError(stored.crc32, seen=seen is not Seen.REFUSED)
+                raise CollisionError(stored, seen=seen is not Seen.REFUSED)
             case Verdict.OWN_KEY:
                 raise OwnKeyNeededError(stored.crc32)
             case Verdict.UNDECIDABLE:

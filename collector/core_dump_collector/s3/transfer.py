@@ -83,11 +83,17 @@ class Transfer:
                 copy = _own_copy(error.crc32)
             except CollisionError as error:
                 if own_key:
-                    detail = "its keys are taken by objects that nobody can look at: allow s3:GetObject"
-                    raise UnprovenError(detail) from error
+                    raise self._explain_taken(error) from error
                 unseen += not error.seen
                 last = unseen >= MOST_UNSEEN or copy + 1 >= MOST_COPIES
-                copy = _own_copy(error.crc32) if last else copy + 1
+                copy = _own_copy(error.stored.crc32) if last else copy + 1
+
+    def _explain_taken(self, error: CollisionError) -> RetryableError:
+        """Return why not even the dump's own key is free."""
+        if error.seen:
+            return RetryableError(RetryReason.SERVER, "all keys are taken by other dumps of this name")
+        self._record.write(State.UNPROVEN, error.stored)
+        return UnprovenError("its keys are taken by objects that nobody can look at: allow s3:GetObject")
 
     def _first_copy(self, wanted_key: str) -> int:
         """Return the number of the key to start with; forget an attempt at older content or at another key."""

@@ -1,0 +1,368 @@
+"""Every manner of a store, for small dumps and for multipart ones: stored once, and deleted only on proof."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from dataclasses import asdict
+from unittest import mock
+
+import pytest
+from tests.support.manners import Manners, Upload, fake_s3, md5
+from tests.support.uploads import KEY, MEBIBYTE, NAME, connected, options, send, worker
+
+from core_dump_collector import storecheck
+from core_dump_collector.errors import ConfigError
+from core_dump_collector.jobs import Outcome, RetryReason
+from core_dump_collector.s3.condition import Condition
+from core_dump_collector.s3.record import Attempt, State
+from core_dump_collector.s3.store import Store
+from core_dump_format.attributes import UPLOAD_RECORD
+
+SIZES = {"small": 1000, "multipart": 5 * MEBIBYTE + 1000}
+ATTEMPTS = 4
+STORED = "stored"
+"""One object that holds the dump, and the file is deleted."""
+UNPROVEN = "unproven"
+"""One object at most, and the file stays; the message names what would help."""
+NOT_STORED = "not stored"
+"""The store has not got it, and the file stays."""
+
+TABLE = {
+    #                                                                         small        multipart
+    "as Amazon S3": (Manners(),                                                STORED,      STORED),
+    "no conditions": (Manners(conditions=False),                               STORED,      STORED),
+    "conditions refused with 400": (Manners(conditions=400),                   STORED,      STORED),
+    "conditions refused with 409": (Manners(conditions=409),                   STORED,      STORED),
+    "conditions refused with 412": (Manners(conditions=412),                   STORED,      STORED),
+    "conditions refused with 501": (Manners(conditions=501),                   STORED,      STORED),
+    "no checksums": (Manners(checksums="none"),                                STORED,      STORED),
+    "checksums in HEAD alone": (Manners(checksums="head"),                     STORED,      STORED),
+    "foreign ETags": (Manners(etags="foreign"),                                STORED,      STORED),
+    "foreign ETags, checksums in HEAD alone": (
+        Manners(etags="foreign", checksums="head"),                            STORED,      STORED),
+    "foreign ETags, no checksums": (
+        Manners(etags="foreign", checksums="none"),                            UNPROVEN,    UNPROVEN),
+    "417 to Expect": (Manners(expect=417),                                     STORED,      STORED),
+    "body cut": (Manners(cut="body"),                                          STORED,      STORED),
+    "response cut": (Manners(cut="response"),                                  STORED,      STORED),
+    "response cut, no checksums": (Manners(cut="response", checksums="none"),  STORED,      STORED),
+    "response cut, foreign ETags, no checksums": (
+        Manners(cut="response", etags="foreign", checksums="none"),            UNPROVEN,    UNPROVEN),
+    "HEAD refused": (Manners(head=403),                                        STORED,      STORED),
+    "HEAD refused, no checksums": (Manners(head=403, checksums="none"),        STORED,      STORED),
+    "HEAD refused, foreign ETags": (Manners(head=403, etags="foreign"),        STORED,      STORED),
+    "HEAD refused, foreign ETags, no checksums": (
+        Manners(head=403, etags="foreign", checksums="none"),                  UNPROVEN,    UNPROVEN),
+    "HEAD refused with 405, nothing proven": (
+        Manners(head=405, etags="foreign", checksums="none"),                  UNPROVEN,    UNPROVEN),
+    "HEAD throttled, nothing proven": (
+        Manners(head=429, etags="foreign", checksums="none"),                  NOT_STORED,  NOT_STORED),
+    "HEAD fails, nothing proven": (
+        Manners(head=503, etags="foreign", checksums="none"),                  NOT_STORED,  NOT_STORED),
+    "HEAD refused, body cut": (Manners(head=403, cut="body"),                  STORED,      STORED),
+    "HEAD refused, response cut": (Manners(head=403, cut="response"),          UNPROVEN,    UNPROVEN),
+    "HEAD refused, conditions refused with 400": (
+        Manners(head=403, conditions=400),                                     STORED,      STORED),
+    "HEAD refused, conditions refused with 409": (
+        Manners(head=403, conditions=409),                                     STORED,      STORED),
+    "HEAD refused, conditions refused with 412": (
+        Manners(head=403, conditions=412),                                     UNPROVEN,    UNPROVEN),
+    "HEAD refused, conditions refused with 501": (
+        Manners(head=403, conditions=501),                                     STORED,      STORED),
+    "success, and nothing is stored": (
+        Manners(stores="nothing", etags="foreign", checksums="none"),          NOT_STORED,  NOT_STORED),
+    "success, nothing is stored, HEAD refused": (
+        Manners(stores="nothing", etags="foreign", checksums="none", head=403), UNPROVEN,   UNPROVEN),
+    "success, and half of it is stored": (
+        Manners(stores="half", etags="foreign", checksums="none"),             NOT_STORED,  NOT_STORED),
+}  # fmt: skip
+CELLS = [
+    pytest.param(size, row[0], row[1 + column], id=f"{name}-{size}")
+    for name, row in TABLE.items()
+    for column, size in enumerate(SIZES)
+]
+
+
+@pytest.fixture
+def path(watch_dir):
+    return watch_dir / NAME
+
+
+def attempt(store, path, attempts=ATTEMPTS, **changes):
+    """Upload until it is done, or for some attempts; return the last result."""
+    with connected(store.environ()):
+        for _ in range(attempts):
+            result = send(path, **changes)
+            if result.outcome != Outcome.RETRY:
+                break
+    return result
+
+
+def dumps_in(store):
+    return {key: body for key, body in store.objects.items() if not key.endswith(".json")}
+
+
+@pytest.mark.parametrize(("size", "manners", "expected"), CELLS)
+def test_dump_is_stored_once_and_deleted_only_on_proof(path, size, manners, expected):
+    content = os.urandom(SIZES[size])
+    path.write_bytes(content)
+    with fake_s3(manners) as store:
+        result = attempt(store, path)
+        assert path.exists() == (expected != STORED)
+        if expected == STORED:
+            assert result.outcome in {Outcome.UPLOADED, Outcome.ALREADY_STORED}
+            assert dumps_in(store) == {result.key: content}
+            assert f"{result.key}.json" in store.objects
+        elif expected == UNPROVEN:
+            assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.UNPROVEN)
+            assert any(word in result.detail for word in ("s3:GetObject", "checksum"))
+            assert len(dumps_in(store)) <= 1
+        else:
+            assert result.outcome == Outcome.RETRY
+        assert store.uploads == {}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("head", [403, 405, 429, 500])
+def test_dump_that_is_not_proven_is_sent_once(path, size, head):
+    path.write_bytes(os.urandom(SIZES[size]))
+    with fake_s3(Manners(head=head, etags="foreign", checksums="none")) as store:
+        attempt(store, path)
+        assert store.asked("PUT") == (1 if size == "small" else 2)
+        assert store.asked("HEAD") >= ATTEMPTS
+        store.manners = Manners(etags="foreign", checksums="head")  # the operator has allowed s3:GetObject
+        assert attempt(store, path).outcome == Outcome.ALREADY_STORED
+        assert len(dumps_in(store)) == 1
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_failing_head_is_repeated_and_not_the_upload(path, size):
+    path.write_bytes(os.urandom(SIZES[size]))
+    with fake_s3(Manners(head=503, etags="foreign", checksums="none")) as store:
+        result = attempt(store, path, attempts=1)
+        assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.SERVER)
+        assert store.asked("HEAD") == 4
+
+
+TAKEN = {
+    f"conditions={conditions} HEAD={head} {etags}": Manners(
+        conditions=conditions, head=head, etags=etags, checksums="all" if etags == "md5" else "none"
+    )
+    for conditions, head, etags in [
+        *((conditions, head, "md5") for conditions in (True, 400, 409, 412, 501) for head in (200, 403)),
+        *((True, head, "foreign") for head in (200, 403)),
+    ]
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("manners", TAKEN.values(), ids=TAKEN.keys())
+def test_object_of_another_under_the_key_is_never_overwritten(path, size, manners):
+    content = os.urandom(SIZES[size])
+    path.write_bytes(content)
+    theirs = os.urandom(len(content))
+    with fake_s3(manners) as store:
+        store.objects[KEY] = theirs
+        attempt(store, path)
+        assert store.objects[KEY] == theirs
+        assert path.exists() or content in dumps_in(store).values()
+        assert len(dumps_in(store)) <= 2
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_keys_are_looked_at_where_conditions_are_switched_off(path, size):
+    content = os.urandom(SIZES[size])
+    path.write_bytes(content)
+    with fake_s3(Manners(conditions=False)) as store:
+        store.objects[KEY] = b"of another"
+        result = attempt(store, path, conditional="false")
+        assert not any(conditional for _, _, conditional in store.requests)
+        assert dumps_in(store) == {KEY: b"of another", result.key: content}
+
+
+def test_a_required_condition_that_is_refused_names_the_setting(path):
+    path.write_bytes(b"dump")
+    with fake_s3(Manners(conditions=501)) as store:
+        result = attempt(store, path, attempts=1, conditional="true")
+        assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.FORBIDDEN)
+        assert "CONDITIONAL=auto" in result.detail
+        assert store.objects == {}
+    assert path.exists()
+
+
+def test_a_condition_that_was_refused_is_tried_again_after_a_time(watch_dir):
+    now = [1000.0]
+    with fake_s3(Manners(conditions=501)) as store, connected(store.environ()):
+        worker().open_store().condition = Condition("auto", clock=lambda: now[0])
+        for number, later in enumerate((0, 1, 601)):
+            path = watch_dir / f"core-app-1700000000-{number}-11.gz"
+            path.write_bytes(b"dump %d" % number)
+            now[0] += later
+            store.requests.clear()
+            assert send(path).outcome == Outcome.UPLOADED
+            assert any(conditional for _, _, conditional in store.requests) == (later != 1)
+
+
+@pytest.mark.parametrize("status", [400, 412, 501])
+@pytest.mark.parametrize("refusals", [1, 5])
+def test_a_refusal_that_has_another_cause_leaves_the_condition_on(watch_dir, status, refusals):
+    first, second = (watch_dir / f"core-app-1700000000-{number}-11.gz" for number in (1, 2))
+    first.write_bytes(b"first")
+    second.write_bytes(b"second")
+    with fake_s3(Manners()) as store, connected(store.environ()):
+        store.refuse_with, store.refusals = status, refusals
+        assert send(first).outcome == (Outcome.UPLOADED if refusals == 1 else Outcome.RETRY)
+        store.refusals = 0
+        store.requests.clear()
+        assert send(second).outcome == Outcome.UPLOADED
+        assert all(conditional for method, _, conditional in store.requests if method == "PUT")
+
+
+# The proofs of a multipart upload
+
+
+def test_completion_without_a_checksum_is_no_proof_where_the_etag_is_none_either(path):
+    """Parts with a checksum each do not prove the whole: the list of parts may be a lie."""
+    path.write_bytes(os.urandom(SIZES["multipart"]))
+    with fake_s3(Manners(checksums="parts", etags="foreign", head=403)) as store:
+        assert attempt(store, path).retry_reason == RetryReason.UNPROVEN
+    assert path.exists()
+
+
+def test_checksum_of_the_completed_object_is_compared(path):
+    """A store that assembles other bytes than were sent, and says so in its response."""
+    path.write_bytes(os.urandom(SIZES["multipart"]))
+    with fake_s3(Manners(stores="half", head=403)) as store:
+        result = attempt(store, path)
+        assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.UNPROVEN)
+        assert len(dumps_in(store)) == 1
+    assert path.exists()
+
+
+@pytest.mark.parametrize("checksums", ["all", "none"])
+def test_part_of_an_earlier_attempt_that_differs_is_sent_again(path, checksums):
+    content = os.urandom(SIZES["multipart"])
+    path.write_bytes(content)
+    with fake_s3(Manners(checksums=checksums)) as store:
+        begin_an_upload(store, path, {1: bytes(5 * MEBIBYTE)})
+        assert attempt(store, path).outcome == Outcome.UPLOADED
+        assert store.asked("PUT", "partNumber") == 2
+        assert dumps_in(store) == {KEY: content}
+
+
+@pytest.mark.parametrize("checksums", ["all", "none"])
+def test_part_of_an_earlier_attempt_that_is_the_same_is_not_sent_again(path, checksums):
+    content = os.urandom(SIZES["multipart"])
+    path.write_bytes(content)
+    with fake_s3(Manners(checksums=checksums)) as store:
+        begin_an_upload(store, path, {1: content[: 5 * MEBIBYTE]})
+        assert attempt(store, path).outcome == Outcome.UPLOADED
+        assert store.asked("PUT", "partNumber") == 1
+        assert dumps_in(store) == {KEY: content}
+
+
+def begin_an_upload(store, path, parts):
+    """Leave an unfinished upload in the store, and its record on the dump."""
+    upload = Upload(KEY, parts, {number: md5(body).hex() for number, body in parts.items()})
+    store.uploads["earlier"] = upload
+    attempt = Attempt(State.SENDING, KEY, path.stat().st_mtime_ns, 0, 0, "earlier", 5 * MEBIBYTE)
+    os.setxattr(path, UPLOAD_RECORD, json.dumps(asdict(attempt)).encode())
+
+
+# A collector that is killed between two steps
+
+
+class Killed(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def killed_after_creation():
+    """End the attempt when the store has created the upload and the record has no id yet, as SIGKILL would."""
+    real = Store.create_multipart
+
+    def kill(*arguments):
+        real(*arguments)
+        raise Killed
+
+    with mock.patch.object(Store, "create_multipart", kill), pytest.raises(Killed):
+        yield
+
+
+def test_upload_that_was_created_and_not_recorded_is_found_and_used(path):
+    content = os.urandom(SIZES["multipart"])
+    path.write_bytes(content)
+    with fake_s3(Manners()) as store:
+        with killed_after_creation():
+            attempt(store, path)
+        assert len(store.uploads) == 1
+        assert attempt(store, path).outcome == Outcome.UPLOADED
+        assert store.asked("POST", "uploads") == 1
+        assert store.uploads == {}
+        assert dumps_in(store) == {KEY: content}
+
+
+def test_older_uploads_of_the_same_key_are_aborted(path):
+    content = os.urandom(SIZES["multipart"])
+    path.write_bytes(content)
+    with fake_s3(Manners()) as store:
+        store.uploads["older"] = Upload(KEY)
+        store.uploads["of another"] = Upload(KEY + "-1")
+        with killed_after_creation():
+            attempt(store, path)
+        assert attempt(store, path).outcome == Outcome.UPLOADED
+        assert list(store.uploads) == ["of another"]
+
+
+def test_where_uploads_may_not_be_listed_the_lifecycle_rule_is_named(path):
+    path.write_bytes(os.urandom(SIZES["multipart"]))
+    with fake_s3(Manners(lists=False)) as store:
+        with killed_after_creation():
+            attempt(store, path)
+        result = attempt(store, path)
+        assert result.outcome == Outcome.UPLOADED
+        assert "AbortIncompleteMultipartUpload" in result.detail
+        assert "s3:ListBucketMultipartUploads" in result.detail
+
+
+def test_uploads_are_not_listed_for_a_dump_that_was_never_tried(path):
+    path.write_bytes(os.urandom(SIZES["multipart"]))
+    with fake_s3(Manners()) as store:
+        assert attempt(store, path).outcome == Outcome.UPLOADED
+        assert store.asked("GET") == 0
+
+
+# What `check` says
+
+
+@pytest.mark.parametrize(
+    ("manners", "changes", "said"),
+    [
+        (Manners(head=403, etags="foreign", checksums="none"), {}, "s3:GetObject"),
+        (Manners(head=403, etags="foreign"), {"checksum": "when_required"}, "CHECKSUM=when_supported"),
+        (Manners(etags="foreign", checksums="none"), {}, "HEAD shows no checksum"),
+        (Manners(stores="nothing", etags="foreign", checksums="none"), {}, "does not have the document"),
+    ],
+)
+def test_check_says_what_would_prove_an_upload(manners, changes, said):
+    with fake_s3(manners) as store, connected(store.environ()), pytest.raises(ConfigError, match=said):
+        storecheck.verify_store(options(**changes))
+
+
+@pytest.mark.parametrize(
+    ("manners", "said"),
+    [
+        (Manners(), "a second one under its key was refused$"),
+        (Manners(conditions=False), "WARNING: the store ignores If-None-Match"),
+        (Manners(conditions=501), "does not know If-None-Match"),
+        (Manners(lists=False), "AbortIncompleteMultipartUpload"),
+    ],
+)
+def test_check_says_how_the_store_protects_objects(manners, said):
+    with fake_s3(manners) as store, connected(store.environ()):
+        assert re.search(said, storecheck.verify_store(options()))
+        assert store.objects == {}
