@@ -47,10 +47,10 @@ class Shape:
     def row(
         self, kind: int, flags: int, offset: int, address: int, size: int, memory: int | None = None
     ) -> bytes:
-        memory = size if memory is None else memory
+        memory, align = size if memory is None else memory, 4 if kind == PT_NOTE else 4096
         if self.bits == 64:
-            return struct.pack(self.order + "IIQQQQQQ", kind, flags, offset, address, 0, size, memory, 4096)
-        return struct.pack(self.order + "8I", kind, offset, address, 0, size, memory, flags, 4096)
+            return struct.pack(self.order + "IIQQQQQQ", kind, flags, offset, address, 0, size, memory, align)
+        return struct.pack(self.order + "8I", kind, offset, address, 0, size, memory, flags, align)
 
     def note(self, kind: int, content: bytes, owner: bytes = b"CORE\0") -> bytes:
         name = owner.ljust(-(-len(owner) // 4) * 4, b"\0")
