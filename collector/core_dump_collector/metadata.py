@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,10 @@ class Facts:
     def state(self) -> str:
         """`complete` or `truncated`."""
         return "truncated" if self.truncated else "complete"
+
+    def with_length(self, raw_bytes: int | None) -> Facts:
+        """Return the facts with the length of a file that the collector compresses: a reader cannot know it."""
+        return self if raw_bytes is None else replace(self, attributes=self.attributes | {"bytes": raw_bytes})
 
     def key_fields(self) -> dict[str, str | int | None]:
         """Return the values of KEY_TEMPLATE."""

@@ -139,6 +139,7 @@ class Worker:
         read = parts.open_source(
             dump, options.part_bytes, compress_raw=options.compress_raw, salvaged=salvaged
         )
+        facts = facts.with_length(read.raw_bytes)
         suffix = ".gz" if read.gzip else ""
         key = build_key(options.prefix, options.key_template, facts.key_fields(), suffix=suffix)
         store = self.open_store()

@@ -184,6 +184,8 @@ class Source(Protocol):
     part_bytes: int
     gzip: bool
     """Whether the object is gzip, so that its key ends in `.gz`."""
+    raw_bytes: int | None
+    """Length of a file that is compressed here; None if it is uploaded as it is, or its end is missing."""
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts in order, at least one; each must be released, in any order."""
@@ -196,6 +198,7 @@ class FileSource:
     def __init__(self, dump: DumpFile, part_bytes: int) -> None:
         """Describe the file."""
         self.gzip = dump.name.endswith(".gz")
+        self.raw_bytes: int | None = None
         self.part_bytes = part_size(dump.size_bytes, part_bytes)
         self._dump = dump
 
@@ -215,9 +218,16 @@ class GzipSource:
 
     gzip = True
 
-    def __init__(self, blocks: Callable[[], Iterator[bytes]], bound_bytes: int, part_bytes: int) -> None:
-        """Take what is to be compressed, and an upper bound of what comes out."""
+    def __init__(
+        self,
+        blocks: Callable[[], Iterator[bytes]],
+        bound_bytes: int,
+        part_bytes: int,
+        raw_bytes: int | None = None,
+    ) -> None:
+        """Compress these blocks; `bound_bytes` is an upper bound of the compressed length."""
         self._blocks = blocks
+        self.raw_bytes = raw_bytes
         self.part_bytes = part_size(bound_bytes, part_bytes)
 
     def parts(self) -> Iterator[Part]:
@@ -255,7 +265,7 @@ def open_source(dump: DumpFile, part_bytes: int, *, compress_raw: bool, salvaged
     if compressed or not compress_raw:
         return FileSource(dump, part_bytes)
     bound = dump.data_bytes + dump.data_bytes // 64 + dump.size_bytes // 512 + MEBIBYTE
-    return GzipSource(lambda: _read(dump.fd, MEBIBYTE), bound, part_bytes)
+    return GzipSource(lambda: _read(dump.fd, MEBIBYTE), bound, part_bytes, dump.size_bytes)
 
 
 def part_size(bound_bytes: int, part_bytes: int) -> int:
