@@ -1,42 +1,68 @@
-"""Owns the bucket: which dumps there are, what their sidecars say, what is done to them. Every request is counted."""
+"""Owns the bucket: which dumps it holds, their metadata, their deletion. Every request is counted."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from core_dump_format.keys import check_template, parse_location
 from core_dump_format.text import printable
-from core_dumps.client import S3, Page, Row, explain
-from core_dumps.dump import MOST_SIDECAR_BYTES, SIDECAR_SUFFIX, Dump
+from core_dumps.client import BODY_ERRORS, S3, Page, Row, error_code, explain
+from core_dumps.dump import METADATA_SUFFIX, MOST_METADATA_BYTES, Dump
 from core_dumps.errors import CliError, UsageError
+from core_dumps.pool import Pool
 from core_dumps.status import Status
 from core_dumps.walk import Walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from botocore.response import StreamingBody
+
     from core_dumps.match import Query
 
-SIDECAR_READERS = 24
+METADATA_READERS = 24
 MOST_DELETED = 1000
-"""So many keys DeleteObjects takes (Amazon S3 API Reference)."""
+"""The most keys that DeleteObjects takes (Amazon S3 API Reference)."""
 _GONE = frozenset({"NoSuchKey", "404"})
+_CONCERNS_ALL = frozenset(
+    {"NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+    | {"RequestTimeTooSkewed"}
+)
+"""Errors that no other object would be spared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """The outcome of deleting one dump."""
+
+    dump: Dump
+    problem: str | None
+    """What is left and why; None if dump and metadata object are gone."""
+
+
+def _read(body: StreamingBody) -> bytes:
+    """Return at most 64 KiB and a byte; a body is compared with its announced length only when read to its end."""
+    document = b""
+    while len(document) <= MOST_METADATA_BYTES and (piece := body.read(MOST_METADATA_BYTES)):
+        document += piece
+    return document
 
 
 class Bucket:
-    """A bucket, or what lies below a prefix of it."""
+    """A bucket, or the part of it below a prefix."""
 
     def __init__(self, address: str, template: str) -> None:
-        """Connect to nothing yet.
+        """Prepare the client; no request is sent.
 
         Raises:
-            UsageError: the address or the template cannot be.
+            UsageError: the address or the template is invalid.
         """
         try:
             self.name, self.prefix = parse_location(address)
@@ -47,6 +73,8 @@ class Bucket:
         except ValueError as error:
             raise UsageError(f"KEY_TEMPLATE={printable(template)!r}: {error}") from None
         self.requests: Counter[str] = Counter()
+        self.failures: list[str] = []
+        """Why metadata objects could not be read, one line each."""
         self._template = template
         self._lock = threading.Lock()
         self._status = Status()
@@ -64,13 +92,18 @@ class Bucket:
             self.requests[event_name.rpartition(".")[2]] += 1
 
     def find(self, query: Query) -> Iterator[list[Dump]]:
-        """Yield the dumps that may be meant, without their sidecars, newest first, in pieces where keys allow it."""
+        """Yield the dumps that can match, newest first, without metadata; in groups if keys begin with dates."""
         try:
             for group in Walk(self._pages, self.prefix, self._template, query).groups():
                 self._status.end()
                 yield group
         finally:
             self._status.end()
+
+    def is_empty(self) -> bool:
+        """Tell whether nothing lies below the prefix."""
+        arguments = {"prefix": self.prefix, "max-keys": "1"}
+        return not self._page({name: value for name, value in arguments.items() if value}).rows
 
     def _pages(self, prefix: str, *, after: str = "", delimiter: str = "") -> Iterator[Page]:
         arguments = {"prefix": prefix, "start-after": after, "delimiter": delimiter}
@@ -82,7 +115,7 @@ class Bucket:
             if page.next_token is None:
                 return
             if page.next_token == arguments.get("continuation-token"):
-                raise CliError(f"listing s3://{self.name}: the store gives the same page again")
+                raise CliError(f"listing s3://{self.name}: the store repeats the same page")
             arguments["continuation-token"] = page.next_token
 
     def _page(self, arguments: Mapping[str, str]) -> Page:
@@ -91,95 +124,108 @@ class Bucket:
             page = self._quick.page(arguments)
             if page is not None:
                 return page
-        names = {name: "".join(map(str.title, name.split("-"))) for name in arguments}
+        parameters: dict[str, Any] = {
+            "".join(map(str.title, name.split("-"))): int(value) if name == "max-keys" else value
+            for name, value in arguments.items()
+        }
         try:
-            answer = self.client.list_objects_v2(
-                Bucket=self.name,
-                **{names[name]: value for name, value in arguments.items()},  # type: ignore[arg-type]
-            )
+            answer = self.client.list_objects_v2(Bucket=self.name, **parameters)
         except (BotoCoreError, ClientError) as error:
             raise explain(error, f"listing s3://{self.name}") from error
         rows = [Row(r["Key"], r["Size"], r["LastModified"].isoformat()) for r in answer.get("Contents", [])]
         folders = [folder["Prefix"] for folder in answer.get("CommonPrefixes", [])]
         return Page(rows, folders, answer.get("NextContinuationToken") if answer.get("IsTruncated") else None)
 
-    def read_sidecars(self, dumps: Iterable[Dump]) -> Iterator[Dump]:
-        """Yield dumps in their order, each with its sidecar, reading the further ahead the more are taken."""
+    def read_metadata(self, dumps: Iterable[Dump]) -> Iterator[Dump]:
+        """Yield dumps in their order, each with its metadata; the more are consumed, the further it reads ahead."""
         coming, ahead, waiting = iter(dumps), 2, deque[Any]()
-        with ThreadPoolExecutor(SIDECAR_READERS) as pool:
-            try:
-                while True:
-                    some = itertools.islice(coming, ahead - len(waiting))
-                    waiting.extend(pool.submit(self.with_sidecar, dump) for dump in some)
-                    if not waiting:
-                        return
-                    yield waiting.popleft().result()
-                    ahead = min(2 * ahead, 4 * SIDECAR_READERS)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        with Pool(METADATA_READERS) as pool:
+            while True:
+                some = itertools.islice(coming, ahead - len(waiting))
+                waiting.extend(pool.submit(self.with_metadata, dump) for dump in some)
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+                ahead = min(2 * ahead, 4 * METADATA_READERS)
 
-    def with_sidecar(self, dump: Dump) -> Dump:
-        """Return a dump with what its sidecar says; at most 64 KiB of it are read."""
-        if not dump.has_sidecar or dump.told is not None:
-            return dump
-        key = dump.key + SIDECAR_SUFFIX
-        if self._quick is not None:
-            self._count("before-send.s3.GetObject")
-            document = self._quick.object(key, MOST_SIDECAR_BYTES + 1)
-            if document is not None:
-                return dump.with_sidecar(document)
-        try:
-            answer = self.client.get_object(Bucket=self.name, Key=key)
-            with answer["Body"] as body:
-                return dump.with_sidecar(body.read(MOST_SIDECAR_BYTES + 1))
-        except ClientError as error:
-            if error.response.get("Error", {}).get("Code") in _GONE:
-                return dump
-            raise explain(error, f"reading {printable(key)}") from error
-        except BotoCoreError as error:
-            raise explain(error, f"reading {printable(key)}") from error
-
-    def delete(self, dumps: Iterable[Dump]) -> Iterator[Dump]:
-        """Delete dumps and yield each that is gone: the objects first, so that a sidecar left behind is found again.
+    def with_metadata(self, dump: Dump) -> Dump:
+        """Return a dump with its metadata, or with the reason why that is not known; at most 64 KiB are read.
 
         Raises:
-            CliError: one could not be deleted; those before it are.
+            CliError: no object of the bucket can be read.
+        """
+        if not dump.has_metadata or dump.metadata is not None:
+            return dump
+        key = dump.key + METADATA_SUFFIX
+        if self._quick is not None:
+            self._count("before-send.s3.GetObject")
+            document = self._quick.object(key, MOST_METADATA_BYTES + 1)
+            if document is not None:
+                return dump.with_metadata(document)
+        try:
+            answer = self.client.get_object(Bucket=self.name, Key=key)
+            with contextlib.closing(answer["Body"]) as body:
+                return dump.with_metadata(_read(body))
+        except (BotoCoreError, ClientError, *BODY_ERRORS) as error:
+            if error_code(error) in _GONE:
+                return dump
+            problem = explain(error, f"reading {printable(key)}")
+            one_object = isinstance(error, (ClientError, *BODY_ERRORS))
+            if not one_object or error_code(error) in _CONCERNS_ALL:
+                raise problem from error
+            self.failures.append(str(problem))
+            return dump.with_failure(str(problem))
+
+    def delete(self, dumps: Iterable[Dump]) -> Iterator[Deletion]:
+        """Delete dumps and yield the outcome of each; end early if a whole request failed.
+
+        A metadata object is deleted only after its dump, so a refused dump keeps both.
         """
         coming = iter(dumps)
         while batch := list(itertools.islice(coming, MOST_DELETED)):
-            self._delete_keys([dump.key for dump in batch if dump.size_bytes is not None])
-            self._delete_keys([dump.key + SIDECAR_SUFFIX for dump in batch if dump.has_sidecar])
-            yield from batch
+            objects = [dump.key for dump in batch if dump.size_bytes is not None]
+            refused = self._delete_keys(objects)
+            rest = [dump for dump in batch if dump.key not in refused]
+            stays = self._delete_keys([dump.key + METADATA_SUFFIX for dump in rest if dump.has_metadata])
+            for dump in batch:
+                left = stays.get(dump.key + METADATA_SUFFIX)
+                metadata_left = left and f"the dump is deleted, its metadata object is not: {left}"
+                yield Deletion(dump, refused.get(dump.key) or metadata_left)
+            if len(refused) + len(stays) >= len(batch):
+                return
 
-    def _delete_keys(self, keys: Sequence[str]) -> None:
-        """Delete up to 1,000 keys in one request; one by one where the store does not know how."""
+    def _delete_keys(self, keys: Sequence[str]) -> dict[str, str]:
+        """Delete up to 1,000 keys; return the reason for each that is not gone."""
         if not keys:
-            return
+            return {}
         try:
             answer = self.client.delete_objects(
                 Bucket=self.name, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True}
             )
         except ClientError as error:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] in {403, 404}:
-                raise explain(error, f"deleting from s3://{self.name}", "s3:DeleteObject") from error
-            self._delete_each(keys)
-            return
+                return dict.fromkeys(keys, str(explain(error, "", "s3:DeleteObject")))
+            return self._delete_each(keys)  # the store has no DeleteObjects
         except BotoCoreError as error:
-            raise explain(error, f"deleting from s3://{self.name}") from error
+            return dict.fromkeys(keys, str(explain(error, "")))
+        problems = {}
         for problem in answer.get("Errors", []):
             code, message = str(problem.get("Code", "error")), str(problem.get("Message", ""))
-            told = ClientError({"Error": {"Code": code, "Message": message}}, "DeleteObjects")
-            raise explain(told, f"deleting {printable(str(problem.get('Key')))}", "s3:DeleteObject")
+            refused = ClientError({"Error": {"Code": code, "Message": message}}, "DeleteObjects")
+            problems[str(problem.get("Key"))] = str(explain(refused, "", "s3:DeleteObject"))
+        return problems
 
-    def _delete_each(self, keys: Sequence[str]) -> None:
+    def _delete_each(self, keys: Sequence[str]) -> dict[str, str]:
+        problems = {}
         for key in keys:
             try:
                 self.client.delete_object(Bucket=self.name, Key=key)
             except (BotoCoreError, ClientError) as error:
-                raise explain(error, f"deleting {printable(key)}", "s3:DeleteObject") from error
+                problems[key] = str(explain(error, "", "s3:DeleteObject"))
+        return problems
 
     def presign(self, dump: Dump, seconds: int) -> str:
-        """Return a URL that gives the dump to whoever has it."""
+        """Return a URL that gives the dump to everyone who has it."""
         try:
             parameters = {"Bucket": self.name, "Key": dump.key}
             url = self.client.generate_presigned_url("get_object", Params=parameters, ExpiresIn=seconds)

@@ -1,19 +1,24 @@
-"""Owns finding the files that a core was made of, by build ID: below a sysroot, here, or from a debuginfod server."""
+"""Owns finding the files that were mapped in a crashed process: below a sysroot, here, or from a debuginfod server.
+
+A file is used only if its build ID is that of the core. Build IDs are hints: strip keeps them and they can be forged.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import stat
+import struct
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from core_dump_format.core import read_build_ids, read_core
-from core_dump_format.elf import PAGE, NotACoreError, build_id_of
+from core_dump_format.core import Core, read_build_ids, read_core
+from core_dump_format.elf import PAGE, Form, NotACoreError, build_id_of
 from core_dump_format.stream import Forward
 from core_dumps import show
+from core_dumps.dump import DELETED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,108 +26,133 @@ if TYPE_CHECKING:
 MOST_LINKS = 40
 MOST_DOWNLOAD_BYTES = 4 * 1024**3
 TIMEOUT_SECONDS = 60
+MOST_PAGES_BELOW_ENTRY = 262_144
+"""1 GiB: the largest distance from a program's first instruction back to its ELF header."""
 _BUILD_ID = re.compile(r"[0-9a-f]{8,128}")
 
 
 class CoreFile(Forward):
-    """A core on this machine, read wherever is asked."""
+    """A core on this machine, which can be read at any offset."""
 
     def __init__(self, descriptor: int) -> None:
-        """Read by a descriptor that somebody else closes."""
+        """Read from a descriptor that the caller closes."""
         super().__init__(lambda _: b"", 0)
         self._descriptor = descriptor
 
     def reach(self, offset: int, size: int) -> bytes:
-        """Return as many of the bytes at an offset as there are."""
+        """Return as many of the bytes at an offset as the file has."""
         end = os.fstat(self._descriptor).st_size
         return os.pread(self._descriptor, size, offset) if offset < end else b""
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A file that was mapped in the process, and where it was found."""
+    """A file that was mapped in the process, and the place where it was found."""
 
     path: str
     build_id: str | None
     found: str | None = None
+    entry: int | None = None
+    """Address of the first instruction, for a program whose build ID is not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """What a core was made of."""
+    """The files of a process."""
 
     executable: Module | None
     libraries: tuple[Module, ...]
+    machine: str | None = None
+    """Architecture of the core; None if it cannot be read."""
+    has_files: bool = True
+    """Whether the core lists its mapped files."""
 
     @property
     def missing(self) -> list[Module]:
-        """Return what a debugger will not find."""
+        """Return the files that a debugger will not find."""
         every = [*([self.executable] if self.executable else []), *self.libraries]
         return [module for module in every if module.found is None and module.build_id]
 
 
 def read_modules(core_path: str, executable: str | None, roots: Sequence[str], cache: str) -> Modules:
-    """Read which files a core was made of, and find them.
+    """Read which files a process was made of, and find them.
 
     Args:
         core_path: a core on this machine.
-        executable: the path of the program where the core does not say.
-        roots: directories that hold the node's or image's files, tried before this machine's own.
-        cache: a directory for what debuginfod gives.
+        executable: the program's path in the metadata. The kernel leaves the list of mapped files out of a core if
+            it is too long.
+        roots: directories with the files of the node or image, searched before this machine's own files.
+        cache: the directory for files from debuginfod.
     """
     descriptor = os.open(core_path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         source = CoreFile(descriptor)
         core = read_core(source)
         build_ids, _ = read_build_ids(core, source)
+        program = core.executable() or executable
+        build_id = build_ids.get(program or "") or (None if core.files else _build_id_at_entry(core, source))
     except NotACoreError:
         return Modules(None, ())
     finally:
         os.close(descriptor)
-    program = core.executable() or executable
     search = Search(roots, cache)
-    main = search.find(Module(program, build_ids.get(program)), fetch=True) if program else None
+    main = search.find(Module(program, build_id, entry=core.entry), fetch=True) if program else None
     others = sorted(path for path in build_ids if path != program)
-    return Modules(main, tuple(search.find(Module(path, build_ids[path])) for path in others))
+    libraries = tuple(search.find(Module(path, build_ids[path])) for path in others)
+    return Modules(main, libraries, core.machine, has_files=bool(core.files))
+
+
+def _build_id_at_entry(core: Core, source: Forward) -> str | None:
+    """Return the build ID in the first ELF header at or below the program's first instruction."""
+    if core.entry is None:
+        return None
+    top = core.entry // PAGE * PAGE
+    for address in range(top, max(-1, top - MOST_PAGES_BELOW_ENTRY * PAGE), -PAGE):
+        place = core.where(address, PAGE)
+        if place is not None:
+            page = source.reach(*place)
+            if page.startswith(b"\x7fELF"):
+                return build_id_of(page)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Where files are looked for."""
+    """The places in which files are searched."""
 
     roots: Sequence[str]
     cache: str
 
     def find(self, module: Module, *, fetch: bool = False) -> Module:
-        """Return the module with the place of a file of its build ID.
+        """Return the module with the place of a file that has its build ID.
 
-        Without a build ID only a file below a root is taken, since nothing proves one from here.
+        A module without build ID is only accepted below a root, because nothing proves a file of this machine.
         """
         for root in [*self.roots, "/"]:
-            candidate = inside(root, module.path)
-            if candidate and self._fits(candidate, module.build_id, trusted=root != "/"):
-                return Module(module.path, module.build_id, candidate)
+            for path in dict.fromkeys((module.path, module.path.removesuffix(DELETED))):
+                candidate = inside(root, path)
+                if candidate and self._fits(candidate, module, trusted=root != "/"):
+                    return replace(module, found=candidate)
         known = module.build_id
         if known is None or not _BUILD_ID.fullmatch(known):
             return module
         for root in [*self.roots, "/"]:
-            for place in (
-                f"usr/lib/debug/.build-id/{known[:2]}/{known[2:]}",
-                f".build-id/{known[:2]}/{known[2:]}",
-            ):
-                candidate = inside(root, place)
+            for folder in ("usr/lib/debug/.build-id", ".build-id"):
+                candidate = inside(root, f"{folder}/{known[:2]}/{known[2:]}")
                 if candidate and read_build_id(candidate) == known:
-                    return Module(module.path, known, candidate)
-        return Module(module.path, known, debuginfod(known, self.cache) if fetch else None)
+                    return replace(module, found=candidate)
+        return replace(module, found=debuginfod(known, self.cache) if fetch else None)
 
-    def _fits(self, candidate: str, build_id: str | None, *, trusted: bool) -> bool:
-        return trusted if build_id is None else read_build_id(candidate) == build_id
+    def _fits(self, candidate: str, module: Module, *, trusted: bool) -> bool:
+        if module.build_id is not None:
+            return read_build_id(candidate) == module.build_id
+        return trusted and has_entry(candidate, module.entry)
 
 
 def inside(root: str, path: str) -> str | None:
-    """Return where a path leads below a root, links taken as the root's own; None where to nothing.
+    """Return the file that a path leads to below a root, with links resolved within the root; None if there is none.
 
-    A link in an image may be absolute, or climb: it never leaves the root.
+    A link in an image may be absolute, or climb with `..`: it never leaves the root.
     """
     parts, links = [p for p in path.split("/") if p][::-1], 0
     done: list[str] = []
@@ -151,9 +181,21 @@ def inside(root: str, path: str) -> str | None:
     return found if os.path.isfile(found) else None
 
 
+def has_entry(path: str, entry: int | None) -> bool:
+    """Tell whether an ELF file can begin at an address: both have the same offset within a page."""
+    if entry is None:
+        return True
+    try:
+        with open(path, "rb") as file:
+            front = file.read(64)
+        return bool(Form(front[:6]).header.unpack_from(front)[3] % PAGE == entry % PAGE)
+    except (OSError, NotACoreError, struct.error):
+        return False
+
+
 def read_build_id(path: str) -> str | None:
-    """Return the build ID of an ELF file, None where it has none or is none."""
-    from elftools.common.exceptions import ELFError  # noqa: PLC0415  most files tell it in their first page
+    """Return the build ID of an ELF file; None if it has none, or is not one."""
+    from elftools.common.exceptions import ELFError  # noqa: PLC0415  most files have it in their first page
     from elftools.elf.elffile import ELFFile  # noqa: PLC0415  likewise
 
     try:
@@ -172,7 +214,7 @@ def read_build_id(path: str) -> str | None:
 
 
 def debuginfod(build_id: str, cache: str) -> str | None:
-    """Ask the servers of DEBUGINFOD_URLS for an executable; what they send must have its build ID."""
+    """Ask the servers in DEBUGINFOD_URLS for an executable; a file with another build ID is not used."""
     target = os.path.join(cache, f"{build_id}.executable")
     if os.path.isfile(target):
         return target
@@ -189,7 +231,7 @@ def debuginfod(build_id: str, cache: str) -> str | None:
             if read_build_id(partial) == build_id:
                 os.replace(partial, target)
                 return target
-            show.note(f"{server} sent another file than the one asked for: not used")
+            show.note(f"{server} sent a file with another build ID: not used")
         if os.path.lexists(partial):
             os.unlink(partial)
     return None

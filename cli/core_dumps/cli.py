@@ -1,7 +1,7 @@
-"""Turns the command line of `core-dumps` into calls: one function a command, in coredumpctl's words."""
+"""Turns the command line of `core-dumps` into calls: one function for each command, in coredumpctl's words."""
 
 # ruff: noqa: FBT001, FBT002, PLR0913, PLR0917  the parameters of a command are its options
-# ruff: noqa: PLC0415  a command imports what it alone needs: completion and --help are to be quick
+# ruff: noqa: PLC0415  each command imports only what it needs: completion and --help must be quick
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ import typer
 
 from core_dump_format.text import printable
 from core_dumps import __version__, show, when
-from core_dumps.errors import CliError, NoMatchError, UsageError
+from core_dumps.errors import CliError, UsageError
 from core_dumps.options import Selection, ending, with_selection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from core_dumps import debugger
     from core_dumps.bucket import Bucket
     from core_dumps.dump import Dump
 
-MOST_SIDECARS = 1000
-"""Without --all, `list` reads the sidecars of so many dumps and shows the rest as their keys tell."""
+MOST_READ = 1000
+"""Without --all, `list` reads the metadata of so many dumps and shows the rest from their keys."""
 WEEK_SECONDS = 7 * 86400
 
 app = typer.Typer(
     name="core-dumps",
-    help="Find the core dumps of a fleet in their bucket, and bring them to a debugger.",
-    no_args_is_help=True,
+    help="Find the core dumps of a fleet in their bucket, and open them in a debugger.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 
 
 class Json(StrEnum):
-    """How to print JSON."""
+    """The forms of JSON."""
 
     OFF = "off"
     SHORT = "short"
@@ -52,46 +52,58 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _app(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it")
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001  its callback ends the program
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        command = typer.main.get_command(app).commands["list"]  # type: ignore[attr-defined]
+        with command.make_context("core-dumps list", []) as sub:
+            command.invoke(sub)
 
 
 @app.command("list")
 @with_selection
 def list_dumps(
     selection: Selection,
-    count: Annotated[int | None, typer.Option("-n", metavar="N", min=1, help="Show the N newest")] = None,
-    one: Annotated[bool, typer.Option("-1", help="Show the newest")] = False,
-    reverse: Annotated[bool, typer.Option("--reverse", "-r", help="Oldest first")] = False,
-    group: Annotated[
-        bool, typer.Option("--group", help="Each distinct crash once: count, first, last")
-    ] = False,
+    count: Annotated[
+        int | None, typer.Option("-n", metavar="N", min=1, help="Show only the newest N dumps or groups")
+    ] = None,
+    one: Annotated[bool, typer.Option("-1", help="Show only the newest dump or group")] = False,
+    reverse: Annotated[bool, typer.Option("--reverse", "-r", help="Print the oldest first")] = False,
+    group: Annotated[bool, typer.Option("--group", help="Print each distinct crash once")] = False,
+    field: Annotated[
+        str | None,
+        typer.Option("--field", "-F", metavar="FIELD", help="Print only this field of each dump that has it"),
+    ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help=f"Read all sidecars, not those of the newest {MOST_SIDECARS}")
+        bool, typer.Option("--all", help=f"Read every metadata object, not only the newest {MOST_READ}")
     ] = False,
     json: Annotated[Json, typer.Option(help="Print JSON")] = Json.OFF,
-    no_legend: Annotated[bool, typer.Option("--no-legend", help="No header")] = False,
+    no_legend: Annotated[bool, typer.Option("--no-legend", help="Print no header")] = False,
 ) -> None:
-    """List dumps, newest first."""
-    from core_dumps import tables
+    """List dumps, newest first. This is the default command."""
+    from core_dumps import match, tables
 
+    field = match.field_name(field) if field else None
+    limit = 1 if one else count
     with selection.open() as bucket:
-        asked_all = everything or group
-        found = _some(selection, bucket, asked_all=asked_all, count=1 if one else count)
-        if reverse:
+        found = _some(selection, bucket, reads_all=everything or group, count=None if group else limit)
+        if reverse and not group:
             found = iter(list(found)[::-1])
         first = next(found, None)
         if first is None:
-            raise NoMatchError("no dump matches")
+            raise selection.no_match(bucket)
         dumps = itertools.chain([first], found)
         console = show.console()
-        if group:
-            groups = tables.groups(dumps)
+        if field:
+            tables.print_values(console, dumps, field)
+        elif group:
+            groups = tables.groups(dumps)[:limit]
+            groups = groups[::-1] if reverse else groups
             if json is not Json.OFF:
                 tables.print_json(console, map(tables.group_document, groups), json)
             else:
@@ -103,29 +115,31 @@ def list_dumps(
             tables.print_rows(console, tables.COLUMNS, map(tables.row, dumps), legend=not no_legend)
 
 
-def _some(selection: Selection, bucket: Bucket, *, asked_all: bool, count: int | None) -> Iterator[Dump]:
-    """Yield dumps; sidecars of those alone that are shown, where the keys tell enough to choose them."""
-    if asked_all or selection.query().needs_sidecars:
+def _some(selection: Selection, bucket: Bucket, *, reads_all: bool, count: int | None) -> Iterator[Dump]:
+    """Yield the newest dumps; read metadata only of the newest ones if keys can decide the query."""
+    query = selection.query()
+    if reads_all or query.needs_metadata:
         yield from itertools.islice(selection.dumps(bucket), count)
         return
     by_key = itertools.islice(selection.dumps(bucket, read=False), count)
-    query = selection.query()
-    newest = bucket.read_sidecars(itertools.islice(by_key, MOST_SIDECARS))
+    newest = bucket.read_metadata(itertools.islice(by_key, MOST_READ))
     yield from (dump for dump in newest if query.matches_dump(dump))
     rest = 0
-    for rest, dump in enumerate(by_key, start=1):  # noqa: B007  counted
+    for rest, dump in enumerate(by_key, start=1):  # noqa: B007  used after the loop
         yield dump
     if rest:
-        show.note(f"of {rest} older dumps only what their keys say; --all reads everything (state unread)")
+        selection.note(
+            f"{rest} older dumps are shown from their keys alone; --all reads every metadata object"
+        )
 
 
 @app.command()
 @with_selection
 def info(
     selection: Selection,
-    no_core: Annotated[bool, typer.Option("--no-core", help="Do not look into the core itself")] = False,
+    no_core: Annotated[bool, typer.Option("--no-core", help="Read only the metadata, not the core")] = False,
 ) -> None:
-    """Show everything known of the newest dump that matches, and what the core itself tells."""
+    """Print everything known about the newest matching dump: its metadata and the front of its core."""
     from core_dumps import details
     from core_dumps.head import read_head
 
@@ -140,59 +154,72 @@ def info(
 def get(
     selection: Selection,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE", help="Save it here; - writes it out")
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Write to FILE; - is standard output")
     ] = None,
-    keep_compressed: Annotated[bool, typer.Option("--keep-compressed", help="Do not decompress")] = False,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace FILE")] = False,
+    keep_compressed: Annotated[
+        bool, typer.Option("--keep-compressed", help="Write the object as it is in the bucket")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace FILE if it exists")] = False,
 ) -> None:
-    """Download the newest dump that matches: verified, decompressed, resumed when run again."""
+    """Download the newest matching dump, verify and decompress it. The same command resumes a download."""
     from core_dumps.fetch import default_name, fetch
     from core_dumps.progress import Bars
     from core_dumps.stream import stream
 
     if output == "-" and sys.stdout.isatty():
-        raise UsageError("a core is no text: send it into a pipe or file, or give -o FILE")
+        raise UsageError("a core is not text: redirect the output, or give -o FILE")
     with selection.open() as bucket, Bars() as bars:
         dump = selection.newest(bucket)
         if output == "-":
-            warn(dump, stream(bucket, dump, sys.stdout.buffer, bars, keep_compressed=keep_compressed))
+            warning = stream(bucket, dump, sys.stdout.buffer, bars, keep_compressed=keep_compressed)
+            _warn(selection, dump, warning)
             return
         target = output or default_name(dump, compressed=keep_compressed)
         fetched = fetch(bucket, dump, target, bars, keep_compressed=keep_compressed, force=force)
-    warn(dump, fetched.warning)
-    verified = ", ".join(fetched.verified) or "nothing: no checksum is known"
+    _warn(selection, dump, fetched.warning)
+    verified = ", ".join(fetched.verified) or "nothing, no checksum is known"
     typer.echo(f"{printable(fetched.path)}: {show.size(fetched.size_bytes)}, verified: {verified}")
 
 
-def warn(dump: Dump, *texts: str | None) -> None:
-    """Say what to know before using a dump."""
-    for text in texts:
-        if text:
-            show.note(text)
-    if dump.get("state") == "truncated" or dump.get("truncated"):
-        show.note(f"this dump was cut short when it was made ({dump.text('truncated') or 'unknown'})")
+def _warn(selection: Selection, dump: Dump, warning: str | None = None) -> None:
+    """Print what a user must know before using a dump."""
+    if warning:
+        selection.note(warning)
+    if dump.truncated:
+        selection.note(f"this dump was cut short on its node ({dump.text('truncated') or 'unknown reason'})")
     if dump.sensitive:
-        show.note(
-            f"sensitive ({dump.text('sensitive_reason') or 'unknown'}): it may hold another user's secrets"
-        )
-    if not dump.has_sidecar:
-        show.note("incomplete: there is no sidecar, so its upload may not have ended")
+        reason = dump.text("sensitive_reason") or "unknown reason"
+        selection.note(f"this dump is sensitive ({reason}): it may contain another user's secrets")
+    if not dump.has_metadata:
+        selection.note("this dump has no metadata object; its upload may be incomplete")
+    if dump.damage:
+        selection.note(f"the metadata object of this dump is damaged: {dump.damage}")
 
 
 Sysroot = Annotated[
     list[str] | None,
     typer.Option(
-        "--sysroot", metavar="DIR", show_default=False, help="Files of the node or image; can be repeated"
+        "--sysroot",
+        metavar="DIR",
+        show_default=False,
+        help="Directory with the files of the node or image; repeatable",
     ),
 ]
-Full = Annotated[
-    bool, typer.Option("--full", help="Fetch the whole dump, not only the part that backtraces need")
+Executable = Annotated[
+    str | None, typer.Option("--exe", metavar="FILE", help="The executable, if its build ID is not known")
 ]
-Debugger = Annotated[str, typer.Option("--debugger", metavar="PROGRAM", help="gdb or lldb")]
+Full = Annotated[
+    bool, typer.Option("--full", help="Download the whole dump, not only the part that backtraces need")
+]
+Debugger = Annotated[str, typer.Option("--debugger", metavar="PROGRAM", help="gdb, lldb or the path of one")]
 Extra = Annotated[
     str,
     typer.Option(
-        "--debugger-arguments", "-A", metavar="ARGS", show_default=False, help="More arguments for it"
+        "--debugger-arguments",
+        "-A",
+        metavar="ARGS",
+        show_default=False,
+        help="More arguments for the debugger",
     ),
 ]
 
@@ -204,13 +231,14 @@ def debug(
     sysroot: Sysroot = None,
     debugger_program: Debugger = "gdb",
     arguments: Extra = "",
+    executable: Executable = None,
     full: Full = False,
 ) -> None:
-    """Open the newest dump that matches in a debugger, with the executable of its build ID."""
+    """Open the newest matching dump in a debugger, with the executable that has its build ID."""
     from core_dumps import debugger
 
-    line = _debugger_line(selection, sysroot or [], debugger_program, arguments, batch=False, full=full)
-    raise typer.Exit(debugger.run(line))
+    session = _session(selection, sysroot or [], debugger_program, executable, full=full)
+    raise typer.Exit(debugger.run(session.command(arguments, batch=False)))
 
 
 @app.command()
@@ -220,53 +248,55 @@ def bt(
     sysroot: Sysroot = None,
     debugger_program: Debugger = "gdb",
     arguments: Extra = "",
+    executable: Executable = None,
     full: Full = False,
 ) -> None:
-    """Print a backtrace of all threads of the newest dump that matches, for pasting into a ticket."""
+    """Print a backtrace of all threads of the newest matching dump, for a ticket."""
     from core_dumps import debugger
 
-    line = _debugger_line(selection, sysroot or [], debugger_program, arguments, batch=True, full=full)
-    code, text = debugger.backtrace(line)
-    for part in text.splitlines():
-        typer.echo(printable(part, 10_000))
+    session = _session(selection, sysroot or [], debugger_program, executable, full=full)
+    code, text = debugger.backtrace(session.command(arguments, batch=True))
+    for line in text.splitlines():
+        typer.echo(printable(line.expandtabs(), 10_000))
     if code:
         raise CliError(f"{debugger_program} failed (exit {code})")
+    if not debugger.has_resolved_frame(text):
+        raise CliError("no address could be resolved to a function: see the notes above for missing files")
 
 
-def _debugger_line(
-    selection: Selection, roots: list[str], program: str, arguments: str, *, batch: bool, full: bool
-) -> list[str]:
-    from core_dumps import debugger
+def _session(
+    selection: Selection, roots: list[str], program: str, executable: str | None, *, full: bool
+) -> debugger.Session:
+    """Download a dump into the cache and find the files that belong to it."""
+    from core_dumps import cache, debugger
     from core_dumps.progress import Bars
 
-    debugger.check(program, roots)
+    debugger.check(program, roots, executable)
     with selection.open() as bucket, Bars() as bars:
         dump = selection.newest(bucket)
-        core = debugger.load(bucket, dump, bars, full=full)
-    warn(dump)
-    found = debugger.modules(core, dump, roots)
-    return debugger.command(program, core, found, roots, arguments, batch=batch)
+        core = cache.load(bucket, dump, bars, full=full)
+    _warn(selection, dump)
+    return debugger.prepare(program, core, dump, roots, executable)
 
 
 @app.command()
 @with_selection
 def rm(
     selection: Selection,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be deleted")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without a question")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted")] = False,
 ) -> None:
-    """Delete all dumps that match, with their sidecars."""
+    """Delete all matching dumps and their metadata objects."""
     from core_dumps import tables
 
-    query = selection.query()
-    if not query.matches and not query.since and query.until == float("inf"):
+    if selection.query().selects_everything:
         raise UsageError(
-            "rm deletes all that match: say which (MATCH, --node, --namespace, --since or --until)"
+            "rm deletes all that matches: give MATCH, --node, --namespace, --pod, --since or --until"
         )
     with selection.open() as bucket:
-        dumps = list(_some(selection, bucket, asked_all=False, count=None))
+        dumps = list(_some(selection, bucket, reads_all=False, count=None))
         if not dumps:
-            raise NoMatchError("no dump matches")
+            raise selection.no_match(bucket)
         tables.print_rows(show.console(), tables.COLUMNS, map(tables.row, dumps), legend=True)
         if dry_run:
             return
@@ -274,8 +304,27 @@ def rm(
             raise UsageError("rm asks before it deletes, and there is no terminal: give --yes")
         if not yes and not typer.confirm(f"Delete {len(dumps)} dumps?"):
             raise CliError("nothing was deleted")
-        deleted = sum(1 for _ in bucket.delete(dumps))
-    typer.echo(f"deleted {deleted}")
+        _delete(bucket, dumps)
+
+
+def _delete(bucket: Bucket, dumps: list[Dump]) -> None:
+    """Delete dumps and print each that is not gone.
+
+    Raises:
+        CliError: not all are gone.
+    """
+    deleted = tried = 0
+    try:
+        for tried, deletion in enumerate(bucket.delete(dumps), start=1):  # noqa: B007  used after the loop
+            if deletion.problem is None:
+                deleted += 1
+            else:
+                show.note(f"{printable(deletion.dump.key, 1100)}: {deletion.problem}")
+    finally:
+        typer.echo(f"deleted {deleted} of {len(dumps)}")
+    if deleted < len(dumps):
+        untried = f", {len(dumps) - tried} were not tried" if tried < len(dumps) else ""
+        raise CliError(f"{tried - deleted} dumps could not be deleted{untried}")
 
 
 @app.command()
@@ -283,19 +332,19 @@ def rm(
 def share(
     selection: Selection,
     expires: Annotated[
-        str, typer.Option("--expires", metavar="SPAN", help="How long it works, at most 7d")
+        str, typer.Option("--expires", metavar="SPAN", help="How long the URL works, at most 7d")
     ] = "1h",
 ) -> None:
-    """Print a URL from which the newest dump that matches can be downloaded without credentials."""
+    """Print a URL that downloads the newest matching dump without credentials."""
     seconds = int(when.span(expires))
     if not 1 <= seconds <= WEEK_SECONDS:
-        raise UsageError("--expires takes 1s to 7d (what S3 signs at most)")
+        raise UsageError("--expires takes 1s to 7d, the limit of S3")
     with selection.open() as bucket:
         dump = selection.newest(bucket)
         if dump.size_bytes is None:
-            raise CliError("there is only a record, no dump")
-        warn(dump)
-        show.note(f"whoever has this URL has the dump's secrets, for {expires}")
+            raise CliError("this is a record without a dump")
+        _warn(selection, dump)
+        selection.note(f"everyone who has this URL can download the dump and its secrets, for {expires}")
         typer.echo(bucket.presign(dump, seconds))
 
 
@@ -307,12 +356,12 @@ def stats(selection: Selection) -> None:
 
     with selection.open() as bucket:
         dumps = list(selection.dumps(bucket))
-    if not dumps:
-        raise NoMatchError("no dump matches")
+        if not dumps:
+            raise selection.no_match(bucket)
     console = show.console()
     tables.print_rows(console, ("COUNT", "SIG", "EXE"), tables.stat_rows(dumps), legend=True)
     console.print()
-    for line in plot.plot([dump.timestamp for dump in dumps], console.width):
+    for line in plot.plot([dump.timestamp for dump in dumps], console.width, sys.stdout.encoding):
         console.print(line)
 
 
@@ -329,10 +378,12 @@ def man() -> None:
 def main() -> None:
     """Run `core-dumps`.
 
-    A listing makes some 100,000 objects that live until the end: looking through them for garbage is most of its time.
+    A listing makes some 100,000 objects that live until the end; searching them for garbage would take most of its
+    time.
     """
     gc.freeze()
     gc.set_threshold(200_000, 50, 100)
+    show.never_fail_on_a_character()
     app(prog_name="core-dumps")
 
 

@@ -1,7 +1,8 @@
-"""Owns the S3 client: where its settings come from, how its errors read, and the two answers it reads by the thousand.
+"""Owns the S3 client: its settings, the wording of its errors, and a quick path for small answers.
 
-botocore spends 40 ms on a page of a listing and 3 ms on a small object (measured on 2 cores), so pages and sidecars are
-read past most of it: with its credentials, its signature and its connections. What is no plain success goes its way.
+botocore spends 40 ms on a page of a listing and 3 ms on a small object (measured on 2 cores). Pages and metadata
+objects are read by the thousand, so they bypass most of it; they use its credentials, signature and connections.
+Every answer other than a plain success is requested again through botocore.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import botocore.session
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionClosedError,
+    EndpointConnectionError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
 from urllib3.exceptions import HTTPError
 
 from core_dump_format.advice import ADVICE
@@ -45,21 +54,48 @@ _ELSEWHERE = frozenset({301, 302, 307, 400})
 _SCOPE = re.compile(r"AWS4-HMAC-SHA256 Credential=\S+/\d{8}/([^/]+)/s3/aws4_request,")
 
 
-def explain(error: Exception, what: str, needed: str = "s3:ListBucket and s3:GetObject") -> CliError:
-    """Turn an error of botocore into one line; `needed` are the permissions that it takes."""
-    code = type(error).__name__
+BODY_ERRORS = (
+    ConnectionClosedError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+    HTTPError,
+)
+"""Errors of a connection that ended, or fell silent, within an answer."""
+
+
+def error_code(error: Exception) -> str:
+    """Return the store's code for an error; the name of its class if it is not the store's."""
     if isinstance(error, ClientError):
-        code = str(error.response.get("Error", {}).get("Code", "error"))
-    if code == "AccessDenied":
-        return CliError(f"{what}: access denied: these credentials need {needed}")
+        return str(error.response.get("Error", {}).get("Code", "error"))
+    return type(error).__name__
+
+
+def explain(error: Exception, what: str, needed: str = "s3:ListBucket and s3:GetObject") -> CliError:
+    """Turn an error of botocore into one line.
+
+    Args:
+        error: of botocore.
+        what: the action that failed; may be empty.
+        needed: the permissions that the action requires.
+    """
+    code = error_code(error)
+    start = f"{what}: " if what else ""
     if isinstance(error, EndpointConnectionError):
         place = printable(str(error.kwargs["endpoint_url"]).partition("?")[0])
-        return CliError(f"{what}: {place}: {ADVICE[code]}")
-    return CliError(f"{what}: {ADVICE.get(code) or printable(str(error))}")
+        return CliError(f"{start}{place}: {ADVICE[code]}")
+    if code in ADVICE and code != "AccessDenied":
+        return CliError(start + ADVICE[code])
+    if isinstance(error, ClientError):
+        message = str(error.response.get("Error", {}).get("Message", "")).rstrip(". ")
+        said = f"{code}: {message}" if message and message != code else code
+        advice = f"; these credentials need {needed}" if code == "AccessDenied" else ""
+        return CliError(f"{start}the store says {printable(said)}{advice}")
+    return CliError(f"{start}{printable(str(error))}")
 
 
 class S3:
-    """A client, and the means to read small objects without it."""
+    """A client, and a reader of small objects that bypasses it."""
 
     def __init__(self) -> None:
         """Prepare a client; nothing is sent. The region is AWS_REGION, else botocore's; botocore finds the rest.
@@ -72,7 +108,7 @@ class S3:
             retries={"mode": "standard", "total_max_attempts": 5},
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            signature_version="s3v4",  # for URLs that are shared as well; the default there is refused by new regions
+            signature_version="s3v4",  # presigned URLs default to an older one, which newer regions refuse
             user_agent_extra=f"core-dumps/{__version__}",
         )
         session = botocore.session.Session()
@@ -144,6 +180,12 @@ def _text(header: str | bytes) -> str:
     return header.decode() if isinstance(header, bytes) else header
 
 
+def _length(headers: Mapping[str, str]) -> int:
+    """Return the announced length of an answer; 0 if there is none."""
+    value = headers.get("Content-Length", "")
+    return int(value) if value.isascii() and value.isdecimal() else 0
+
+
 class QuickReader:
     """Gets small answers with botocore's signature and the client's connections, without the rest of botocore.
 
@@ -151,11 +193,11 @@ class QuickReader:
     """
 
     def __init__(self, client: S3Client, bucket: str, place: _Place, credentials: Any) -> None:  # noqa: ANN401  no stubs
-        """Begin with the place that the client would use now."""
+        """Start with the place that the client would use now."""
         self._client, self._bucket, self._credentials = client, bucket, credentials
         self._session = client._endpoint.http_session  # type: ignore[attr-defined]  # noqa: SLF001  proxies, CA bundle, pool
         self._place: _Place | None = place
-        self._moved = False
+        self._accepted = self._moved = False
 
     def get(self, path: str, most_bytes: int) -> bytes | None:
         """Return the first bytes of the answer for a path, with its query, below the bucket."""
@@ -166,17 +208,16 @@ class QuickReader:
         try:
             S3SigV4Auth(self._credentials.get_frozen_credentials(), "s3", place.region).add_auth(request)
             answer = self._session.send(request.prepare())
-            try:
-                body: bytes = answer.raw.read(most_bytes)
-            finally:
-                answer.raw.drain_conn() if len(body) < most_bytes else answer.raw.close()
+            body: bytes = answer.raw.read(most_bytes)
+            answer.raw.drain_conn() if len(body) < most_bytes else answer.raw.close()
         except (BotoCoreError, ClientError, HTTPError, OSError):
             return None
         if answer.status_code == _OK:
-            return body
+            self._accepted = True
+            return None if len(body) < min(most_bytes, _length(answer.headers)) else body
         if answer.status_code in _ELSEWHERE:
             self._moved = True
-        elif answer.status_code not in _PASSING:
+        elif not self._accepted and answer.status_code not in _PASSING:
             self._place = None
         return None
 
@@ -194,7 +235,7 @@ class QuickReader:
         return self.get(quote(key, safe="/~"), most_bytes)
 
     def page(self, arguments: Mapping[str, str]) -> Page | None:
-        """Return a page of ListObjectsV2; the arguments are the query's."""
+        """Return a page of ListObjectsV2 with these query parameters."""
         query = {"encoding-type": "url", "list-type": "2", **arguments}
         text = "&".join(f"{name}={quote(value, safe='~')}" for name, value in sorted(query.items()))
         body = self.get(f"?{text}", MOST_PAGE_BYTES)
@@ -207,11 +248,11 @@ class Row(NamedTuple):
     key: str
     size_bytes: int
     modified: str
-    """As the listing has it: most are never looked at."""
+    """As in the listing; parsed on demand, since most are never needed."""
 
     @property
     def modified_seconds(self) -> int:
-        """Unix seconds; 0 where the text is no time."""
+        """Return Unix seconds; 0 if the text is not a time."""
         try:
             return int(datetime.fromisoformat(self.modified).timestamp())
         except (ValueError, OverflowError):
@@ -228,9 +269,9 @@ class Page:
 
 
 def read_page(body: bytes) -> Page | None:
-    """Return a page of ListObjectsV2; None if it is not as S3 writes it, which an XML parser has to look at then.
+    """Return a page of ListObjectsV2; None if it differs from S3's own form and needs an XML parser.
 
-    A parser takes 10 ms for a page. Here no row can be missed: their number has to be that of KeyCount.
+    A parser takes 10 ms for a page. No row can be missed here: their number must equal KeyCount.
     """
     text = body.decode("utf-8", "replace")
     keys, sizes, times = _KEY.findall(text), _SIZE.findall(text), _MODIFIED.findall(text)

@@ -1,141 +1,178 @@
-"""Owns the debugger: the cache that a dump is read from, and the command lines of gdb and lldb."""
+"""Owns the debugger: which one is run, its command line, and the judgement of its backtrace."""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shlex
 import shutil
-import stat
 import subprocess
-import time
-from hashlib import sha256
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core_dump_format.text import printable
 from core_dumps import show
-from core_dumps.buildid import Modules, read_modules
-from core_dumps.errors import CliError, UsageError
-from core_dumps.fetch import fetch
-from core_dumps.vital import fetch_vital, vital_bytes
+from core_dumps.buildid import CoreFile, Module, Modules, read_build_id, read_modules
+from core_dumps.cache import cache_directory
+from core_dumps.errors import INTERRUPTED, UsageError
+from core_dumps.neutral import neutralise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from core_dumps.bucket import Bucket
     from core_dumps.dump import Dump
-    from core_dumps.fetch import Progress
 
-KEEP_SECONDS = 7 * 86400
-"""What is in the cache longer, unused, is deleted: dumps hold secrets."""
 MOST_LISTED = 20
+MOST_FRAMES = 256
+"""Frames of a thread in a backtrace; a stack overflow has tens of thousands."""
+_MULTIARCH = "gdb-multiarch"
+_READS = {"x86_64": {"x86-64", "i386"}, "aarch64": {"aarch64", "arm"}}
+"""Cores that gdb reads on a machine, by the machine's name in uname(2)."""
+_RESOLVED = re.compile(r"^ *#\d+ +(?:0x[0-9a-f]+ in )?(?!0x|\?\?)\S|^ *(?:\* )?frame #\d+: .*`", re.MULTILINE)
+"""A frame of gdb or lldb with a function."""
 
 
-def cache_directory() -> str:
-    """Return the cache, made for its owner alone.
-
-    Raises:
-        CliError: somebody else's directory is in its place.
-    """
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = os.environ.get("CORE_DUMPS_CACHE") or os.path.join(base, "core-dumps")
-    os.makedirs(path, mode=0o700, exist_ok=True)
-    found = os.lstat(path)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise CliError(f"{path} is not a directory of yours alone: CORE_DUMPS_CACHE names another")
-    oldest = time.time() - KEEP_SECONDS
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_mtime < oldest:
-                os.unlink(entry.path)
-    return path
-
-
-def load(bucket: Bucket, dump: Dump, progress: Progress, *, full: bool) -> str:
-    """Return the path of a core in the cache: of the whole dump, or of its vital part if it has one."""
-    identity = f"{bucket.name}/{dump.key}/{dump.size_bytes}/{dump.text('crc32')}"
-    path = os.path.join(cache_directory(), f"{sha256(identity.encode()).hexdigest()[:32]}.core")
-    size = vital_bytes(dump)
-    if os.path.isfile(path):
-        os.utime(path)
-    elif full or size is None:
-        fetch(bucket, dump, path, progress, keep_compressed=False, force=False)
-    else:
-        path = path.removesuffix(".core") + ".vital"
-        if os.path.isfile(path):
-            os.utime(path)
-        else:
-            fetch_vital(bucket, dump, path, progress)
-        show.note(
-            f"read {show.size(size)} of {show.size(dump.size_bytes)}: every stack; --full also fetches the heap"
-        )
-    return path
-
-
-def check(program: str, roots: Sequence[str]) -> None:
-    """Check what was asked for before anything is downloaded.
+def check(program: str, roots: Sequence[str], executable: str | None) -> None:
+    """Check the command line before anything is downloaded.
 
     Raises:
-        UsageError: no such debugger or directory.
+        UsageError: the debugger, the executable or a directory does not exist.
     """
     if shutil.which(program) is None:
         raise UsageError(
-            f"{printable(program)} is not installed: --debugger takes gdb or lldb, or a path of one"
+            f"{printable(program)} is not installed: --debugger takes gdb, lldb or the path of one"
         )
+    if executable is not None and not os.path.isfile(executable):
+        raise UsageError(f"--exe {printable(executable)}: there is no such file")
     for root in roots:
         if not os.path.isdir(root) or any(c in root for c in '\n\r:"'):
             raise UsageError(
-                f"--sysroot {printable(root)}: takes a directory (its name without ':' and '\"')"
+                f"--sysroot {printable(root)}: takes a directory whose path has no ':' and no '\"'"
             )
 
 
-def modules(core: str, dump: Dump, roots: Sequence[str]) -> Modules:
-    """Find the files the core was made of, and say which are missing and how to get them."""
-    found = read_modules(core, dump.text("exe"), roots, cache_directory())
-    missing = found.missing
-    if found.executable is None or found.executable.found is None:
-        path = found.executable.path if found.executable else dump.program
-        build_id = (found.executable.build_id if found.executable else None) or "unknown"
-        show.note(f"the executable {path} (build ID {build_id}) is not here")
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Everything a debugger needs to open a dump."""
+
+    program: str
+    """Path of the debugger."""
+    core: str
+    modules: Modules
+    roots: Sequence[str]
+
+    def command(self, arguments: str, *, batch: bool) -> list[str]:
+        """Return the command line; `batch` prints a backtrace of all threads."""
+        found = self.modules.executable.found if self.modules.executable else None
+        extra = shlex.split(arguments)
+        if "lldb" in os.path.basename(self.program):
+            return [
+                self.program,
+                *self._for_lldb(batch=batch),
+                *extra,
+                *([found] if found else []),
+                "--core",
+                self.core,
+            ]
+        files = [f"--exec={found}", f"--symbols={found}"] if found else []
+        return [self.program, "-q", *self._for_gdb(batch=batch), *extra, *files, f"--core={self.core}"]
+
+    def _for_lldb(self, *, batch: bool) -> list[str]:
+        words = ["-O", "settings set target.load-script-from-symbol-file false"]
+        words += ["-O", "settings set target.load-cwd-lldbinit false"]
+        if self.roots:
+            words += ["-O", f'platform select --sysroot "{os.path.abspath(self.roots[0])}" host']
+        return words + (["--batch", "-o", f"thread backtrace all -c {MOST_FRAMES}"] if batch else [])
+
+    def _for_gdb(self, *, batch: bool) -> list[str]:
+        """Return options that keep gdb from running code of the dump's files; `$sdir` is the system's own libraries."""
+        settings = ["set auto-load no", "set auto-load libthread-db on", "set libthread-db-search-path $sdir"]
+        settings.append("set debuginfod enabled " + ("on" if os.environ.get("DEBUGINFOD_URLS") else "off"))
+        if self.roots:
+            settings.append(f"set sysroot {os.path.abspath(self.roots[0])}")
+        words = [word for setting in settings for word in ("-iex", setting)]
+        return words + (
+            ["-nx", "-batch", "-ex", f"thread apply all -ascending bt {MOST_FRAMES}"] if batch else []
+        )
+
+
+def prepare(program: str, core: str, dump: Dump, roots: Sequence[str], executable: str | None) -> Session:
+    """Find the files of a core and a debugger that reads it; print what is missing and how to get it."""
+    modules = read_modules(core, dump.executable, roots, cache_directory())
+    if executable is not None:
+        modules = _with_executable(modules, executable)
+    descriptor = os.open(core, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        neutralise(core, CoreFile(descriptor))
+    finally:
+        os.close(descriptor)
+    _note_missing(modules, dump)
+    return Session(_debugger_for(program, modules.machine), core, modules, roots)
+
+
+def _with_executable(modules: Modules, path: str) -> Modules:
+    """Use a file that the user named, with a note unless its build ID proves it."""
+    known = modules.executable.build_id if modules.executable else None
+    build_id = read_build_id(path)
+    if known is None:
+        show.note(f"nothing proves that {path} is the executable of this dump: its build ID is not known")
+    elif build_id != known:
+        show.note(f"{path} has build ID {build_id or 'none'}, but the dump's executable has {known}")
+    named = Module(modules.executable.path if modules.executable else path, known, os.path.abspath(path))
+    return Modules(named, modules.libraries, modules.machine, has_files=modules.has_files)
+
+
+def _debugger_for(program: str, machine: str | None) -> str:
+    path = shutil.which(program) or program
+    known = _READS.get(platform.machine())
+    if machine is None or known is None or machine in known or os.path.basename(path) != "gdb":
+        return path
+    multiarch = shutil.which(_MULTIARCH)
+    if multiarch is None:
+        show.note(f"this core is of {machine}, which gdb on this machine may not read: install {_MULTIARCH}")
+    return multiarch or path
+
+
+def _note_missing(modules: Modules, dump: Dump) -> None:
+    executable, missing = modules.executable, modules.missing
+    if executable is None or executable.found is None:
+        path, build_id = (executable.path, executable.build_id) if executable else (dump.program, None)
+        show.note(
+            f"the executable {path} (build ID {build_id or 'unknown'}) was not found; --exe FILE names it"
+        )
+    if not modules.has_files:
+        show.note(
+            "the kernel left the list of mapped files out of this core, so libraries cannot be verified"
+        )
     for module in missing[:MOST_LISTED]:
         show.note(f"missing: {module.path} (build ID {module.build_id})")
+    if len(missing) > MOST_LISTED:
+        show.note(f"and {len(missing) - MOST_LISTED} more")
     if missing:
         show.note(
-            "to get them: unpack the image the process ran in and give --sysroot DIR, "
+            "to get them: unpack the image that the process ran in and give --sysroot DIR, "
             "or set DEBUGINFOD_URLS to a server that has these build IDs"
         )
-    return found
-
-
-def command(  # noqa: PLR0913  all that is on it
-    debugger: str, core: str, found: Modules, roots: Sequence[str], arguments: str, *, batch: bool
-) -> list[str]:
-    """Return the command line of a debugger that `check` knows."""
-    program = shutil.which(debugger) or debugger
-    executable = found.executable.found if found.executable else None
-    extra = shlex.split(arguments)
-    if "lldb" in os.path.basename(program):
-        root = ["-O", f'platform select --sysroot "{os.path.abspath(roots[0])}" host'] if roots else []
-        run = ["--batch", "-o", "thread backtrace all"] if batch else []
-        return [program, *root, *run, *extra, *([executable] if executable else []), "--core", core]
-    root = ["-iex", f"set sysroot {os.path.abspath(roots[0])}"] if roots else []
-    quiet = ["-nx", "-batch", "-ex", "thread apply all bt"] if batch else []
-    asks = ["-iex", "set debuginfod enabled " + ("on" if os.environ.get("DEBUGINFOD_URLS") else "off")]
-    files = [f"--exec={executable}", f"--symbols={executable}"] if executable else []
-    return [program, "-q", *asks, *root, *quiet, *extra, *files, f"--core={core}"]
 
 
 def run(line: Sequence[str]) -> int:
-    """Run a debugger on this terminal and return its exit code."""
+    """Run a debugger on this terminal and return its exit status."""
     try:
         return subprocess.run(line, check=False).returncode  # noqa: S603  a list, no shell
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def backtrace(line: Sequence[str]) -> tuple[int, str]:
-    """Run a debugger in batch and return its exit code and what it says."""
+    """Run a debugger in batch mode and return its exit status and its output."""
     done = subprocess.run(line, check=False, capture_output=True, stdin=subprocess.DEVNULL)  # noqa: S603  likewise
     text = done.stdout.decode("utf-8", "backslashreplace")
     if done.returncode:
         text += done.stderr.decode("utf-8", "backslashreplace")
     return done.returncode, text
+
+
+def has_resolved_frame(text: str) -> bool:
+    """Tell whether a backtrace names at least one function."""
+    return _RESOLVED.search(text) is not None

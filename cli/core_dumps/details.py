@@ -1,4 +1,4 @@
-"""Owns what `info` prints of one dump: everything known, then what the core itself tells."""
+"""Owns the output of `info`: everything known about one dump, then the front of its core."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MOST_SHOWN = 64
 
 
 def print_info(console: Console, bucket: str, dump: Dump, head: Head | None) -> None:
-    """Print one dump."""
+    """Print one dump; without `head` only its metadata."""
     for label, value in _facts(bucket, dump):
         console.print(Text.assemble((f"{label:>14}: ", "bold"), value))
     if head is None:
@@ -57,9 +57,9 @@ def _facts(bucket: str, dump: Dump) -> Iterator[tuple[str, Text]]:
     if dump.get("signal") is not None:
         number = dump.number("signal")
         yield "Signal", Text(f"{number} ({dump.signal_name})")
-    yield "Timestamp", Text(show.moment(dump.timestamp))
+    yield "Timestamp", Text(f"{show.moment(dump.timestamp)} ({show.ago(dump.timestamp)})")
     for field, label in _LABELS.items():
-        value = dump.get(field)
+        value = dump.executable if field == "exe" else dump.get(field)
         if value is not None:
             unit = " ms" if field == "duration_ms" else ""
             yield label, Text(printable(value, 1100) + unit)
@@ -70,18 +70,19 @@ def _facts(bucket: str, dump: Dump) -> Iterator[tuple[str, Text]]:
         .append(")"),
     )
     yield "Size on Store", Text(show.size(dump.size_bytes))
-    if dump.damage:
-        yield "Sidecar", Text(printable(dump.damage), style="red")
+    problem = dump.damage or dump.failure
+    if problem:
+        yield "Metadata", Text(printable(problem), style="red")
 
 
 def _core_lines(core: Core, head: Head) -> Iterator[str]:
     if core.signal is not None:
-        yield f"The core says: {signal_name(core.signal)}{_cause(core)}"
+        yield f"Cause: {signal_name(core.signal)}{_cause(core)}"
     if core.arguments:
         yield f"Arguments: {printable(core.arguments)}"
-    yield f"A whole core has {core.expected_bytes} bytes"
+    yield f"Length according to its headers: {core.expected_bytes} bytes"
     yield f"Machine: {core.machine}, {core.form.bits} bits"
-    yield f"\n{core.thread_count} threads, the one that crashed first:"
+    yield f"\n{core.thread_count} threads, the crashed one first:"
     for thread in core.threads[:MOST_SHOWN]:
         file = core.file_at(thread.pc)
         where = (
@@ -92,6 +93,9 @@ def _core_lines(core: Core, head: Head) -> Iterator[str]:
         yield f"  {thread.tid:>8}  pc {thread.pc:#018x}  sp {thread.sp:#018x}  {where}"
     if core.thread_count > MOST_SHOWN:
         yield f"  … and {core.thread_count - MOST_SHOWN} more"
+    if not core.files:
+        yield "\nThe core has no list of mapped files."
+        return
     paths = list(dict.fromkeys(file.path for file in core.files))
     yield f"\n{len(paths)} mapped files:"
     for path in paths[: 4 * MOST_SHOWN]:

@@ -1,4 +1,4 @@
-"""Owns one dump as the bucket shows it: its key, its listing, and its sidecar once read. Nothing of it is trusted."""
+"""Owns one dump as the bucket shows it: its key, its listing, and its metadata once read. Nothing of it is trusted."""
 
 from __future__ import annotations
 
@@ -12,38 +12,48 @@ from core_dump_format.attributes import METADATA_FIELDS, METADATA_FLAGS, METADAT
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-SIDECAR_SUFFIX = ".json"
-MOST_SIDECAR_BYTES = 64 * 1024
-"""As docs/contracts.md has it; a longer one is not read."""
+METADATA_SUFFIX = ".json"
+MOST_METADATA_BYTES = 64 * 1024
+"""The limit of docs/contracts.md; a longer metadata object is not read."""
 MOST_NUMBER = 2**64 - 1
-"""What fits into the attributes; a larger number is no fact."""
+"""The largest number that the attributes can hold."""
+STATES = frozenset(
+    {"present", "truncated", "sensitive", "incomplete", "damaged", "unreadable", "missing", "suppressed"}
+    | {"unread"}
+)
+"""Everything that STATE shows."""
+DELETED = " (deleted)"
+"""The kernel appends it to the path of a program that was replaced or deleted (d_path in fs/d_path.c)."""
 
 Value = str | int | bool
 
 
 @dataclass(frozen=True, slots=True)
 class Dump:
-    """A dump, its sidecar, or both."""
+    """A dump, its metadata object, or both."""
 
     key: str
-    """Of the dump object, whether it is there or not."""
+    """Key of the dump object, whether that exists or not."""
     size_bytes: int | None
-    """Of the object; None where there is only a sidecar."""
+    """Size of the dump object; None if there is only a metadata object."""
     timestamp: int
-    """Unix seconds of the crash, by the name; of the object's last change where the name does not say."""
-    has_sidecar: bool
-    named: Mapping[str, Value]
-    """What the key says."""
-    told: Mapping[str, Value] | None = None
-    """What the sidecar says, once read."""
+    """Unix seconds of the crash according to the name; the object's last change if the name does not say."""
+    has_metadata: bool
+    """Whether the bucket holds a metadata object."""
+    from_key: Mapping[str, Value]
+    """Facts that the key contains."""
+    metadata: Mapping[str, Value] | None = None
+    """Fields of the metadata object, once read."""
     damage: str | None = None
-    """Why the sidecar was refused."""
+    """Why the metadata object was refused."""
+    failure: str | None = None
+    """Why the store did not give the metadata object."""
 
     def get(self, field: str) -> Value | None:
-        """Return a fact; the sidecar wins over the key, which may have been made safe."""
-        if self.told is not None and field in self.told:
-            return self.told[field]
-        return self.named.get(field)
+        """Return a fact; metadata wins over the key, in which unusual characters were replaced."""
+        if self.metadata is not None and field in self.metadata:
+            return self.metadata[field]
+        return self.from_key.get(field)
 
     def text(self, field: str) -> str | None:
         """Return a fact as text."""
@@ -57,66 +67,83 @@ class Dump:
 
     @property
     def sensitive(self) -> bool:
-        """Whether the sidecar flags it."""
+        """Tell whether the metadata flags the dump."""
         return self.get("sensitive") is True
 
     @property
+    def truncated(self) -> bool:
+        """Tell whether the dump was cut short on its node."""
+        return self.get("state") == "truncated" or self.get("truncated") is not None
+
+    @property
     def states(self) -> list[str]:
-        """Return what to know before using it; `present` when there is nothing to know."""
+        """Return the warnings about a dump; `present` if there are none."""
         if self.size_bytes is None:
             return ["suppressed" if self.get("state") == "suppressed" else "missing"]
-        if not self.has_sidecar:
+        if not self.has_metadata:
             return ["incomplete"]
+        if self.failure is not None:
+            return ["unreadable"]
         if self.damage is not None:
             return ["damaged"]
-        if self.told is None:
+        if self.metadata is None:
             return ["unread"]
-        found = ["truncated"] if self.get("state") == "truncated" or self.get("truncated") else []
+        found = ["truncated"] if self.truncated else []
         found += ["sensitive"] if self.sensitive else []
         return found or ["present"]
 
     @property
     def signal_name(self) -> str | None:
-        """Return `SIGSEGV` and the like; the number where it has no name."""
+        """Return a name such as `SIGSEGV`; the number if it has no name."""
         number = self.number("signal")
         return None if number is None else signal_name(number)
 
     @property
     def compressed(self) -> bool:
-        """Whether the object is gzip."""
+        """Tell whether the object is gzip."""
         return self.key.endswith(".gz")
 
     @property
+    def executable(self) -> str | None:
+        """Return the path of the executable without the kernel's ` (deleted)`."""
+        path = self.text("exe")
+        return None if path is None else path.removesuffix(DELETED)
+
+    @property
     def program(self) -> str:
-        """Return the executable's path, or the best name there is."""
-        return self.text("exe") or self.text("comm") or self.text("thread") or "?"
+        """Return the executable's path, or the best name known."""
+        return self.executable or self.text("comm") or self.text("thread") or "?"
 
-    def with_sidecar(self, document: bytes) -> Dump:
-        """Return it with what a sidecar says, or with why that was refused."""
+    def with_metadata(self, document: bytes) -> Dump:
+        """Return the dump with its metadata, or with the reason for which that was refused."""
         try:
-            return replace(self, told=read_sidecar(document, self.key))
+            return replace(self, metadata=read_metadata(document, self.key))
         except ValueError as error:
-            return replace(self, told={}, damage=str(error))
+            return replace(self, metadata={}, damage=str(error))
+
+    def with_failure(self, reason: str) -> Dump:
+        """Return the dump with the reason for which the store did not give its metadata."""
+        return replace(self, metadata={}, failure=reason)
 
 
-def read_sidecar(document: bytes, key: str) -> dict[str, Value]:
-    """Check and type what a sidecar says; fields that are not known, or not of their type, are left out.
+def read_metadata(document: bytes, key: str) -> dict[str, Value]:
+    """Return the checked fields of a metadata object; unknown fields and wrong types are left out.
 
     Raises:
-        ValueError: it is no sidecar of this key.
+        ValueError: it is not a metadata object of this key.
     """
-    if len(document) > MOST_SIDECAR_BYTES:
+    if len(document) > MOST_METADATA_BYTES:
         raise ValueError("longer than 64 KiB")
     try:
         content: Any = json.loads(document)
     except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
     if not isinstance(content, dict):
-        raise ValueError("not a JSON object")  # noqa: TRY004  a fault of the data
-    told: dict[str, Value] = {name: value for name, value in content.items() if _is_of_type(name, value)}
-    if told.get("key", key) != key:
-        raise ValueError("it speaks of another key")
-    return told
+        raise ValueError("not a JSON object")  # noqa: TRY004  the data is wrong, not the call
+    fields: dict[str, Value] = {name: value for name, value in content.items() if _is_of_type(name, value)}
+    if fields.get("key", key) != key:
+        raise ValueError("describes the dump of another key")
+    return fields
 
 
 def _is_of_type(name: str, value: object) -> bool:
@@ -126,7 +153,7 @@ def _is_of_type(name: str, value: object) -> bool:
 
 
 def signal_name(number: int) -> str:
-    """Return `SIGSEGV` and the like; the number where it has no name."""
+    """Return a name such as `SIGSEGV`; the number if it has no name."""
     try:
         return signals.Signals(number).name
     except ValueError:
@@ -134,7 +161,7 @@ def signal_name(number: int) -> str:
 
 
 def signal_number(text: str) -> int | None:
-    """Return the number of `SIGSEGV`, `segv` or `11`; None for anything else."""
+    """Return the number of `SIGSEGV`, `segv` or `11`; None for any other text."""
     if text.isascii() and text.isdecimal():
         return int(text[:4])
     name = text.upper().removeprefix("SIG")

@@ -1,4 +1,4 @@
-"""Owns the manual page: made of the same commands, options and words that --help shows, so that they cannot differ."""
+"""Owns the manual page, which is made from the texts of --help, so that the two cannot differ."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ if TYPE_CHECKING:
 
 _FOOT = """\
 .SH MATCH
-A number is a PID, a word with a slash the path of an executable, \\fIfield\\fR=\\fIvalue\\fR a field of the sidecar
-(docs/contracts.md lists them), any other word the name of a command. Values of one field are alternatives, different
-fields must all hold. Commands for one dump take the newest that matches.
+A number is a PID. A word that begins with a slash is the path of an executable. \\fIfield\\fR=\\fIvalue\\fR compares a
+field of the metadata (docs/contracts.md lists them). Any other word is the name of a command, thread, executable, pod,
+container, node, host, key or file. Values may be shell patterns such as \\fIcheckout\\-*\\fR. Values of one field are
+alternatives; different fields must all hold. Commands for one dump take the newest that matches.
 .SH TIME
 \\fIyesterday\\fR, \\fItoday\\fR, \\fInow\\fR, \\fI\\-2h\\fR, \\fI3 days ago\\fR, \\fI2025\\-06\\-30\\fR,
-\\fI2025\\-06\\-30 14:00\\fR, \\fI14:00\\fR, \\fI@1751284800\\fR; local time where no zone is given.
+\\fI2025\\-06\\-30 14:00\\fR, \\fI14:00\\fR, \\fI@1751284800\\fR; without a zone in local time.
 .SH EXIT STATUS
-0 done; 1 no dump matches, or it failed; 2 the command line is wrong; 141 the reader of the output went away.
+0 success; 1 no dump matches, or the command failed; 2 the command line is wrong; 130 interrupted by Ctrl\\-C;
+141 the reader of the output went away.
 .SH ENVIRONMENT
-BUCKET_NAME, KEY_TEMPLATE, AWS_* as boto3 reads them, DEBUGINFOD_URLS, CORE_DUMPS_CACHE (default
-~/.cache/core\\-dumps; what is unused for a week is deleted), NO_COLOR.
+BUCKET_NAME, KEY_TEMPLATE, AWS_* as boto3 reads them, DEBUGINFOD_URLS, NO_COLOR, and CORE_DUMPS_CACHE (default
+~/.cache/core\\-dumps; files unused for a week are deleted).
 .SH SEE ALSO
 coredumpctl(1), gdb(1), core(5)
 """
@@ -46,7 +48,7 @@ def render(group: Any) -> str:  # noqa: ANN401  typer's own copy of click has no
 
 
 def _shared(commands: list[Any]) -> set[str]:
-    """Return the options that all commands have."""
+    """Return the options that all commands share."""
     return set.intersection(*({_key(option) for option in command.params} for command in commands))
 
 
@@ -65,6 +67,6 @@ def _option(option: Any) -> Iterator[str]:  # noqa: ANN401  likewise
 
 
 def _roff(text: str) -> str:
-    """Return text that troff takes as it is."""
+    """Return text escaped for troff."""
     escaped = text.replace("\\", "\\e").replace("-", "\\-")
     return f"\\&{escaped}" if escaped.startswith((".", "'")) else escaped

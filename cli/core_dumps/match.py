@@ -1,105 +1,168 @@
-"""Owns which dumps are meant: MATCH as coredumpctl reads it, node, namespace and times. Pure.
+"""Owns which dumps a command line selects: MATCH words as in coredumpctl, node, namespace and times. Pure.
 
-Matches of one field are alternatives, different fields must all hold (as journalctl(1) combines them).
+Matches of one field are alternatives; matches of different fields must all hold (as journalctl(1) combines them).
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from core_dump_format.attributes import METADATA_FIELDS
-from core_dumps.dump import Dump, signal_number
+from core_dump_format.attributes import METADATA_FIELDS, METADATA_NUMBERS, TRUNCATED_REASONS
+from core_dumps.dump import DELETED, STATES, Dump, signal_number
 from core_dumps.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-NAMED = frozenset({"key", "node", "pid", "signal", "timestamp", "thread"})
-"""What a key says, where it is of the default template: such matches read no sidecar of a dump that does not."""
+IN_KEYS = frozenset({"key", "node", "pid", "signal", "timestamp", "thread"})
+"""Fields that keys of the default template contain; if a key does not contain one, the metadata decides."""
+WORD = "word"
+"""Pseudo-field of a bare word, which any name of a dump can match."""
+_NAMES = ("comm", "thread", "pod", "container", "node", "hostname")
+_YES, _NO = frozenset({"1", "true", "yes"}), frozenset({"0", "false", "no"})
+_FINGERPRINT = re.compile(r"[0-9a-f]{4,16}")
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """Which dumps are meant."""
+    """A selection of dumps."""
 
     matches: tuple[tuple[str, str], ...] = ()
-    """(field, value)."""
+    """Field and value."""
     since: float = 0.0
     until: float = float("inf")
     """Unix seconds, both included."""
 
     def values(self, field: str) -> list[str]:
-        """Return the values asked for of a field; empty for any."""
+        """Return the values given for a field; empty if any value matches."""
         return [value for name, value in self.matches if name == field]
 
     def only(self, field: str) -> str | None:
-        """Return the one value asked for of a field."""
+        """Return the value given for a field if there is exactly one, and it is no pattern."""
         values = self.values(field)
-        return values[0] if len(values) == 1 else None
+        return values[0] if len(values) == 1 and not _is_pattern(values[0]) else None
 
     @property
-    def needs_sidecars(self) -> bool:
-        """Whether a key alone cannot tell all that is asked."""
-        return any(field not in NAMED for field, _ in self.matches)
+    def selects_everything(self) -> bool:
+        """Tell whether nothing restricts the query."""
+        return not self.matches and not self.since and self.until == float("inf")
+
+    @property
+    def needs_metadata(self) -> bool:
+        """Tell whether keys alone cannot decide the query."""
+        return any(field not in IN_KEYS for field, _ in self.matches)
 
     def may_match(self, dump: Dump) -> bool:
-        """Tell whether a dump can be meant, by its key and listing alone."""
+        """Tell whether a dump can match, judged by its key and listing alone."""
         if not self.since <= dump.timestamp <= self.until:
             return False
-        return all(_holds(dump, f, self.values(f)) for f, _ in self.matches if f in NAMED and _known(dump, f))
+        known = [f for f, _ in self.matches if f == "key" or (f in IN_KEYS and f in dump.from_key)]
+        return all(_holds(dump, field, self.values(field)) for field in known)
 
     def matches_dump(self, dump: Dump) -> bool:
-        """Tell whether a dump whose sidecar was read is meant."""
+        """Tell whether a dump matches whose metadata was read."""
         return self.may_match(dump) and all(_holds(dump, f, self.values(f)) for f, _ in self.matches)
 
 
 def parse(words: Sequence[str], **fixed: str | None) -> tuple[tuple[str, str], ...]:
-    """Read MATCH words, and fields that have an option of their own.
+    """Parse MATCH words, and the values of options that stand for a field.
 
     Raises:
-        UsageError: a word is no match.
+        UsageError: no dump can match a word.
     """
     found = [_parse_word(word) for word in words]
     found += [(field, value) for field, value in fixed.items() if value is not None]
     return tuple(found)
 
 
+def field_name(text: str) -> str:
+    """Return the name of a field, which may be written as coredumpctl does.
+
+    Raises:
+        UsageError: there is no such field.
+    """
+    name = text.removeprefix("COREDUMP_").lower()
+    if name not in METADATA_FIELDS:
+        raise UsageError(f"{text[:40]!r} is not a field; fields are {', '.join(sorted(METADATA_FIELDS))}")
+    return name
+
+
 def _parse_word(word: str) -> tuple[str, str]:
     field, separator, value = word.partition("=")
     if separator and "/" not in field:
-        name = field.removeprefix("COREDUMP_").lower()
-        if name not in METADATA_FIELDS:
-            raise UsageError(f"{field[:40]!r} is no field; there are {', '.join(sorted(METADATA_FIELDS))}")
-        if name == "signal" and signal_number(value) is None:
-            raise UsageError(f"{value[:40]!r} is no signal: takes SIGSEGV, SEGV or 11")
+        name = field_name(field)
+        accepted = _accepted(name, value)
+        if accepted is not None:
+            raise UsageError(f"{name}={value[:40]}: {name} takes {accepted}")
         return name, value
     if not word:
-        raise UsageError("MATCH is empty: takes a PID, a command name, a path or field=value")
+        raise UsageError("MATCH is empty: takes a PID, a name, a path or field=value")
     if word.isascii() and word.isdecimal():
         return "pid", word
-    return ("exe" if "/" in word else "comm"), word
+    return ("exe" if word.startswith("/") else WORD), word
 
 
-def _known(dump: Dump, field: str) -> bool:
-    return field == "key" or field in dump.named
+def _accepted(field: str, value: str) -> str | None:  # noqa: PLR0911  a table
+    """Return what a field accepts if it does not accept the value."""
+    if field == "signal":
+        return "SIGSEGV, SEGV or 11" if signal_number(value) is None else None
+    if field in METADATA_NUMBERS:
+        return None if value.isascii() and value.isdecimal() else "a number"
+    if field == "state":
+        return None if value in STATES | {"complete"} else ", ".join(sorted(STATES))
+    if field == "truncated":
+        return (
+            None if value in TRUNCATED_REASONS or _is_pattern(value) else ", ".join(sorted(TRUNCATED_REASONS))
+        )
+    if field == "sensitive":
+        return None if value.lower() in _YES | _NO else "true or false"
+    if field == "fingerprint":
+        return None if _FINGERPRINT.fullmatch(value) else "4 to 16 hexadecimal digits"
+    return None
+
+
+def _is_pattern(value: str) -> bool:
+    return any(character in value for character in "*?[")
+
+
+def _like(text: str | None, wanted: list[str]) -> bool:
+    """Tell whether a text is one of the values, or fits one that is a shell pattern."""
+    if text is None:
+        return False
+    return text in wanted or any(_is_pattern(value) and fnmatchcase(text, value) for value in wanted)
 
 
 def _holds(dump: Dump, field: str, wanted: list[str]) -> bool:  # noqa: PLR0911  a table
     match field:
         case "key":
-            return dump.key in wanted
-        case "comm":  # the name in the key is that of the thread, which is the better known one at times
-            return any(dump.text(name) in wanted for name in ("comm", "thread"))
+            return _like(dump.key, wanted)
+        case "word":
+            return any(_like(name, wanted) for name in _names(dump))
+        case "comm":  # the key holds the thread's name, which some users know better
+            return any(_like(dump.text(name), wanted) for name in ("comm", "thread"))
+        case "exe":
+            return _like(dump.executable, [value.removesuffix(DELETED) for value in wanted])
         case "signal":
             return dump.number("signal") in [signal_number(text) for text in wanted]
         case "state":
             return any(text in dump.states or text == dump.text("state") for text in wanted)
         case "sensitive":
-            return dump.sensitive in [text.lower() in {"1", "true", "yes"} for text in wanted]
+            return dump.sensitive in [text.lower() in _YES for text in wanted]
         case "fingerprint":
-            return any(len(text) > 3 and (dump.text(field) or "").startswith(text) for text in wanted)  # noqa: PLR2004
+            return any((dump.text(field) or "").startswith(text) for text in wanted)
         case "pid":
             return any(dump.text(name) in wanted for name in ("pid", "ns_pid"))
         case _:
-            return dump.text(field) in wanted
+            return _like(dump.text(field), wanted)
+
+
+def _names(dump: Dump) -> list[str]:
+    """Return the names that a person may know a dump by."""
+    file_name = dump.key.rpartition("/")[2]
+    names = [dump.text(field) for field in _NAMES]
+    names += [dump.key, file_name, file_name.removesuffix(".gz")]
+    names += [(dump.executable or "").rpartition("/")[2], dump.executable]
+    return [name for name in names if name]

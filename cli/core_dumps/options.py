@@ -1,4 +1,4 @@
-"""Owns the options that all commands share, and how a command ends: errors to one line, exit codes, closed pipes."""
+"""Owns the options that all commands share, and the end of a command: its error message and exit status."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 
 from core_dump_format.text import printable
 from core_dumps import match, show, when
-from core_dumps.errors import CliError, NoMatchError, UsageError
+from core_dumps.errors import INTERRUPTED, CliError, NoMatchError, UsageError
 from core_dumps.match import Query
 
 if TYPE_CHECKING:
@@ -27,99 +27,149 @@ if TYPE_CHECKING:
 
 DEFAULT_TEMPLATE = "{node}/{name}"
 CLOSED_PIPE = 141
-"""What a shell reports of a program that died of SIGPIPE."""
+"""The status that a shell reports for a program that died of SIGPIPE."""
+MOST_COMPARED = 100
+"""So many further dumps are compared with the query to count those that match."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which bucket, and which dumps in it."""
+    """The bucket, and the dumps in it that a command is about."""
 
     matches: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="MATCH",
             show_default=False,
-            help="PID, command name, path of an executable, or field=value",
+            help="A PID, a name, the path of an executable, or FIELD=VALUE",
         ),
     ] = None
     bucket: Annotated[
         str | None,
         typer.Option(
-            "--bucket", envvar="BUCKET_NAME", metavar="BUCKET", help="Bucket, or s3://bucket/prefix"
+            "--bucket", envvar="BUCKET_NAME", metavar="BUCKET", help="Bucket, or s3://BUCKET/PREFIX"
         ),
     ] = None
     since: Annotated[
         str | None,
-        typer.Option("--since", "-S", metavar="TIME", help="Not before: yesterday, -2h, 2025-06-30 14:00"),
+        typer.Option(
+            "--since",
+            "-S",
+            metavar="TIME",
+            help="Only dumps since this time: yesterday, -2h, 2025-06-30 14:00",
+        ),
     ] = None
-    until: Annotated[str | None, typer.Option("--until", "-U", metavar="TIME", help="Not after")] = None
-    node: Annotated[str | None, typer.Option("--node", metavar="NAME", help="Of this node")] = None
+    until: Annotated[
+        str | None, typer.Option("--until", "-U", metavar="TIME", help="Only dumps up to this time")
+    ] = None
+    node: Annotated[str | None, typer.Option("--node", metavar="NAME", help="Only dumps from this node")] = (
+        None
+    )
     namespace: Annotated[
-        str | None, typer.Option("--namespace", metavar="NAME", help="Of this Kubernetes namespace")
+        str | None,
+        typer.Option("--namespace", metavar="NAME", help="Only dumps from this Kubernetes namespace"),
     ] = None
+    pod: Annotated[str | None, typer.Option("--pod", metavar="NAME", help="Only dumps from this pod")] = None
     key_template: Annotated[
-        str, typer.Option(envvar="KEY_TEMPLATE", metavar="TEMPLATE", help="As the collectors have it")
+        str,
+        typer.Option(
+            "--key-template", envvar="KEY_TEMPLATE", metavar="TEMPLATE", help="KEY_TEMPLATE of the collectors"
+        ),
     ] = DEFAULT_TEMPLATE
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say how many requests were made")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no notes, only errors")] = False
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the number of requests")] = False
 
     def query(self) -> Query:
-        """Return what is asked for."""
+        """Return the query.
+
+        Raises:
+            UsageError: a word or a time is invalid.
+        """
         return Query(
-            match.parse(self.matches or [], node=self.node, namespace=self.namespace),
+            match.parse(self.matches or [], node=self.node, namespace=self.namespace, pod=self.pod),
             when.parse(self.since) if self.since else 0.0,
             when.parse(self.until) if self.until else float("inf"),
         )
 
     @contextmanager
     def open(self) -> Iterator[Bucket]:
-        """Open the bucket, and say what it cost when asked to."""
+        """Open the bucket; with --verbose print the number of requests at the end.
+
+        Raises:
+            UsageError: no bucket is named.
+        """
         if self.bucket is None:
-            raise UsageError("no bucket: set BUCKET_NAME or give --bucket s3://bucket/prefix")
-        from core_dumps.bucket import Bucket  # noqa: PLC0415  botocore takes 0.3 s, --help does without
+            raise UsageError("no bucket: set BUCKET_NAME or give --bucket s3://BUCKET/PREFIX")
+        from core_dumps.bucket import Bucket  # noqa: PLC0415  botocore takes 0.3 s, which --help does not need
 
         bucket = Bucket(self.bucket, self.key_template)
         try:
             yield bucket
         finally:
             bucket.close()
+            if bucket.failures:
+                count, reason = len(bucket.failures), bucket.failures[-1]
+                self.note(f"{count} metadata objects could not be read; the last one: {reason}")
             if self.verbose:
                 counts = ", ".join(f"{count} {name}" for name, count in sorted(bucket.requests.items()))
                 show.note(f"requests: {counts or 'none'}")
 
+    def note(self, text: str) -> None:
+        """Print a note, unless --quiet was given."""
+        if not self.quiet:
+            show.note(text)
+
     def dumps(self, bucket: Bucket, *, read: bool = True) -> Iterator[Dump]:
-        """Yield what is asked for, newest first."""
+        """Yield the selected dumps, newest first; without `read` only with metadata if the query needs it."""
         query = self.query()
-        for found in bucket.find(query):
-            if read or query.needs_sidecars:
-                yield from (dump for dump in bucket.read_sidecars(found) if query.matches_dump(dump))
+        for group in bucket.find(query):
+            if read or query.needs_metadata:
+                yield from (dump for dump in bucket.read_metadata(group) if query.matches_dump(dump))
             else:
-                yield from found
+                yield from group
 
     def newest(self, bucket: Bucket) -> Dump:
-        """Return the newest dump that is asked for, as coredumpctl does; a record without a dump only if alone.
+        """Return the newest selected dump, as coredumpctl does; a record without a dump only if there is no dump.
 
         Raises:
-            NoMatchError: there is none.
+            NoMatchError: nothing matches.
         """
-        query, record, others = self.query(), None, False
-        for found in bucket.find(query):
-            for read in bucket.read_sidecars(found):
-                if not query.matches_dump(read):
+        query, record = self.query(), None
+        groups = bucket.find(query)
+        for group in groups:
+            for dump in bucket.read_metadata(group):
+                if not query.matches_dump(dump):
                     continue
-                if read.size_bytes is None:
-                    record = record or read
-                    continue
-                others = len(found) > 1
-                if others and not self.matches:
-                    show.note(f"the newest of several: {read.key}")
-                return read
+                if dump.size_bytes is not None:
+                    keys = [each.key for each in group]
+                    rest = group[keys.index(dump.key) + 1 :]
+                    self._note_others(bucket, dump, rest, complete=next(groups, None) is None)
+                    return dump
+                record = record or dump
         if record is None:
-            raise NoMatchError("no dump matches")
+            raise self.no_match(bucket)
         return record
+
+    def _note_others(self, bucket: Bucket, taken: Dump, rest: list[Dump], *, complete: bool) -> None:
+        """Tell the user how many dumps were selected, if more than the one that was taken."""
+        query = self.query()
+        others = [dump for dump in rest if dump.size_bytes is not None]
+        if query.needs_metadata:
+            complete = complete and len(others) <= MOST_COMPARED
+            others = list(filter(query.matches_dump, bucket.read_metadata(others[:MOST_COMPARED])))
+        if others or not complete:
+            self.note(f"the newest of {'' if complete else 'at least '}{len(others) + 1}: {taken.key}")
+
+    def no_match(self, bucket: Bucket) -> NoMatchError:
+        """Return the error for a selection that matches nothing; an empty bucket has another one."""
+        if bucket.is_empty():
+            place = f"s3://{bucket.name}/{bucket.prefix}"
+            return NoMatchError(f"{place} is empty: no collector has uploaded a dump to it")
+        return NoMatchError("no dump matches")
 
 
 def with_selection(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, whose first parameter is a Selection, the options of one, and ends as they should be."""
+    """Give a command, whose first parameter is a Selection, the options of Selection and the common ending."""
     hints = get_type_hints(Selection, include_extras=True)
     shared = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
@@ -139,7 +189,7 @@ def with_selection(command: Callable[..., None]) -> Callable[..., None]:
             command(selection, **given)
             sys.stdout.flush()
 
-    del run.__wrapped__  # or its signature would be the one that is seen
+    del run.__wrapped__  # or typer would see its signature
     run.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*shared, *own]}
     return run
@@ -147,16 +197,19 @@ def with_selection(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Turn errors into one line and an exit code.
+    """Turn errors into one line and an exit status.
 
     Raises:
-        typer.Exit: with the exit code.
+        typer.Exit: with the exit status.
     """
     try:
         yield
     except CliError as error:
         show.note(str(error))
         raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        show.note("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         _abandon_stdout()
         raise typer.Exit(CLOSED_PIPE) from None
@@ -168,7 +221,7 @@ def ending() -> Iterator[None]:
 
 
 def _abandon_stdout() -> None:
-    """Send what is still buffered nowhere, so that the interpreter's end does not fail again."""
+    """Send what is still buffered to /dev/null, so that the interpreter does not fail on it again at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

@@ -1,4 +1,4 @@
-"""Owns progress bars: on a terminal only, on standard error."""
+"""Owns progress bars: on standard error, and only if that is a terminal."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Bars:
-    """One bar at a time; silent where standard error is no terminal."""
+    """One bar at a time; silent if standard error is not a terminal."""
 
     def __init__(self) -> None:
-        """Look at standard error."""
+        """Check whether standard error is a terminal."""
         columns = (TextColumn("{task.description:>10}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         self._progress = Progress(
             *columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
@@ -28,14 +28,14 @@ class Bars:
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
-        """Show bars."""
+        """Show the bars."""
         self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Hide them."""
+        """Remove the bars."""
         self._progress.stop()
 
     def start(self, what: str, total_bytes: int | None) -> None:

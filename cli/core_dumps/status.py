@@ -1,4 +1,4 @@
-"""Owns the line that tells a person at a terminal how far a listing is, until the first row is there."""
+"""Owns the line that shows a person at a terminal the progress of a listing, until the first row is printed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import threading
 
 
 class Status:
-    """A count of names on standard error; silent where that is no terminal."""
+    """A count of names on standard error; silent if that is not a terminal."""
 
     def __init__(self) -> None:
-        """Look at standard error."""
+        """Check whether standard error is a terminal."""
         self._lock = threading.Lock()
         self._shown = sys.stderr.isatty()
         self._names, self._width = 0, 0
@@ -26,7 +26,7 @@ class Status:
                 self._width = len(line)
 
     def end(self) -> None:
-        """Remove the line, for good: what comes now is the answer."""
+        """Remove the line for good: the answer follows."""
         with self._lock:
             if self._shown and self._width:
                 sys.stderr.write("\r" + " " * self._width + "\r")

@@ -1,4 +1,4 @@
-"""Owns the vital part of a dump: the few megabytes at its front from which a debugger makes every backtrace.
+"""Owns the vital part of a dump: the few megabytes at its front that every backtrace is made of.
 
 The helper writes headers, notes, stacks and the loader's list first, as a gzip member of its own (docs/contracts.md).
 Its compressed length and CRC-32 are in the metadata object, so one ranged request fetches it and proves it. The core
@@ -12,13 +12,10 @@ import tempfile
 import zlib
 from typing import TYPE_CHECKING
 
-from botocore.exceptions import BotoCoreError, ClientError
-
 from core_dump_format.elf import drop_segments_beyond
 from core_dump_format.text import printable
-from core_dumps.client import explain
 from core_dumps.errors import RefusedError
-from core_dumps.parts import BLOCK, unpack
+from core_dumps.parts import Remote, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +30,7 @@ MOST_BYTES = 256 * 1024 * 1024
 
 
 def vital_bytes(dump: Dump) -> int | None:
-    """Return the compressed length of a dump's vital part; None if it has none, or its metadata lies about it."""
+    """Return the compressed length of a dump's vital part; None if there is none, or its metadata is impossible."""
     size, crc32 = dump.number("vital_bytes"), dump.number("vital_crc32")
     if dump.text("vital") not in {"whole", "partial"} or size is None or crc32 is None:
         return None
@@ -41,10 +38,10 @@ def vital_bytes(dump: Dump) -> int | None:
 
 
 def fetch_vital(bucket: Bucket, dump: Dump, path: str, progress: Progress) -> None:
-    """Fetch the vital part, verify it, and write it to `path` as a core of its own.
+    """Download the vital part, verify it, and write it to `path` as a core of its own.
 
     Raises:
-        RefusedError: it is not what was uploaded.
+        RefusedError: it differs from what was uploaded.
         CliError: it cannot be read.
     """
     size = vital_bytes(dump)
@@ -58,7 +55,7 @@ def fetch_vital(bucket: Bucket, dump: Dump, path: str, progress: Progress) -> No
     for piece in unpack([packed]):
         core += piece
         if len(core) > MOST_BYTES:
-            raise RefusedError(f"more than {MOST_BYTES} bytes come out of the vital part: not kept")
+            raise RefusedError(f"the vital part decompresses to more than {MOST_BYTES} bytes: not kept")
     try:
         drop_segments_beyond(core)
     except ValueError as error:
@@ -67,18 +64,9 @@ def fetch_vital(bucket: Bucket, dump: Dump, path: str, progress: Progress) -> No
 
 
 def _read(bucket: Bucket, dump: Dump, size: int, progress: Progress) -> Iterator[bytes]:
-    at = 0
-    try:
-        answer = bucket.client.get_object(Bucket=bucket.name, Key=dump.key, Range=f"bytes=0-{size - 1}")
-        with answer["Body"] as body:
-            while at < size and (piece := body.read(min(BLOCK, size - at))):
-                at += len(piece)
-                progress.advance(len(piece))
-                yield piece
-    except (BotoCoreError, ClientError) as error:
-        raise explain(error, f"reading {printable(dump.key)}") from error
-    if at != size:
-        raise RefusedError("the store sent fewer bytes than were requested: run it again")
+    for piece in Remote(bucket, dump, size, None, None).read(0, size):
+        progress.advance(len(piece))
+        yield piece
 
 
 def _write(path: str, core: bytearray) -> None:

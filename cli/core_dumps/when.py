@@ -1,6 +1,6 @@
-"""Owns the words for points in time, those of systemd.time(7): `yesterday`, `-2h`, `3 days ago`, ISO 8601, `@seconds`.
+"""Owns words for points in time, those of systemd.time(7): `yesterday`, `-2h`, `3 days ago`, ISO 8601, `@seconds`.
 
-What names no zone is local time, as in coredumpctl.
+Times without a zone are local time, as in coredumpctl.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ _SECONDS = {
 _UNITS = {word: seconds for words, seconds in _SECONDS.items() for word in words}
 _SPAN = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*([A-Za-z]+)?")
 _DAYS = {"today": 0, "yesterday": -1, "tomorrow": 1}
-_HELP = "takes e.g. yesterday, -2h, '3 days ago', 2025-06-30, '2025-06-30 14:00', @1751284800"
+_HELP = "takes for example yesterday, -2h, '3 days ago', 2025-06-30, '2025-06-30 14:00', @1751284800"
 
 
 def parse(text: str, now: datetime | None = None) -> float:
-    """Return the Unix seconds that words mean.
+    """Return the Unix seconds of a time in words.
 
     Args:
         text: the words.
-        now: with a zone; default is the present, local.
+        now: the present, with a zone; default is the local time.
 
     Raises:
-        UsageError: they mean none.
+        UsageError: they are not a time.
     """
     now = now or datetime.now(UTC).astimezone()
     words = " ".join(text.split())
     try:
         return _parse(words, now).timestamp()
     except (ValueError, OverflowError, OSError):
-        raise UsageError(f"{text[:60]!r} is no time: {_HELP}") from None
+        raise UsageError(f"{text[:60]!r} is not a time: {_HELP}") from None
 
 
 def span(text: str) -> float:
     """Return the seconds of a span such as `2h` or `1d 12h`.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not a span.
     """
     try:
         return _span(text)
     except ValueError:
-        raise UsageError(f"{text[:60]!r} is no time span: takes e.g. 90min, 2h, 7d") from None
+        raise UsageError(f"{text[:60]!r} is not a time span: takes for example 90min, 2h, 7d") from None
 
 
 def _parse(words: str, now: datetime) -> datetime:
@@ -84,7 +84,7 @@ def _absolute(words: str, now: datetime) -> datetime:
 
 
 def _local(moment: datetime, now: datetime) -> datetime:
-    """Give a moment the zone of `now` where that is a fixed one asked for, else the machine's at that moment."""
+    """Return a moment in UTC if `now` is in UTC, otherwise in the machine's zone at that moment."""
     return moment.replace(tzinfo=UTC) if now.tzinfo is UTC else moment.astimezone()
 
 

@@ -82,15 +82,15 @@ class Cli:
     def json(self, *arguments: object):
         return json.loads(self.run("list", "--json=short", *arguments).stdout)
 
-    def put(self, key: str, body: bytes, told: dict | None = None, *, sidecar: bool = True) -> str:
-        """Put a dump and its sidecar, as the collector would."""
+    def put(self, key: str, body: bytes, fields: dict | None = None, *, metadata: bool = True) -> str:
+        """Put a dump and its metadata object, as the collector would."""
         whole = f"{self.prefix}/{key}"
         crc = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
         content = {"schema": 1, "key": whole, "bucket": s3.BUCKET, "size_bytes": len(body), "crc32": crc}
-        content |= {"state": "complete", "sensitive": False} | (told or {})
+        content |= {"state": "complete", "sensitive": False} | (fields or {})
         with self.server.client() as client:
             client.put_object(Bucket=s3.BUCKET, Key=whole, Body=body)
-            if sidecar:
+            if metadata:
                 client.put_object(Bucket=s3.BUCKET, Key=whole + ".json", Body=json.dumps(content).encode())
         return whole
 

@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=100)
     parser.add_argument("--template", default="{node}/{name}")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds that each answer is held back")
-    parser.add_argument("--heavy", action="store_true", help="what reads every sidecar as well")
+    parser.add_argument("--heavy", action="store_true", help="also commands that read all metadata")
     parser.add_argument("commands", nargs="*", metavar="COMMAND", help="such as 'list -n 5'")
     asked = parser.parse_args()
     with server(asked) as endpoint:

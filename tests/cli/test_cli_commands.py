@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from tests.support.collector import wait_until
+from tests.support.front import Reply, cut, error, front
+from tests.support.keyspace import key_space, serving
 from tests.support.s3 import haproxy, keys_in
 
 from core_dumps import match, when
@@ -55,7 +59,7 @@ def test_word_that_is_no_time_is_refused_with_examples(words):
     ("word", "expected"),
     [
         ("1234", ("pid", "1234")),
-        ("nginx", ("comm", "nginx")),
+        ("nginx", ("word", "nginx")),
         ("/usr/bin/nginx", ("exe", "/usr/bin/nginx")),
         ("namespace=shop", ("namespace", "shop")),
         ("COREDUMP_EXE=/a=b", ("exe", "/a=b")),
@@ -66,7 +70,19 @@ def test_match_is_read_as_coredumpctl_does(word, expected):
     assert match.parse([word]) == (expected,)
 
 
-@pytest.mark.parametrize("word", ["", "colour=red", "signal=LOUD"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "",
+        "colour=red",
+        "signal=LOUD",
+        "state=bogus",
+        "pid=x",
+        "sensitive=maybe",
+        "fingerprint=no",
+        "truncated=no",
+    ],
+)
 def test_match_that_can_hold_for_nothing_is_refused(word):
     with pytest.raises(UsageError):
         match.parse([word])
@@ -94,15 +110,195 @@ def filled(cli, gz):
 def test_filters_and_requests(filled):
     told = filled.run("list", "-v", "--node", "n1", "--no-legend", "-n", "2")
     assert len(told.stdout.splitlines()) == 2
-    assert "2 GetObject, 1 ListObjectsV2" in told.stderr, "one folder, and the sidecars that are shown"
+    assert "2 GetObject, 1 ListObjectsV2" in told.stderr, "one folder, and the metadata that is shown"
     told = filled.run("list", "-v", "--no-legend", "-S", "-3h30min")
     assert len(told.stdout.splitlines()) == 9
-    assert "9 GetObject, 4 ListObjectsV2" in told.stderr, "the nodes, then each; older sidecars are not read"
+    assert "9 GetObject, 4 ListObjectsV2" in told.stderr, "the nodes, then each; older metadata is not read"
     assert len(filled.json("-U", "-3h30min")) == 3
     assert len(filled.json("--namespace", "a", "-S", "-3h30min")) == 6
     assert [row["pid"] for row in filled.json("-1", "-r")] == [203]
     grouped = filled.json("--group")
     assert [(row["count"], row["fingerprint"]) for row in grouped] == [(6, f"{1:016x}"), (6, f"{0:016x}")]
+    assert grouped[0]["nodes"] == ["n0", "n1", "n2"]
+
+
+def test_limit_of_groups_counts_groups(filled):
+    (newest,) = filled.json("--group", "-n", "1")
+    assert (newest["count"], newest["fingerprint"]) == (6, f"{1:016x}")
+    assert [row["fingerprint"] for row in filled.json("--group", "-r")] == [f"{0:016x}", f"{1:016x}"]
+
+
+def test_no_command_lists(filled):
+    assert filled.run().stdout == filled.run("list").stdout
+
+
+def test_word_is_any_name_that_the_tool_prints(cli, gz):
+    fields = {"comm": "shop-api", "thread": "worker 3", "exe": "/srv/app/bin/shop.bin", "pod": "shop-6f7-x2x"}
+    fields |= {"container": "main", "hostname": "ip-10-0-0-7", "node": "node-a", "namespace": "n"}
+    key = cli.put("node-a/core-worker_3-1772000000-5-11.gz", gz(b"x"), fields)
+    cli.put("node-b/core-other-1772000001-6-11.gz", gz(b"x"), {"comm": "other", "node": "node-b"})
+    words = [
+        "shop-api",
+        "worker 3",
+        "shop.bin",
+        "shop-6f7-x2x",
+        "main",
+        "ip-10-0-0-7",
+        "node-a",
+        key,
+        "shop-*",
+    ]
+    words += ["core-worker_3-1772000000-5-11.gz", "core-worker_3-1772000000-5-11", "/srv/*/shop.bin"]
+    for word in words:
+        assert [row["pid"] for row in cli.json(word)] == [5], word
+    assert [row["pid"] for row in cli.json("--pod", "shop-6f7-x2x")] == [5]
+    assert [row["pid"] for row in cli.json("node-?")] == [6, 5]
+    assert cli.run("list", "-F", "COREDUMP_EXE").stdout == "/srv/app/bin/shop.bin\n"
+
+
+def test_empty_bucket_and_no_match_are_different_sentences(cli, gz):
+    assert "is empty" in cli.run("list", "app", code=1).stderr
+    cli.put("n1/core-app-1772000000-5-11.gz", gz(b"x"))
+    assert cli.run("list", "nobody", code=1).stderr == "core-dumps: no dump matches\n"
+
+
+def test_taking_one_of_several_says_how_many(filled):
+    assert "the newest of 4: " in filled.run("info", "--no-core", "--node", "n1").stderr
+    assert "the newest of 12: " in filled.run("info", "--no-core", "app").stderr
+    assert filled.run("info", "--no-core", "101").stderr == ""
+    assert filled.run("info", "--no-core", "app", "-q").stderr == ""
+
+
+def test_executable_that_was_replaced_while_it_ran_keeps_its_name(cli, gz):
+    cli.put("n1/core-app-1772000000-5-11.gz", gz(b"x"), {"exe": "/usr/bin/app (deleted)"})
+    cli.put("n1/core-app-1772000001-6-11.gz", gz(b"x"), {"exe": "/usr/bin/app"})
+    assert {row["exe"] for row in cli.json("/usr/bin/app")} == {"/usr/bin/app"}
+    assert "(deleted)" not in cli.run("list").stdout + cli.run("info", "5").stdout
+    assert [row["count"] for row in cli.json("--group")] == [2]
+
+
+def test_table_fits_a_terminal_and_never_breaks_a_pod_or_node(cli, gz):
+    fields = {"exe": "/opt/very/long/path/to/the/program/checkout", "uid": 1000, "state": "truncated"}
+    fields |= {"pod": "checkout-7d9f8b6c5-x2x4z", "node": "ip-10-0-12-34", "fingerprint": "a" * 16}
+    cli.put("ip-10-0-12-34/core-app-1772000000-5-11.gz", gz(b"x"), fields | {"frames": "app+0x1234 " * 10})
+    cli.environ |= {"NO_COLOR": "1", "TERM": "xterm"}
+    for width in (80, 100, 160):
+        cli.environ["COLUMNS"] = str(width)
+        for command in (["list"], ["list", "--group"]):
+            said = on_terminal(cli, *command).splitlines()
+            lines = said[next(n for n, line in enumerate(said) if "SIG" in line) :]
+            assert all(len(line) <= width for line in lines), (width, lines)
+            assert "checkout" in lines[1]
+        row = on_terminal(cli, "list").splitlines()[-1]
+        assert "checkout-7d9f8b6c5-x2x4z" in row
+        assert "ip-10-0-12-34" in row
+        assert "truncated" in row
+    assert "/opt/very/long/path" in cli.run("list").stdout, "whole where no terminal limits it"
+
+
+def test_output_never_fails_on_a_character(cli, gz):
+    cli.put(
+        "n1/core-app-1772000000-5-11.gz",
+        gz(b"x"),
+        {"comm": "b\u00f6rse\u65e5", "exe": "/bin/b\u00f6rse\u65e5"},
+    )
+    cli.environ["PYTHONIOENCODING"] = "ascii"
+    for command in (["list"], ["info"], ["stats"], ["list", "--group"], ["list", "-F", "comm"]):
+        done = cli.run(*command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert "b\\xf6rse\\u65e5" in done.stdout, command
+
+
+def test_unreadable_metadata_affects_its_own_row_alone(filled):
+    def before(request):
+        if request.path.endswith("-101-7.gz.json"):
+            return error(403, "InvalidObjectState", "The object is archived.")
+        return None
+
+    def after(request, reply):
+        return cut(reply, 20) if request.path.endswith("-102-7.gz.json") else reply
+
+    with front(filled.server.endpoint, before, after) as endpoint:
+        filled.environ |= {"AWS_ENDPOINT_URL_S3": endpoint, "AWS_MAX_ATTEMPTS": "1"}
+        done = filled.run("list", "--json=short")
+    states = {row["pid"]: row["corefile"] for row in json.loads(done.stdout)}
+    assert len(states) == 12
+    assert {pid for pid, state in states.items() if state != "present"} == {101, 102}
+    assert states[101] == "unreadable"
+    assert "2 metadata objects could not be read" in done.stderr, done.stdout
+
+
+def test_rm_reports_each_dump_and_leaves_no_half_of_a_pair(filled):
+    def before(request):
+        if request.method != "POST" or "delete" not in request.path:
+            return None
+        keys = re.findall(r"<Key>([^<]+)</Key>", request.body.decode())
+        locked = [key for key in keys if "-102-" in key]
+        with filled.server.client() as client:
+            for key in set(keys) - set(locked):
+                client.delete_object(Bucket="dumps", Key=key)
+        told = "".join(
+            f"<Error><Key>{key}</Key><Code>AccessDenied</Code><Message>Object is WORM protected.</Message></Error>"
+            for key in locked
+        )
+        return Reply(
+            200, f"<DeleteResult>{told}</DeleteResult>".encode(), [("Content-Type", "application/xml")]
+        )
+
+    with front(filled.server.endpoint, before) as endpoint:
+        filled.environ["AWS_ENDPOINT_URL_S3"] = endpoint
+        done = filled.run("rm", "--node", "n1", "--yes", code=1)
+    assert "deleted 3 of 4" in done.stdout
+    assert re.search(
+        "core-app-.*-102-7.gz: the store says AccessDenied: Object is WORM protected", done.stderr
+    )
+    with filled.server.client() as client:
+        left = keys_in(client, prefix=f"{filled.prefix}/n1/")
+    assert sorted(key.rpartition("-")[2] for key in left) == ["7.gz", "7.gz.json"]
+
+
+def test_rm_reports_each_dump_where_the_store_deletes_singly(filled):
+    def before(request):
+        if request.method == "POST":
+            return error(501, "NotImplemented", "no")
+        if request.method == "DELETE" and "-102-" in request.path:
+            return error(403, "AccessDenied", "Locked until tomorrow.")
+        return None
+
+    with front(filled.server.endpoint, before) as endpoint:
+        filled.environ["AWS_ENDPOINT_URL_S3"] = endpoint
+        done = filled.run("rm", "--node", "n1", "--yes", code=1)
+    del filled.environ["AWS_ENDPOINT_URL_S3"]
+    assert "deleted 3 of 4" in done.stdout
+    assert "Locked until tomorrow" in done.stderr
+    assert len(filled.json("--node", "n1")) == 1
+
+
+def test_ctrl_c_ends_a_listing_at_once(cli):
+    space = key_space(2000, 2, "{node}/{name}")
+    space.held = "node-001/"
+    with serving(space) as endpoint:
+        environ = cli.variables() | {"BUCKET_NAME": "dumps", "AWS_ENDPOINT_URL_S3": endpoint}
+        command = [sys.executable, "-m", "core_dumps.cli", "list"]
+        with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as process:
+            wait_until(lambda: space.requests["ListObjectsV2"] > 1, 30, "a listing")
+            began = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=30)[1]
+            assert time.monotonic() - began < 2
+        space.release.set()
+    assert (process.returncode, said) == (130, "core-dumps: interrupted\n")
+
+
+def test_without_the_extra_it_says_what_to_install(cli):
+    code = "import sys; sys.modules['typer'] = None; from core_dumps.start import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=cli.variables(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "core-dumps: the package typer is not installed: pip install 'core-dump-handler[cli]'\n"
+    )
 
 
 def test_dates_in_keys_spare_listings_and_threads_are_prefixes(cli, gz):
@@ -129,13 +325,13 @@ def test_thread_and_time_make_a_key_to_start_after(cli, gz):
 
 
 def test_rm_deletes_what_was_named_and_only_after_a_yes(filled):
-    assert "say which" in filled.run("rm", code=2).stderr
+    assert "give MATCH" in filled.run("rm", code=2).stderr
     assert "--yes" in filled.run("rm", "--node", "n1", code=2, stdin=subprocess.DEVNULL).stderr
     assert "deleted" not in filled.run("rm", "--node", "n1", "--dry-run").stdout
     assert len(filled.json()) == 12
     done = filled.run("rm", "--node", "n1", "--yes", "-v")
-    assert "deleted 4" in done.stdout
-    assert "2 DeleteObjects" in done.stderr, "dumps, then sidecars"
+    assert "deleted 4 of 4" in done.stdout
+    assert "2 DeleteObjects" in done.stderr, "dumps, then metadata"
     with filled.server.client() as client:
         assert not keys_in(client, prefix=f"{filled.prefix}/n1/")
     assert {row["node"] for row in filled.json()} == {"n0", "n2"}
@@ -151,7 +347,7 @@ def test_rm_asks_on_a_terminal_and_deletes_singly_where_the_store_knows_no_batch
     with haproxy(tmp_path, filled.server, rule) as proxy:
         filled.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
         done = filled.run("rm", "--node", "n1", "--yes", "-v")
-    assert "deleted 4" in done.stdout
+    assert "deleted 4 of 4" in done.stdout
     assert "8 DeleteObject," in done.stderr
     del filled.environ["AWS_ENDPOINT_URL_S3"]
     assert {row["node"] for row in filled.json()} == {"n0", "n2"}
@@ -215,7 +411,7 @@ def test_bad_surroundings_get_one_line(cli):
     assert "no credentials: set AWS_PROFILE" in cli.run("list", code=1).stderr
     cli.environ |= {"AWS_ACCESS_KEY_ID": "A", "AWS_SECRET_ACCESS_KEY": "B", "AWS_MAX_ATTEMPTS": "1"}
     cli.environ["AWS_ENDPOINT_URL_S3"] = "http://127.0.0.1:9"
-    assert "nobody answers at http://127.0.0.1:9" in cli.run("list", code=1).stderr
+    assert "http://127.0.0.1:9/dumps: nothing answers" in cli.run("list", code=1).stderr
 
 
 def test_manual_page_is_the_one_of_this_code(cli):

@@ -35,9 +35,9 @@ def test_lying_metadata_is_escaped_or_left_out(cli, gz):
     )
     cli.put(name(2), gz(core), {"key": "another/key"})
     cli.put(name(3), gz(core), {"cmdline": "x" * 70_000})
-    cli.put(name(4), gz(core), sidecar=False)
+    cli.put(name(4), gz(core), metadata=False)
     cli.put_raw(name(4) + ".json", b"[" * 60_000)
-    cli.put(name(5), gz(core), sidecar=False)
+    cli.put(name(5), gz(core), metadata=False)
     cli.put_raw(
         "node-7/storm-ab12-1700000009.json",
         json.dumps({"state": "suppressed", "reason": "rate_limit"}).encode(),
@@ -61,10 +61,10 @@ def test_lying_metadata_is_escaped_or_left_out(cli, gz):
     assert "\\x1b]0;owned" in shown
 
 
-@pytest.mark.parametrize("sidecar", [True, False])
-def test_bomb_is_not_unpacked_beyond_what_its_headers_promise(cli, gz, tmp_path, sidecar):
+@pytest.mark.parametrize("metadata", [True, False])
+def test_bomb_is_not_unpacked_beyond_what_its_headers_promise(cli, gz, tmp_path, metadata):
     bomb = gz(elf(64 * 1024 * 1024, promised=100_000))
-    cli.put(name(1), bomb, {"bytes": 64 * 1024 * 1024}, sidecar=sidecar)
+    cli.put(name(1), bomb, {"bytes": 64 * 1024 * 1024}, metadata=metadata)
     assert "100000 bytes that it promises" in cli.run("get", "1", "-o", "out", code=1).stderr
     assert not [entry for entry in os.listdir(tmp_path) if entry.endswith("core") or entry == "out"]
     done = cli.run("get", "1", "-o", "-", code=1)
@@ -96,7 +96,7 @@ def test_lying_headers_are_refused_with_a_line(cli, gz):
     assert "the number of its segments is not known" in cli.run("info", "1").stdout
     assert "0 threads" in cli.run("info", "2").stdout
     assert "ends within its headers" in cli.run("info", "3").stdout
-    assert "truncated: 8192 of the" in cli.run("get", "2", "-o", "kept").stderr
+    assert "truncated: it has 8192 of the" in cli.run("get", "2", "-o", "kept").stderr
 
 
 def test_no_link_is_followed_and_no_file_replaced(cli, gz, tmp_path):
@@ -134,6 +134,6 @@ def test_download_goes_on_where_it_was_killed(cli, tmp_path):
     assert not (tmp_path / "out").exists()
     again = cli.run("get", "1", "--keep-compressed", "-v", "-o", "out").stderr
     fetched = int(again.split(" GetObject")[0].rpartition(" ")[2]) - 1
-    assert 0 < fetched < parts, "the sidecar and the parts that were missing"
+    assert 0 < fetched < parts, "the metadata and the parts that were missing"
     assert (tmp_path / "out").read_bytes() == body
     assert os.listdir(tmp_path) == ["out"]

@@ -36,6 +36,7 @@ def gdb(tmp_path):
     program = tmp_path / "gdb"
     program.write_text(
         '#!/bin/sh\nfor word; do case $word in --core=*) cp "${word#--core=}" "$0.core";; esac; done\n'
+        "echo '#0  0x0000000000001000 in main ()'\n"
     )
     program.chmod(0o755)
     return program
@@ -93,4 +94,4 @@ def test_dump_without_a_vital_part_is_fetched_whole(cli, gdb, lies):
 def test_bomb_in_the_vital_part_is_refused(cli, gdb):
     bomb = gzip.compress(bytes(300 << 20), 1, mtime=0)
     cli.put(NAME, bomb, {"vital": "whole", "vital_bytes": len(bomb), "vital_crc32": zlib.crc32(bomb)})
-    assert "come out of the vital part" in cli.run("bt", "1", "--debugger", gdb, code=1).stderr
+    assert "the vital part decompresses to more" in cli.run("bt", "1", "--debugger", gdb, code=1).stderr

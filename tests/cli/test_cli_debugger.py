@@ -1,0 +1,191 @@
+"""What a debugger is given: a core that cannot steer the terminal, the right program, and nothing that runs code."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.support.cores import AARCH64, AUXV, PRPSINFO, PRSTATUS, Shape, build
+
+from core_dumps.buildid import read_build_id, read_modules
+from core_dumps.neutral import without_controls
+
+NAME = "node-7/core-app-1700000001-1-11.gz"
+PROGRAM = os.path.realpath(sys.executable)
+STEER = b"\x1b]0;owned\x07\x1b[31m\xc2\x9b2J\xe2\x80\xae"
+needs_gdb = pytest.mark.skipif(shutil.which("gdb") is None, reason="needs gdb: apt-get install gdb")
+
+
+def process_note(shape, name, arguments):
+    return shape.note(PRPSINFO, bytes(40) + name.ljust(16, b"\0")[:16] + arguments.ljust(80, b"\0")[:80])
+
+
+def hostile_core(gz):
+    shape = Shape()
+    path = b"/bin/" + STEER
+    files = shape.files((0x400000, 0x401000, 0, path))
+    status = shape.note(PRSTATUS, bytes(12) + b"\x0b" + bytes(19) + b"\x01" + bytes(303))
+    notes = status + process_note(shape, STEER, b"app " + STEER) + files
+    return gz(build(shape, notes, [(0x400000, bytes(4096), True)]))
+
+
+def test_controls_become_question_marks_and_nothing_moves():
+    for text in (b"plain", "b\u00f6rse\u65e5".encode(), b"a\0b\0"):
+        assert without_controls(text) == text
+    changed = without_controls(STEER + b"\0x")
+    assert len(changed) == len(STEER) + 2
+    assert changed.endswith(b"\0x")
+    assert changed.replace(b"\0", b"").decode().isprintable()
+
+
+@needs_gdb
+def test_names_and_arguments_of_a_process_cannot_steer_the_terminal(cli, gz):
+    cli.put(NAME, hostile_core(gz))
+    done = cli.run(
+        "debug",
+        "-A",
+        "-batch -ex 'info proc' -ex 'info files'",
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    said = done.stdout + done.stderr
+    assert "app ?]0;owned" in said
+    assert not set("\x1b\x07\x9b\u202e") & set(said)
+
+
+@needs_gdb
+def test_gdb_runs_no_script_of_the_working_directory(cli, gz, tmp_path):
+    cli.put(NAME, hostile_core(gz))
+    (tmp_path / ".gdbinit").write_text("set auto-load safe-path /\n")
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    (cwd / ".gdbinit").write_text(f"shell touch {tmp_path}/ran\n")
+    done = cli.run(
+        "debug", "-A", "-batch -ex 'show libthread-db-search-path'", cwd=cwd, stdin=subprocess.DEVNULL
+    )
+    assert not (tmp_path / "ran").exists()
+    assert "$sdir" in done.stdout
+    assert "$pdir" not in done.stdout
+
+
+def entry_of(path):
+    with open(path, "rb") as file:
+        return struct.unpack_from("<Q", file.read(64), 24)[0]
+
+
+@pytest.fixture
+def without_files(tmp_path):
+    """A core of PROGRAM without NT_FILE, as the kernel writes it if the list is over 4 MiB."""
+    shape, base = Shape(), 0x555555554000
+    with open(PROGRAM, "rb") as file:
+        page = file.read(4096)
+    position_independent = struct.unpack_from("<H", page, 16)[0] == 3
+    base = base if position_independent else 0x400000
+    entry = base + entry_of(PROGRAM) if position_independent else entry_of(PROGRAM)
+    notes = shape.status(1) + shape.note(AUXV, shape.words(9, entry))
+    path = tmp_path / "core"
+    path.write_bytes(build(shape, notes, [(base, page, True)]))
+    return str(path)
+
+
+def test_program_is_found_without_the_list_of_mapped_files(without_files, tmp_path):
+    assert read_build_id(PROGRAM)
+    found = read_modules(without_files, PROGRAM, [], str(tmp_path))
+    assert found.executable.build_id == read_build_id(PROGRAM)
+    assert found.executable.found == PROGRAM
+    assert not found.has_files
+    other = read_modules(without_files, "/bin/sh", [], str(tmp_path))
+    assert other.executable.found != "/bin/sh", "another program has another build ID"
+
+
+def test_program_that_was_replaced_is_found_below_a_sysroot(tmp_path):
+    shape = Shape()
+    with open(PROGRAM, "rb") as file:
+        page = file.read(4096)
+    mapped = shape.files((0x400000, 0x401000, 0, b"/srv/app (deleted)"))
+    core = tmp_path / "core"
+    core.write_bytes(build(shape, shape.status(1) + mapped, [(0x400000, page, True)]))
+    place = tmp_path / "root" / "srv" / "app"
+    place.parent.mkdir(parents=True)
+    place.symlink_to("/real")
+    (tmp_path / "root" / "real").write_bytes(Path(PROGRAM).read_bytes())
+    found = read_modules(str(core), None, [str(tmp_path / "root")], str(tmp_path))
+    assert found.executable.found == str(tmp_path / "root" / "real")
+
+
+def fake(directory, name, frame):
+    """Put a debugger into a directory that prints its name and a frame."""
+    program = directory / name
+    program.write_text(f"#!/bin/sh\necho 'this is {name}'\necho '{frame}'\n")
+    program.chmod(0o755)
+    return program
+
+
+@pytest.fixture
+def tools(cli, tmp_path):
+    """A directory in front of PATH."""
+    directory = tmp_path / "tools"
+    directory.mkdir()
+    cli.environ["PATH"] = f"{directory}:{os.environ['PATH']}"
+    return directory
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the foreign machine is AArch64")
+def test_core_of_another_machine_is_named_and_opened_with_gdb_multiarch(cli, gz, tools):
+    shape = Shape(machine=AARCH64)
+    cli.put(NAME, gz(build(shape, shape.status(1), [(0x400000, bytes(4096), True)])))
+    assert "Machine: aarch64" in cli.run("info").stdout
+    fake(tools, "gdb", "#0  0x0 in ?? ()")
+    done = cli.run("bt", code=1)
+    assert "this core is of aarch64" in done.stderr
+    assert "gdb-multiarch" in done.stderr
+    fake(tools, "gdb-multiarch", "#0  0x1 in main ()")
+    assert "this is gdb-multiarch" in cli.run("bt").stdout
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        ("#0  0x0000000000001234 in ?? ()", 1),
+        ("no frames at all", 1),
+        ("#1  0x0000000000001234 in die (at=0x0) at a.c:3", 0),
+        ("#0  main () at a.c:3", 0),
+        ("    frame #0: 0x1234 app`main at a.c:3", 0),
+    ],
+)
+def test_backtrace_without_a_resolved_address_is_a_failure(cli, gz, tools, frame, code):
+    cli.put(NAME, gz(build(Shape(), Shape().status(1), [(0x400000, bytes(4096), True)])))
+    fake(tools, "gdb", frame)
+    done = cli.run("bt", code=code)
+    assert ("no address could be resolved" in done.stderr) == bool(code)
+
+
+def test_cache_that_cannot_be_made_is_named_with_its_setting(cli, gz, tools, tmp_path):
+    cli.put(NAME, gz(build(Shape(), Shape().status(1), [(0x400000, bytes(4096), True)])))
+    fake(tools, "gdb", "#0  main ()")
+    (tmp_path / "file").touch()
+    cli.environ["CORE_DUMPS_CACHE"] = str(tmp_path / "file" / "cache")
+    assert "set CORE_DUMPS_CACHE" in cli.run("bt", code=2).stderr
+    cli.environ["CORE_DUMPS_CACHE"] = str(tmp_path / "file")
+    assert "set CORE_DUMPS_CACHE" in cli.run("bt", code=2).stderr
+    del cli.environ["CORE_DUMPS_CACHE"]
+    cli.environ["XDG_CACHE_HOME"] = "relative"
+    cli.run("bt")
+    assert not (tmp_path / "relative").exists()
+    assert list((tmp_path / ".cache" / "core-dumps").glob("*.core"))
+
+
+def test_file_that_the_user_names_is_used_with_a_warning(cli, gz, tools):
+    cli.put(NAME, gz(build(Shape(), Shape().status(1), [(0x400000, bytes(4096), True)])))
+    (tools / "gdb").write_text("#!/bin/sh\necho \"$@\"\necho '#0  main ()'\n")
+    (tools / "gdb").chmod(0o755)
+    done = cli.run("bt", "--exe", "/bin/sh")
+    assert "--exec=/bin/sh" in done.stdout
+    assert "nothing proves that /bin/sh is the executable" in done.stderr
+    assert "--exe" in cli.run("bt", "--exe", "/nowhere", code=2).stderr
