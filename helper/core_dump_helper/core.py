@@ -10,7 +10,7 @@ from _queue import Empty, SimpleQueue
 from _struct import calcsize, iter_unpack, unpack_from
 from _thread import start_new_thread
 
-from core_dump_helper.system import CHUNK, enlarge_pipe, log, read_fields
+from core_dump_helper.system import CHUNK, enlarge_pipe, log, read_fields, read_file, write_file
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MIN_BUFFERS = 4
 """Buffers that every dump may use, however little memory there is."""
 GROWTH_BUFFERS = 64
+CACHED = (b"inactive_file ", b"active_file ")
 MAP_POPULATE = 0x8000  # a third less time for a new buffer than a page fault for each of its pages
 IDENT_BYTES = 64
 """Bytes that hold the ELF header of either class: elf(5)."""
@@ -108,15 +109,57 @@ class LengthCheck:
         return "killed" if self._needed else "not_elf"
 
 
+class Memory:
+    """The memory that helpers may use: what the host has available, less where a prepared cgroup has a limit.
+
+    The kernel starts helpers in the root cgroup. Joining another one makes the kernel wait for all CPUs, 5 ms and more,
+    so a helper joins only before it waits for a slot or needs memory.
+    """
+
+    def __init__(self, cgroup: str) -> None:
+        """Store the cgroup's directory; an empty one stands for the root cgroup."""
+        self._cgroup = cgroup
+
+    def join(self) -> None:
+        """Move this process from the root cgroup to the prepared one."""
+        if self._cgroup:
+            try:
+                write_file(self._cgroup + "/cgroup.procs", b"0")
+            except OSError as error:
+                log("cannot join CGROUP %a: %s" % (self._cgroup, error.strerror))
+
+    def available(self) -> int:
+        """Return how many bytes are available now; page cache counts, because the kernel gives it back."""
+        available = int(read_fields("/proc/meminfo")[b"MemAvailable"][0]) * 1024
+        if self._cgroup:
+            for limit, usage in (
+                ("memory.max", "memory.current"),
+                ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+            ):
+                try:
+                    most, used = self._read(limit), self._read(usage)
+                    lines = self._read("memory.stat").split(b"\n")
+                except OSError:
+                    continue
+                if most.isdigit():
+                    cached = sum(int(line.split()[1]) for line in lines if line.startswith(CACHED))
+                    available = min(available, int(most) - int(used) + cached)
+        return max(0, available)
+
+    def _read(self, name: str) -> bytes:
+        return read_file(self._cgroup + "/" + name, 16384).strip()
+
+
 class Reader:
     """Reads the core in its own thread, ahead of the compressor, so that the crashed process is released early."""
 
-    def __init__(self, descriptor: int, settings: Settings, buffer_bytes: int, deadline: float) -> None:
+    def __init__(self, descriptor: int, settings: Settings, memory: Memory, deadline: float) -> None:
         """Store the descriptor, which is closed at the end of the core, at a limit, or at `deadline` (monotonic)."""
         self.reason, self.size, self.ended = "", 0, False
         self._descriptor, self._deadline = descriptor, deadline
         self._limit = settings.MAX_DUMP_BYTES or sys.maxsize
-        self._max_buffers, self._allowed, self._allocated = buffer_bytes // CHUNK, MIN_BUFFERS, 0
+        self._memory, self._max_buffers = memory, settings.BUFFER_BYTES // CHUNK
+        self._allowed, self._allocated = MIN_BUFFERS, 0
         self._full: SimpleQueue[tuple[memoryview, int]] = SimpleQueue()
         self._free: SimpleQueue[memoryview] = SimpleQueue()
 
@@ -194,7 +237,8 @@ class Reader:
 
     def _allow_more(self) -> None:
         """Allow more buffers, up to an eighth of the memory that is available now."""
-        available = int(read_fields("/proc/meminfo")[b"MemAvailable"][0]) // 1024
-        eighth = (available + self._allocated) // 8
+        if self._allowed == MIN_BUFFERS:
+            start_new_thread(self._memory.join, ())
+        eighth = (self._memory.available() // CHUNK + self._allocated) // 8
         grown = min(self._allowed + GROWTH_BUFFERS, self._max_buffers, eighth)
         self._allowed = max(self._allowed, grown)

@@ -7,12 +7,12 @@ import os
 import time
 
 from core_dump_helper.compress import start_writer
-from core_dump_helper.core import LengthCheck, Reader
+from core_dump_helper.core import LengthCheck, Memory, Reader
 from core_dump_helper.crash import read_metadata
 from core_dump_helper.dumpfile import RESULT_SPACE, create_partial, publish, set_attributes
 from core_dump_helper.limits import DiskLimits, DiskWatch, check_limits
 from core_dump_helper.settings import CONFIG, Settings
-from core_dump_helper.system import DIRECTORY, Refused, log, read_file, write_file
+from core_dump_helper.system import DIRECTORY, Refused, log
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ class Handler:
         self.crash, self.core = crash, core
         self.started = time.monotonic()
         self.settings = Settings()
-        self.buffer_bytes = self.settings.BUFFER_BYTES
         self.metadata: dict[str, bytes] = {}
 
     def run(self) -> None:
@@ -45,8 +44,6 @@ class Handler:
         self.load_settings()
         self.keep_pidfd()
         self.metadata = read_metadata(crash)
-        if self.settings.CGROUP:
-            self.join_cgroup(self.settings.CGROUP)
         if crash.signal in self.settings.IGNORE_SIGNALS.replace(",", " ").split():
             raise Refused("", "IGNORE_SIGNALS names its signal")
         directory = self.open_watch_directory()
@@ -57,7 +54,6 @@ class Handler:
     def load_settings(self) -> None:
         """Read helper.conf."""
         self.settings.load(self.crash.config or CONFIG)
-        self.buffer_bytes = self.settings.BUFFER_BYTES
         self.set_alarm()
 
     def set_alarm(self) -> None:
@@ -72,20 +68,6 @@ class Handler:
             os.set_inheritable(int(self.crash.pidfd), False)
         except (OSError, OverflowError) as error:
             log("%s: cannot use pidfd %s: %s" % (self.crash, self.crash.pidfd, error))
-
-    def join_cgroup(self, path: str) -> None:
-        """Move this process from the root cgroup to the prepared one; limit the buffer to half of its memory."""
-        try:
-            write_file(path + "/cgroup.procs", b"0")
-        except OSError as error:
-            log("cannot join CGROUP %a: %s" % (path, error.strerror))
-        for name in ("/memory.max", "/memory.limit_in_bytes"):  # version 2, version 1
-            try:
-                limit = read_file(path + name, 32).strip()
-            except OSError:
-                continue
-            if limit.isdigit():
-                self.buffer_bytes = min(self.buffer_bytes, int(limit) // 2)
 
     def open_watch_directory(self) -> int:
         """Return the watch directory's descriptor; log it if others can write there."""
@@ -123,7 +105,7 @@ class Handler:
             Why the dump is truncated, or an empty string; the number of bytes that a whole core has, or 0.
         """
         deadline = time.monotonic() + self.settings.DEADLINE_SECONDS
-        reader = Reader(self.core, self.settings, self.buffer_bytes, deadline)
+        reader = Reader(self.core, self.settings, Memory(self.settings.CGROUP), deadline)
         self.set_alarm()  # the wait for a slot must not shorten the dump
         length, failure, released = LengthCheck(), "", False
         for piece in reader.chunks():

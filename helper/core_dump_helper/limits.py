@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+from core_dump_helper.core import Memory
 from core_dump_helper.records import Record, Records, open_state, workload_of
 from core_dump_helper.system import Refused, lock, log
 
@@ -38,9 +39,9 @@ class RateLimiter:
 class Slots:
     """Lets MAX_CONCURRENT helpers dump at one time."""
 
-    def __init__(self, records: Records, count: int) -> None:
-        """Store how many slots there are; 0 means no limit."""
-        self._records, self._count = records, count
+    def __init__(self, records: Records, count: int, memory: Memory) -> None:
+        """Store how many slots there are (0 means no limit), and the memory that those who wait belong to."""
+        self._records, self._count, self._memory = records, count, memory
 
     def acquire(self, deadline: float) -> bool:
         """Wait for a slot until `deadline` (monotonic); hold it until this process ends."""
@@ -54,9 +55,13 @@ class Slots:
                 os.close(descriptor)
             log("cannot use the slots in .helper: %s; MAX_CONCURRENT is off for this dump" % error.strerror)
             return True
+        joined = False
         while time.monotonic() < deadline:
             if any(lock(descriptor, 0) for descriptor in slots):
                 return True
+            if not joined:  # hundreds may wait
+                joined = True
+                self._memory.join()
             time.sleep(0.01)
         return False
 
@@ -126,7 +131,7 @@ def check_limits(
         DiskLimits(directory, settings).check()
         if records and not RateLimiter(records, settings.RATE_LIMIT).allows(metadata):
             raise Refused("rate_limit", "RATE_LIMIT is reached for this executable, container and signal")
-        if records and not Slots(records, settings.MAX_CONCURRENT).acquire(deadline):
+        if records and not Slots(records, settings.MAX_CONCURRENT, Memory(settings.CGROUP)).acquire(deadline):
             raise Refused("no_slot", "MAX_CONCURRENT other dumps were written all the time")
     except Refused as refused:
         if records and refused.reason != "rate_limit":

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from core_dump_setup import boot, commands, kernel, release
+from core_dump_setup import boot, cgroup, commands, kernel, release
 from core_dump_setup.errors import SetupError
 from core_dump_setup.files import RECORD, Tree
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "test": "crash a throw-away process and find its dump",
     "deactivate": "put the saved pattern back, if the one in use is ours",
     "uninstall": "deactivate, then remove the files; dumps and helper.conf stay",
+    "cgroup": "make the cgroup that helpers move into; core-dump-cgroup.service does it at every boot",
 }
 OPTIONS = {
     "--force": (("install", "activate"), "replace the handler of somebody else; uninstalling restores it"),
@@ -42,6 +43,7 @@ FILES = (
     *commands.CONFIGURATION,
     boot.FILE,
     boot.SHARE + "/" + boot.NAME,
+    cgroup.UNIT,
     kernel.SAVED,
     RECORD,
     commands.CALIBRATION,
@@ -98,6 +100,7 @@ def _run(options: argparse.Namespace, tree: Tree) -> None:
         "test": setup.prove,
         "deactivate": setup.deactivate,
         "uninstall": setup.uninstall,
+        "cgroup": setup.prepare_cgroup,
     }
     step[options.command]()
 
@@ -132,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         for name, (where, explained) in OPTIONS.items():
             if command in where:
                 sub.add_argument(name, action="store_true", help=explained)
-        if command != "test":
+        if command not in ("test", "cgroup"):
             sub.add_argument(
                 "--root",
                 metavar="DIR",

@@ -11,7 +11,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-from core_dump_setup import boot, directory, kernel, proof, release
+from core_dump_setup import boot, cgroup, directory, kernel, proof, release
 from core_dump_setup.errors import SetupError, say, warn
 from core_dump_setup.files import RECORD, STATE, Tree, remove_any
 
@@ -75,6 +75,7 @@ class Setup:
         self._check_foreign()
         release.install(self.tree, self.source)
         self.tree.place(boot.SHARE + "/" + boot.NAME, self.shipped(boot.NAME))
+        self.tree.place(cgroup.UNIT, self.shipped(cgroup.UNIT_NAME))
         for name, shipped in CONFIGURATION.items():
             self.tree.configure(name, self.shipped(shipped))
         self._activate()
@@ -94,6 +95,8 @@ class Setup:
         watched = directory.make(self.tree)
         boot.warn_of_later_files(self.tree)
         boot.mask_register(self.tree, force=self.options.force)
+        if not self.tree.exists(cgroup.WANTED):
+            self.tree.link(cgroup.WANTED, cgroup.UNIT)
         if self.live:
             self._reload_systemd()
             self._use(pattern, limit, watched)
@@ -106,6 +109,7 @@ class Setup:
     def _use(self, pattern: str, limit: str, watched: str) -> None:
         kernel.save(self.tree)
         self._calibrate()
+        cgroup.use(self.tree)
         kernel.use(self.tree, pattern, limit)
         if self.options.test and not self.tree.dry_run:
             proof.prove(watched, keep=self.options.keep_dump)
@@ -146,6 +150,12 @@ class Setup:
             raise SetupError("no crash can be tested here: the kernel starts its helpers in another root")
         proof.prove(directory.watch_directory(self.tree), keep=self.options.keep_dump)
 
+    def prepare_cgroup(self) -> None:
+        """Make the cgroup that helpers move into, as at every boot."""
+        if not self.live:
+            raise SetupError("no cgroup is made here: the kernel starts its helpers in another root")
+        say("%s leads to %s" % (cgroup.LINK, cgroup.prepare()))
+
     def deactivate(self) -> None:
         """Give the kernel its former pattern and remove what sets ours at boot.
 
@@ -161,8 +171,11 @@ class Setup:
             )
         self.tree.discard(boot.FILE, self._shipped_or_nothing(boot.NAME), purge=False)
         boot.unmask_register(self.tree)
-        if self.live:
+        self.tree.remove(cgroup.WANTED)
+        if self.live and not self.tree.dry_run:
             self._reload_systemd()
+            _wait_for_helpers()
+            cgroup.remove()
         self.tree.remove(kernel.SAVED)
 
     def _shipped_or_nothing(self, name: str) -> bytes:
@@ -176,8 +189,6 @@ class Setup:
         purge = self.options.purge
         watched = self._watched() if purge else ""
         self.deactivate()
-        if self.live and not self.tree.dry_run:
-            _wait_for_helpers()
         for name, shipped in CONFIGURATION.items():
             if purge or name != directory.CONFIG:
                 self.tree.discard(name, self._shipped_or_nothing(shipped), purge=purge)
@@ -185,6 +196,7 @@ class Setup:
             self.tree.remove(boot.FILE + ".save")
             self._remove_directory(watched)
         self.tree.remove(boot.SHARE + "/" + boot.NAME)
+        self.tree.remove(cgroup.UNIT)
         self.tree.remove(CALIBRATION)
         release.remove(self.tree)
         self.tree.remove(RECORD)

@@ -13,6 +13,7 @@ from core_dump_collector.config import Settings
 
 SYSCTL = deploy.ROOT / "sysctl"
 UNIT = SYSCTL / "core-dump-collector.service"
+CGROUP_UNIT = SYSCTL / "core-dump-cgroup.service"
 SOURCES = ("helper", "sysctl", "format")
 PROGRAM = "usr/libexec/core-dump-handler"
 MODULE = "core_dump_helper/handler.py"
@@ -112,6 +113,14 @@ def test_unit_says_nothing_that_systemd_does_not_know(unit):
     assert (done.returncode, ours) == (0, [])
     unit.write_text(unit.read_text().replace("ProtectClock", "ProtectClocks"))
     assert "ProtectClocks" in deploy.run(deploy.tool("systemd-analyze"), "verify", "--man=no", unit).stderr
+
+
+def test_unit_of_the_cgroup_says_nothing_that_systemd_does_not_know(tmp_path):
+    path = tmp_path / CGROUP_UNIT.name
+    path.write_text(CGROUP_UNIT.read_text().replace(f"/{PROGRAM}/core-dump-setup", "/bin/true"))
+    done = deploy.run(deploy.tool("systemd-analyze"), "verify", "--man=no", path)
+    ours = [line for line in done.stderr.splitlines() if "core-dump" in line]
+    assert (done.returncode, ours) == (0, [])
 
 
 def test_unit_is_exposed_as_little_as_the_page_says(unit):

@@ -12,6 +12,7 @@ import pytest
 from tests.support import deploy, kernel
 
 from core_dump_helper.settings import Settings
+from core_dump_setup import cgroup
 
 SYSCTL = deploy.ROOT / "sysctl"
 PACKAGES = [deploy.ROOT / name for name in deploy.PACKAGES]
@@ -61,11 +62,12 @@ def test_pattern_fits_into_the_kernels_limit():
 
 
 def test_helper_conf_shows_every_setting_with_its_default():
-    lines = [line[1:] for line in (SYSCTL / "helper.conf").read_text().splitlines() if line.startswith("#")]
-    pairs = dict(line.split("=", 1) for line in lines if "=" in line)
+    lines = (SYSCTL / "helper.conf").read_text().splitlines()
+    pairs = [line.removeprefix("#").split("=", 1) for line in lines if "=" in line]
     defaults = {key: str(default) for key, default in Settings.defaults().items()}
-    shown = {key: value for key, value in pairs.items() if key.isupper()}
-    assert shown == defaults
+    shown = {key: value for key, value in pairs if key.isupper()}
+    assert shown == defaults | {"CGROUP": cgroup.LINK}
+    assert [line for line in lines if line and line[0] != "#"] == [f"CGROUP={cgroup.LINK}"]
 
 
 @needs_root
@@ -81,10 +83,12 @@ def test_scratch_root_gets_every_file_with_its_mode(tmp_path):
         "usr/libexec/core-dump-handler/core-dump-helper": 0o755,
         "usr/libexec/core-dump-handler/core-dump-setup": 0o755,
         "usr/share/core-dump-handler/69-core-dump.conf": 0o644,
+        "usr/lib/systemd/system/core-dump-cgroup.service": 0o644,
         "var/lib/core-dump-handler/installed-files": 0o644,
         **dict.fromkeys(CONFIGURATION, 0o644),
     }
     assert stat.S_IMODE((tmp_path / "core_dumps").stat().st_mode) == 0o700
+    assert (tmp_path / cgroup.WANTED[1:]).readlink() == Path(cgroup.UNIT)
 
 
 @needs_root
@@ -103,7 +107,7 @@ def test_installed_programs_start_with_the_modules_of_their_release_alone(tmp_pa
 @needs_root
 def test_second_installation_changes_nothing(tmp_path):
     def inodes():
-        return {path: path.stat().st_ino for path in tmp_path.rglob("*")}
+        return {path: path.lstat().st_ino for path in tmp_path.rglob("*")}
 
     install(tmp_path)
     before, content = inodes(), tree(tmp_path)
@@ -171,7 +175,7 @@ def test_removal_keeps_edited_files_where_nothing_reads_them(tmp_path):
     assert all((tmp_path / path).read_text().endswith("# edited\n") for path in left)
     install(tmp_path)
     deploy.succeed(SYSCTL / "uninstall.sh", "--root", tmp_path, "--purge")
-    assert [path for path, (mode, _) in tree(tmp_path).items() if stat.S_ISREG(mode)] == []
+    assert [path for path, (mode, _) in tree(tmp_path).items() if not stat.S_ISDIR(mode)] == []
 
 
 @needs_root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import stat
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from tests.support import collector, deploy, kernel
 
 from core_dump_collector.node import host as configure_host
+from core_dump_setup import cgroup
 
 SYSCTL = deploy.ROOT / "sysctl"
 INSTALL, UNINSTALL = SYSCTL / "install.sh", SYSCTL / "uninstall.sh"
@@ -23,7 +25,10 @@ WATCH_DIR = Path("/core_dumps")
 CONF = Path("/etc/core-dump-handler/helper.conf")
 STATE = Path("/var/lib/core-dump-handler")
 SAVED = STATE / "previous-core-pattern"
-INSTALLED = [PROGRAM.parent, BOOT_FILE, WATCH_DIR, CONF.parent, STATE, Path("/usr/share/core-dump-handler")]
+INSTALLED = [
+    *(PROGRAM.parent, BOOT_FILE, WATCH_DIR, CONF.parent, STATE, Path("/usr/share/core-dump-handler")),
+    *(Path(cgroup.LINK).parent, Path(cgroup.UNIT), Path(cgroup.WANTED)),
+]
 OURS = deploy.sysctl_values(SYSCTL / "69-core-dump.conf")["kernel.core_pattern"]
 FOREIGN = "|/bin/true %P %u"
 NOTHING = "#!/bin/sh\nexit 1\n"
@@ -34,6 +39,11 @@ mount -t overlay none -o lowerdir=/,upperdir="$1/upper",workdir="$1/work" "$1/ro
 mount -t proc none "$1/root/proc"
 exec chroot "$1/root" "$2"
 """
+
+
+def installed():
+    """What an installation has made, as far as it is there."""
+    return [path for path in INSTALLED if os.path.lexists(path)]
 
 
 def pattern():
@@ -54,7 +64,7 @@ def host():
     """This machine without us, its core pattern `core` and ours alone; left as it was."""
     if not kernel.can_crash():
         pytest.skip("sets kernel.core_pattern, needs root: sudo make test")
-    taken = [str(path) for path in INSTALLED if path.exists()]
+    taken = list(map(str, installed()))
     if taken:
         pytest.skip(f"{', '.join(taken)} exists: this machine uses what the test would install")
     with kernel.core_pattern("core"):
@@ -64,7 +74,7 @@ def host():
             for leftover in WATCH_DIR.glob("core*"):
                 leftover.unlink()
             deploy.run(UNINSTALL, "--purge")
-            assert [path for path in INSTALLED if path.exists()] == []
+            assert installed() == []
 
 
 @pytest.fixture
@@ -103,7 +113,7 @@ def test_foreign_handler_is_named_and_replaced_only_by_force(host):
     assert done.returncode == 1
     assert f"{foreign} (systemd-coredump)" in done.stderr
     assert "--force" in done.stderr
-    assert (pattern(), [path for path in INSTALLED if path.exists()]) == (foreign, [])
+    assert (pattern(), installed()) == (foreign, [])
     set_pattern(FOREIGN)
     deploy.succeed(INSTALL, "--force", "--no-test")
     assert pattern() == OURS
@@ -161,7 +171,7 @@ def test_pattern_that_somebody_set_after_us_is_left_alone(host):
 def test_dry_run_touches_nothing(host):
     said = deploy.succeed(INSTALL, "--dry-run")
     assert f"would set kernel.core_pattern={OURS}" in said
-    assert (pattern(), [path for path in INSTALLED if path.exists()]) == ("core", [])
+    assert (pattern(), installed()) == ("core", [])
     deploy.succeed(INSTALL, "--no-test")
     deploy.succeed(UNINSTALL, "--dry-run", "--purge")
     assert (pattern(), PROGRAM.exists(), BOOT_FILE.exists(), SAVED.exists()) == (OURS, True, True, True)
@@ -206,7 +216,7 @@ def test_failed_proof_takes_everything_back(host):
     assert "no dump arrived in /core_dumps" in done.stderr
     assert "IGNORE_SIGNALS" in done.stderr, "the helper's own words"
     assert (pattern(), CONF.read_text()) == ("core", "IGNORE_SIGNALS=11\n")
-    assert [path for path in INSTALLED if path.exists()] == [CONF.parent]
+    assert installed() == [CONF.parent]
     assert sorted(CONF.parent.iterdir()) == [CONF]
 
 
@@ -232,7 +242,7 @@ def test_interrupted_proof_takes_everything_back(host, source):
         run.send_signal(signal.SIGTERM)
         _, said = run.communicate(timeout=30)
     assert (run.returncode, "interrupted by signal 15" in said) == (1, True)
-    assert (pattern(), [path for path in INSTALLED if path.exists()]) == ("core", [])
+    assert (pattern(), installed()) == ("core", [])
 
 
 def test_proof_is_not_answered_by_an_older_line_of_the_log(host, source):
@@ -375,3 +385,23 @@ def test_configure_host_keeps_what_an_operator_edited_and_fails_when_the_proof_d
     assert configure(restore=True)[0] == 0
     assert (pattern(), PROGRAM.exists()) == (FOREIGN, False)
     Path(f"{BOOT_FILE}.save").unlink()
+
+
+def test_helpers_that_need_memory_are_in_a_cgroup_with_half_of_the_hosts(host):
+    deploy.succeed(INSTALL)
+    link = Path(cgroup.LINK)
+    assert f"CGROUP={link}\n" in CONF.read_text()
+    limits = [link / name for name in ("memory.max", "memory.limit_in_bytes") if (link / name).exists()]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert [abs(int(path.read_text()) - memory // 2) < 4096 for path in limits] == [True]
+    target = link.resolve()
+    link.unlink()
+    target.rmdir()  # as a boot does
+    assert f"{link} leads to {target}" in deploy.succeed(SETUP, "cgroup")
+    with subprocess.Popen(["sleep", "60"]) as process:
+        (link / "cgroup.procs").write_text(str(process.pid))
+        assert "stays until the next boot" in deploy.run(UNINSTALL).stderr
+        process.kill()
+    deploy.succeed(INSTALL, "--no-test")
+    deploy.succeed(UNINSTALL)
+    assert (link.parent.exists(), target.exists()) == (False, False)

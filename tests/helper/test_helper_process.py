@@ -716,21 +716,52 @@ def cgroup():
     path.rmdir()
 
 
-def test_helper_moves_into_the_prepared_cgroup(station, cgroup):
+def members(cgroup):
+    return [int(pid) for pid in (cgroup / "cgroup.procs").read_text().split()]
+
+
+def test_helper_that_needs_memory_moves_into_the_prepared_cgroup(station, tmp_path, cgroup):
+    station.settings = {"COMPRESSOR": "pigz", "CGROUP": cgroup}
+    station.pigz = script(tmp_path / "pigz", SLOW)
+    core = elf(bytes(32 * MIB))
+    with station.start(stderr=subprocess.DEVNULL) as process:
+        feeder = threading.Thread(target=feed, args=(process.stdin, core))
+        feeder.start()
+        wait_until(lambda: members(cgroup) == [process.pid])
+        feeder.join()
+    assert station.core() == core
+
+
+def test_helper_that_waits_for_a_slot_moves_into_the_prepared_cgroup(station, cgroup):
+    station.settings = {"CGROUP": cgroup, "MAX_CONCURRENT": 1, "RATE_LIMIT": 0}
+    with station.start() as first:
+        first.stdin.write(elf(NOISE[:MIB]))
+        first.stdin.flush()
+        wait_until(station.names)
+        with station.start() as second:
+            wait_until(lambda: members(cgroup) == [second.pid])
+            first.communicate()
+            second.communicate(elf(b"core"))
+    assert len(station.names()) == 2
+
+
+def test_small_dump_pays_no_move_into_a_cgroup(station, cgroup):
     station.settings = {"CGROUP": cgroup}
+    core = elf(NOISE[:MIB])
     with station.start() as process:
-        process.stdin.write(elf(NOISE))
+        process.stdin.write(core[:-1])
         process.stdin.flush()
         wait_until(station.names)
-        assert (cgroup / "cgroup.procs").read_text().split() == [str(process.pid)]
-        process.communicate()
-    assert station.core() == elf(NOISE)
+        assert members(cgroup) == []
+        process.communicate(core[-1:])
+    assert station.core() == core
 
 
-def test_missing_cgroup_is_logged_and_the_dump_taken(station):
-    station.settings = {"CGROUP": "/sys/fs/cgroup/no-such"}
-    assert "CGROUP" in station.run(elf(b"core"))
-    assert station.core() == elf(b"core")
+def test_missing_cgroup_is_logged_and_the_dump_taken(station, tmp_path):
+    station.settings = {"COMPRESSOR": "pigz", "CGROUP": "/sys/fs/cgroup/no-such"}
+    station.pigz = script(tmp_path / "pigz", SLOW)
+    assert "CGROUP" in station.run(elf(bytes(16 * MIB)))
+    assert station.core() == elf(bytes(16 * MIB))
 
 
 @pytest.fixture
