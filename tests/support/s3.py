@@ -278,6 +278,8 @@ class Haproxy:
     address: str = "127.0.0.1"
     certificate: Path | None = None
     """A PEM file with certificate and key: clients then speak TLS."""
+    backends: str = ""
+    """More sections, for `use_backend` in a rule."""
     _process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -317,7 +319,7 @@ class Haproxy:
         return (
             f"global\n maxconn 400\ndefaults\n mode http\n {times}\n option http-no-delay\n"
             f"frontend f\n bind {self.address}:{self.port}{tls}\n{lines} default_backend s3\n"
-            f"backend s3\n server s3 127.0.0.1:{self.backend_port}\n"
+            f"backend s3\n server s3 127.0.0.1:{self.backend_port}\n{self.backends}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Throttled TCP proxies on loopback: one to catch an upload half-way, one that is a thin uplink."""
+"""Slow things on loopback: a proxy to catch an upload half-way, a thin uplink, a server that trickles."""
 
 from __future__ import annotations
 
@@ -72,6 +72,41 @@ def slow_proxy(endpoint: str, bytes_per_second: float = 8e6) -> Iterator[str]:
     pump = partial(_pump, bytes_per_second=bytes_per_second)
     with _proxy(socket.create_server(("127.0.0.1", 0), backlog=64), endpoint, pump, pump) as found:
         yield found
+
+
+@contextlib.contextmanager
+def trickling_server() -> Iterator[int]:
+    """Yield the port of a server whose responses never end: a byte of a header, ten times a second."""
+    ended = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def trickle(client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            client.settimeout(5)
+            client.recv(CHUNK)
+            client.sendall(b"HTTP/1.1 200 OK\r\nX-Pad: ")
+            while not ended.wait(0.1):
+                client.sendall(b"a")
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                threads.append(threading.Thread(target=trickle, args=(client,), daemon=True))
+                threads[-1].start()
+
+    listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+    acceptor = threading.Thread(target=serve, daemon=True)
+    acceptor.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        ended.set()
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        for thread in [acceptor, *threads]:
+            thread.join(5)
 
 
 @contextlib.contextmanager

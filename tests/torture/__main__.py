@@ -26,19 +26,42 @@ from typing import TYPE_CHECKING
 from tests.support import s3
 from tests.support.collector import Collector, command_of, running, wait_until
 from tests.support.kernel import core_pattern, install_helper
+from tests.support.slow import trickling_server
 from tests.torture.crashes import Crash, compile_crasher, fault_in, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-IMPATIENT = ("--retry-seconds", "1", "--shutdown-seconds", "5")
-FAULTS = (
-    ("http-request return status 503 content-type application/xml file {slow} if {{ rand(100) lt 40 }}",),
-    ("http-request return status 500 content-type application/xml file {slow} if {{ method PUT POST }}",),
-    ("http-request reject if {{ rand(100) lt 30 }}",),
-    ("http-response return status 502 if {{ rand(100) lt 30 }}",),
+IMPATIENT = ("--retry-seconds", "1", "--shutdown-seconds", "5", "--read-timeout-seconds", "2")
+LIE = 'http-request return status 200 content-type text/html hdr ETag "5f8d1b2c" file {slow} if {{ method PUT POST }}'
+BLIND = "http-request deny deny_status {status} if {{{{ method HEAD }}}}"
+FOREIGN = (
+    "http-response del-header x-amz-checksum-crc32",
+    'http-response set-header ETag "0123456789abcdef0123456789abcdef" if {{ res.hdr(ETag) -m found }}',
 )
-"""haproxy rules; the last loses the answer of a request that the store has carried out."""
+FAULTS = {
+    "throttles": (
+        "http-request return status 503 content-type application/xml file {slow} if {{ rand(100) lt 40 }}",
+    ),
+    "fails": (
+        "http-request return status 500 content-type application/xml file {slow} if {{ method PUT POST }}",
+    ),
+    "hangs up": ("http-request reject if {{ rand(100) lt 30 }}",),
+    "loses responses": ("http-response return status 502 if {{ rand(100) lt 30 }}",),
+    "trickles": ("use_backend trickle if {{ rand(100) lt 30 }}",),
+    "lies, HEAD refused": (LIE, BLIND.format(status=403)),
+    "lies, HEAD fails": (LIE, BLIND.format(status=503)),
+    "lies, HEAD shows nothing": (LIE,),
+    "proves nothing, HEAD refused": (*FOREIGN, BLIND.format(status=403)),
+    "proves nothing": FOREIGN,
+    "conditions refused": (
+        (
+            "http-request return status 501 content-type application/xml file {slow} "
+            "if {{ req.hdr(if-none-match) -m found }}"
+        ),
+    ),
+}
+"""haproxy rules. Responses are lost of requests that the store has carried out; lies are told of others."""
 
 
 @dataclass
@@ -54,6 +77,7 @@ class Torture:
     harmed: set[int] = field(default_factory=set)
     """Pids whose helper or compressor was killed."""
     kills: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
 
     def crash_some(self) -> None:
         """Crash one to three processes at once and maybe kill what handles them."""
@@ -136,9 +160,10 @@ def rage(torture: Torture, proxy: s3.Haproxy, environ: dict[str, str], scratch: 
     while number < torture.rounds:
         with running(torture.watch_dir, environ, scratch, *IMPATIENT) as collector:
             while number < torture.rounds:
-                if torture.dice.random() < 0.05:
-                    rules = torture.dice.choice((*FAULTS, ()))
-                    proxy.start(*(rule.format(slow=slow) for rule in rules))
+                if torture.dice.random() < 0.2:
+                    name = torture.dice.choice((*FAULTS, "works"))
+                    torture.faults[name] += 1
+                    proxy.start(*(rule.format(slow=slow) for rule in FAULTS.get(name, ())))
                 torture.crash_some()
                 number += 1
                 if torture.harm_collector(collector):
@@ -186,7 +211,8 @@ def judge(torture: Torture, server: s3.S3Server) -> list[str]:
     complaints += [f"left in the directory: {f.name}" for f in torture.watch_dir.glob("core*")]
     complaints += [f"still running: {pid} {command_of(pid)}" for pid in helper_pids(torture.watch_dir.parent)]
     sys.stdout.write(
-        f"crashes {len(torture.done)}, killed {dict(torture.kills)}, in the bucket {dict(found)}\n"
+        f"crashes {len(torture.done)}, killed {dict(torture.kills)}, the store {dict(torture.faults)}, "
+        f"in the bucket {dict(found)}\n"
     )
     return complaints
 
@@ -208,7 +234,12 @@ def torture(rounds: int, seed: int, scratch: Path) -> list[str]:
     run = Torture(random.Random(seed), watch_dir, program, rounds)
     config = {"WATCH_DIR": str(watch_dir), "RATE_LIMIT": "0", "KEEP_FREE_PERCENT": "1"}
     (scratch / "weed").mkdir()
-    with s3.seaweedfs(scratch / "weed") as server, s3.haproxy(scratch, server) as proxy:
+    with (
+        s3.seaweedfs(scratch / "weed") as server,
+        trickling_server() as trickling,
+        s3.haproxy(scratch, server) as proxy,
+    ):
+        proxy.backends = f"backend trickle\n server t 127.0.0.1:{trickling}\n"
         environ = server.environ() | {"AWS_ENDPOINT_URL_S3": proxy.endpoint}
         with core_pattern(install_helper(scratch, config)):
             rage(run, proxy, environ, scratch)
