@@ -119,7 +119,7 @@ def gather(dump: DumpFile, raw: dict[str, bytes], options: UploadOptions) -> Fac
 
 
 def render(facts: Facts, stored: StoredObject, bucket: str, crash: Mapping[str, str] | None = None) -> bytes:
-    """Return the sidecar of a stored dump: one flat JSON object.
+    """Return the metadata object of a stored dump: one flat JSON object.
 
     Args:
         facts: of the dump.
@@ -149,7 +149,7 @@ def render(facts: Facts, stored: StoredObject, bucket: str, crash: Mapping[str, 
     document |= crash or {}
     rendered = json.dumps(document, indent=1).encode()
     if len(rendered) > MOST_BYTES:
-        raise ValueError("the sidecar is longer than 64 KiB")  # attributes are bounded: cannot be
+        raise ValueError("the metadata object is longer than 64 KiB")  # attributes are bounded: cannot be
     return rendered + b"\n"
 
 

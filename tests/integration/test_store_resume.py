@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from tests.support import s3
@@ -13,6 +14,7 @@ from tests.support.collector import wait_until
 from tests.support.uploads import KEY, MEBIBYTE, NAME, connected, disconnect, send
 
 from core_dump_collector.jobs import Outcome, RetryReason
+from core_dump_collector.s3.store import Store
 
 RAW = NAME.removesuffix(".gz")
 SIZE = 22 * MEBIBYTE
@@ -126,6 +128,31 @@ def test_parts_of_another_size_are_cleared_away(seaweed, proxy, bucket, path):
         assert send(path, part_bytes=6 * MEBIBYTE).outcome == Outcome.UPLOADED
     assert s3.body_of(bucket, KEY) == content
     assert s3.unfinished_multiparts(bucket) == []
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed(*_):
+    raise Killed
+
+
+@pytest.mark.parametrize("keys", [s3.ADMIN, s3.WRITER], ids=["may list", "may only write"])
+def test_upload_created_just_before_a_kill_is_found_where_uploads_may_be_listed(seaweed, bucket, path, keys):
+    content = os.urandom(SIZE)
+    path.write_bytes(content)
+    real = Store.create_multipart
+    with connected(seaweed.environ(keys)):
+        with mock.patch.object(Store, "create_multipart", lambda *a: killed(real(*a))), pytest.raises(Killed):
+            send(path)
+        assert s3.unfinished_multiparts(bucket) == [KEY]
+        result = send(path)
+    assert result.outcome == Outcome.UPLOADED
+    assert s3.body_of(bucket, KEY) == content
+    may_list = keys is s3.ADMIN
+    assert s3.unfinished_multiparts(bucket) == ([] if may_list else [KEY])
+    assert ("AbortIncompleteMultipartUpload" in result.detail) != may_list
 
 
 def test_an_upload_that_somebody_aborted_begins_anew(seaweed, proxy, bucket, path):

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 LEVEL = 1
 THREADS = min(2, len(os.sched_getaffinity(0)))
-"""One thread alone is what an upload would wait for (docs/benchmarks.md); the second core also sends, and more would
-take the node's own work its CPU."""
+"""Uploads wait for the compressor if it has one thread (docs/benchmarks.md); more than two would take CPU from the
+node's own work."""
 _BLOCK_BYTES = 1 << 20
 _HEADER = b"\x1f\x8b\x08\0\0\0\0\0\x04\xff"
 """RFC 1952, section 2.3: deflate, no flags, no time, fastest, unknown system. The same core gives the same bytes."""
@@ -28,7 +28,7 @@ _RAW = -15
 def compress(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Yield one gzip member that holds the pieces; each MiB is compressed on its own, `THREADS` of them at a time.
 
-    The bytes depend on the pieces alone, so an upload that was cut off finds the parts that it has sent.
+    The bytes depend on the pieces alone, so an upload that was cut short finds the parts that it has sent.
     """
     yield _HEADER
     crc = size_bytes = 0
@@ -65,7 +65,7 @@ def _compress_in_order(blocks: Iterable[bytes]) -> Iterator[tuple[bytes, int, in
 
 
 def _compress_block(block: bytes) -> tuple[bytes, int, int]:
-    """Return deflate blocks that end on a byte, the checksum of what is in them, and its length."""
+    """Compress a block; return deflate blocks that end on a byte, and the CRC-32 and length of the input."""
     compressor = isal_zlib.compressobj(LEVEL, isal_zlib.DEFLATED, _RAW)
     piece = compressor.compress(block) + compressor.flush(isal_zlib.Z_SYNC_FLUSH)
     return piece, isal_zlib.crc32(block), len(block)

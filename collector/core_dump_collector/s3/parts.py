@@ -1,7 +1,7 @@
-"""Owns what is read of a dump and how: a `.gz` as it is, a raw core through gzip, a salvaged partial mended.
+"""Owns the bytes of an object, in parts: a `.gz` unchanged, a raw core through gzip, a salvaged partial repaired.
 
-A piece is a `Part`: its body can be read again and again, for the checksum, the signature and each attempt to send it.
-Memory stays flat: parts of a file are read where they lie, a block at a time; of a stream two parts exist at a time.
+A `Part` can be read several times: for the checksum, the signature and each attempt to send it. Memory stays flat: a
+part of a file is read from the file, a block at a time; of a compressed stream at most two parts exist at a time.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ SMALL_BYTES = 512 * 1024
 STREAM_BUFFERS = 2
 """One part of a stream is filled while the other is sent."""
 _DAMAGE_BYTES = 4096
-"""A damaged stream is fed in small pieces: what a piece with an error would have given is lost with it."""
+"""A damaged stream is decompressed in small pieces, because the output of a piece that has an error is lost."""
 
 _Buffer = bytes | memoryview
 
 
 class Body(io.RawIOBase):
-    """A part as the file object that botocore sends. Reads give at least a block, however little is asked for.
+    """A part as the file object that botocore sends. A read returns at least a block, even if less is requested.
 
     http.client and urllib3 ask for 16 KiB at a time, which would cost more CPU than the sending itself.
     """
@@ -55,7 +55,7 @@ class Body(io.RawIOBase):
         return self._part.size_bytes
 
     def __bool__(self) -> bool:
-        """Be true even when empty: `len` is not meant as truth here."""
+        """Return true even for an empty part, which `len` would make false."""
         return True
 
     def read(self, size: int = -1) -> bytes:
@@ -67,7 +67,7 @@ class Body(io.RawIOBase):
         return block  # type: ignore[return-value]  # a memoryview is as good for a socket and a hash
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move, as any file."""
+        """Change the position."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._part.size_bytes}[whence]
         self._position = max(0, base + offset)
         return self._position
@@ -89,22 +89,22 @@ class Part:
     """One piece of an object, numbered from 1."""
 
     def __init__(self, number: int, size_bytes: int, *, last: bool) -> None:
-        """Describe the piece; subclasses know its bytes."""
+        """Describe the part; subclasses know its bytes."""
         self.number = number
         self.size_bytes = size_bytes
         self.last = last
         self.error: OSError | None = None
-        """What went wrong with reading it: botocore would hide that behind an error of the network."""
+        """The error of reading it, which botocore reports as an error of the network."""
 
     def block(self, offset: int, size: int) -> _Buffer:
         """Return up to `size` bytes from `offset` of the part."""
         raise NotImplementedError
 
     def release(self) -> None:
-        """Say that the part is not needed any more."""
+        """Free the part; it is not read again."""
 
     def body(self) -> bytes | Body:
-        """Return what botocore sends."""
+        """Return the body that botocore sends."""
         return bytes(self.block(0, self.size_bytes)) if self.size_bytes <= SMALL_BYTES else Body(self)
 
     def blocks(self) -> Iterator[_Buffer]:
@@ -123,7 +123,7 @@ class Part:
         return crc
 
     def md5(self) -> str:
-        """Return the MD5 of the part in hex: what most stores give as ETag."""
+        """Return the MD5 of the part in hex, which most stores use as ETag."""
         digest = hashlib.md5(usedforsecurity=False)
         for block in self.blocks():
             digest.update(block)
@@ -140,7 +140,7 @@ class FilePart(Part):
         self._offset = offset
 
     def block(self, offset: int, size: int) -> bytes:
-        """Read at the offset; a file that ends early is an error, never a shorter part."""
+        """Read at the offset; raise OSError if the file has become shorter."""
         try:
             block = os.pread(self._fd, size, self._offset + offset)
             if not block and size:
@@ -151,11 +151,11 @@ class FilePart(Part):
         return block
 
     def body(self) -> bytes | Body:
-        """Return what botocore sends; small ones from memory."""
+        """Return the body that botocore sends; a small one is in memory."""
         return b"".join(self.blocks()) if self.size_bytes <= SMALL_BYTES else Body(self)
 
     def release(self) -> None:
-        """Give the page cache back to the node's own work."""
+        """Drop the range from the page cache, which the node's own work needs."""
         drop_cache(self._fd, self._offset, self.size_bytes)
 
 
@@ -163,7 +163,7 @@ class BufferPart(Part):
     """A piece of a stream, in memory until it is released."""
 
     def __init__(self, number: int, view: memoryview, *, last: bool, give_back: Callable[[], None]) -> None:
-        """Take the buffer over until `release`."""
+        """Use the buffer until `release`."""
         super().__init__(number, len(view), last=last)
         self._view = view
         self._give_back = give_back
@@ -173,7 +173,7 @@ class BufferPart(Part):
         return self._view[offset : offset + size]
 
     def release(self) -> None:
-        """Give the buffer back to the stream."""
+        """Return the buffer to the stream."""
         self._view.release()
         self._give_back()
 
@@ -213,7 +213,7 @@ class FileSource:
 class GzipSource:
     """Bytes that are compressed while they are uploaded.
 
-    The compressor's threads work while others send.
+    Compression and sending run on different threads.
     """
 
     gzip = True
@@ -256,7 +256,7 @@ def _buffer_part(
 
 
 def open_source(dump: DumpFile, part_bytes: int, *, compress_raw: bool, salvaged: bool) -> Source:
-    """Choose how a dump is read."""
+    """Return the source that suits a dump."""
     compressed = is_compressed(dump.name)
     if salvaged and dump.name.endswith(".gz") and is_gzip(dump.fd):
         return GzipSource(
@@ -269,13 +269,13 @@ def open_source(dump: DumpFile, part_bytes: int, *, compress_raw: bool, salvaged
 
 
 def part_size(bound_bytes: int, part_bytes: int) -> int:
-    """Return the size of parts, the same for all of an object, that keeps it within 10,000 parts."""
+    """Return the size of an object's parts: `part_bytes`, or larger if it would need over 10,000 of them."""
     least = -(-bound_bytes // MOST_PARTS)
     return part_bytes if least <= part_bytes else -(-least // MEBIBYTE) * MEBIBYTE
 
 
 def drop_cache(fd: int, offset: int, size: int) -> None:
-    """Tell the kernel that a range is not needed again."""
+    """Tell the kernel to drop a range from the page cache."""
     os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
@@ -285,7 +285,7 @@ def is_gzip(fd: int) -> bool:
 
 
 def _read(fd: int, block_bytes: int) -> Iterator[bytes]:
-    """Yield the file from its start, dropping behind what was read."""
+    """Yield the file in blocks; drop the blocks before from the page cache."""
     offset = dropped = 0
     while block := os.pread(fd, block_bytes, offset):
         yield block
