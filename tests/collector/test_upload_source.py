@@ -19,6 +19,7 @@ from core_dump_collector.node.dumpfile import DumpFile
 from core_dump_collector.s3 import compression, parts
 from core_dump_collector.s3.multipart import SentPart, Whole
 from core_dump_collector.s3.parts import MEBIBYTE, Body, part_size
+from core_dump_format.crc32 import encode_crc32
 from core_dump_format.gzip import inflate_until_damage
 
 RAW = "core-app-1700000000-42-11"
@@ -217,25 +218,32 @@ def test_a_sparse_core_is_not_taken_for_a_huge_one(tmp_path):
         assert read.part_bytes == 16 * MEBIBYTE
 
 
-@given(st.lists(st.binary(max_size=300), min_size=1, max_size=8))
-def test_checksums_of_parts_combine_to_those_of_the_object(bodies):
-    parts = tuple(
-        SentPart(n, len(body), zlib.crc32(body), f'"{hashlib.md5(body).hexdigest()}"')
+def sent(bodies, *, proven=True):
+    return tuple(
+        SentPart(n, len(body), zlib.crc32(body), f'"{hashlib.md5(body).hexdigest()}"', proven=proven)
         for n, body in enumerate(bodies, 1)
     )
-    whole = Whole(parts)
-    assert whole.crc32 == zlib.crc32(b"".join(bodies))
-    assert whole.size_bytes == sum(map(len, bodies))
+
+
+@given(st.lists(st.binary(max_size=300), min_size=2, max_size=8))
+def test_checksums_of_parts_combine_to_those_of_the_object(bodies):
+    content = Whole(sent(bodies)).content
+    assert content.crc32 == zlib.crc32(b"".join(bodies))
+    assert content.size_bytes == sum(map(len, bodies))
     md5s = b"".join(hashlib.md5(body).digest() for body in bodies)
-    assert whole.etag == f"{hashlib.md5(md5s).hexdigest()}-{len(bodies)}"
-    assert whole.is_matched_by(None, f'"{whole.etag}"') is True
-    assert whole.is_matched_by("AAAAAB==", f'"{whole.etag}"') is False
+    assert content.etag() == f"{hashlib.md5(md5s).hexdigest()}-{len(bodies)}"
+    crcs = b"".join(zlib.crc32(body).to_bytes(4, "big") for body in bodies)
+    assert content.composite_crc32() == f"{encode_crc32(zlib.crc32(crcs))}-{len(bodies)}"
 
 
-def test_an_etag_that_is_no_md5_proves_nothing():
-    whole = Whole((SentPart(1, 1, 5, '"opaque"'),))
-    assert whole.is_matched_by(None, '"opaque-1"') is None
-    assert Whole((SentPart(1, 1, 5, "0" * 32),)).is_matched_by(None, "") is None
+def test_etag_of_the_whole_proves_nothing_unless_each_part_is_proven():
+    assert Whole(sent([b"a", b"b"], proven=False)).content.etag() is None
+    assert Whole((*sent([b"a"]), *sent([b"b"], proven=False))).content.etag() is None
+    assert Whole((SentPart(1, 1, 5, '"opaque"', proven=True), *sent([b"b"]))).content.etag() is None
+
+
+def test_object_of_one_part_has_the_etag_of_one_request():
+    assert Whole(sent([b"a"])).content.etag() == hashlib.md5(b"a").hexdigest()
 
 
 @given(

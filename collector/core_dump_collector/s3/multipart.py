@@ -60,9 +60,9 @@ class Whole:
 
     @property
     def content(self) -> Content:
-        """Return what identifies the object."""
-        if len(self.parts) == 1:  # then it was sent with one request
-            return Content(self.size_bytes, self.crc32, lambda: self.parts[0].etag)
+        """Return what identifies the object; one of a single part was sent with one request."""
+        if len(self.parts) == 1:
+            return Content(self.size_bytes, self.crc32, self._single_etag)
         return Content(self.size_bytes, self.crc32, self._etag, self._composite_crc32)
 
     def _composite_crc32(self) -> str:
@@ -70,16 +70,22 @@ class Whole:
         joined = b"".join(part.crc32.to_bytes(4, "big") for part in self.parts)
         return f"{encode_crc32(isal_zlib.crc32(joined))}-{len(self.parts)}"
 
+    def _single_etag(self) -> str | None:
+        return self._md5s()[0]
+
     def _etag(self) -> str | None:
         """Return the ETag of most stores, the MD5 of the parts' MD5s.
 
         It ties the object to its parts, so it proves as much as is proven of them: None if one is not.
         """
-        md5s = [Found(None, None, part.etag).md5 for part in self.parts if part.proven]
-        if len(md5s) < len(self.parts) or not all(md5 and "-" not in md5 for md5 in md5s):
+        md5s = self._md5s()
+        if not all(md5 and "-" not in md5 for md5 in md5s):
             return None
         joined = b"".join(bytes.fromhex(str(md5)) for md5 in md5s)
-        return f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{len(self.parts)}"
+        return f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{len(md5s)}"
+
+    def _md5s(self) -> list[str | None]:
+        return [Found(None, None, part.etag).md5 if part.proven else None for part in self.parts]
 
     def listed(self, *, with_checksums: bool) -> list[dict[str, Any]]:
         """Return the list that CompleteMultipartUpload takes."""
