@@ -243,6 +243,20 @@ class TestAbandonedPartial:
             assert dumpfile.salvage(str(watch_dir), PARTIAL) is None
             assert (watch_dir / PARTIAL).exists()
 
+    def test_published_by_its_helper_before_it_was_locked_is_not_touched(self, watch_dir, monkeypatch):
+        (watch_dir / PARTIAL).write_bytes(b"whole")
+
+        def helper_is_faster(descriptor, operation, lock=fcntl.flock):
+            os.rename(watch_dir / PARTIAL, watch_dir / NAME)
+            (watch_dir / PARTIAL).write_bytes(b"of another crash")
+            lock(descriptor, operation)
+
+        monkeypatch.setattr(dumpfile.fcntl, "flock", helper_is_faster)
+        assert dumpfile.salvage(str(watch_dir), PARTIAL) is None
+        assert (watch_dir / NAME).read_bytes() == b"whole"
+        assert (watch_dir / PARTIAL).read_bytes() == b"of another crash"
+        assert os.listxattr(watch_dir / NAME) == os.listxattr(watch_dir / PARTIAL) == []
+
     @pytest.mark.parametrize("make", STRANGE.values(), ids=STRANGE.keys())
     def test_is_left_alone_when_it_is_no_lone_regular_file(self, watch_dir, make):
         make(watch_dir / PARTIAL)
