@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 DEMO_READY := $(VENV)/.demo-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: deploy-tools help demo picture run test test-swift test-large check format torture bench docs wheel clean packages
+.PHONY: mutants deploy-tools help demo picture run test test-swift test-large check format torture bench docs wheel clean packages
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ ROUNDS ?= 1000
 LARGE_GIB ?= 10
 torture: $(READY) packages ## ROUNDS=n SEED=s: crash, kill and fail at random, then count
 	$(BIN)/python -m tests.torture --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
+
+mutants: $(READY) packages ## ONLY=text: change one line that decides about a loss at a time; do the tests notice? minutes
+	$(BIN)/python -m tests.support.mutate --only '$(ONLY)'
 
 test-swift: $(READY) packages ## a store without checksums and conditions; needs Debian's swift-* and memcached
 	SWIFT=1 $(BIN)/python -m pytest tests/integration/test_store_swift.py $(PYTEST_FLAGS)

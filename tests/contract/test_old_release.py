@@ -14,13 +14,12 @@ import pytest
 from tests.cli.conftest import Cli
 from tests.helper.conftest import Station
 from tests.support import s3
-from tests.support.collector import running, wait_until
+from tests.support.collector import IMPATIENT, running, wait_until
 from tests.support.cores import simple as elf
 from tests.support.record_release import PARTS_NAME, move_into_the_past
 from tests.support.uploads import MEBIBYTE, connected, send
 
 from core_dump_collector.jobs import Outcome
-from core_dump_collector.node import dumpfile
 
 RELEASES = sorted((Path(__file__).parents[1] / "fixtures").glob("release-*"))
 KEY = f"node-1/{PARTS_NAME}"
@@ -79,19 +78,12 @@ def old(request):
     return Release(request.param)
 
 
-def salvage_partials(watch_dir):
-    """Publish the abandoned partial as the daemon does, without its pause of ten seconds."""
-    (partial,) = watch_dir.glob("*.partial")
-    assert dumpfile.salvage(str(watch_dir), partial.name) == partial.name.removesuffix(".partial")
-
-
 def test_dumps_and_records_of_the_old_helper_become_the_same_objects(
     old, seaweed, bucket, watch_dir, tmp_path
 ):
     old.fill(watch_dir)
-    salvage_partials(watch_dir)
     wanted = old.objects()
-    with running(watch_dir, seaweed.environ(), tmp_path):
+    with running(watch_dir, seaweed.environ(), tmp_path, program=IMPATIENT):
         wait_until(lambda: len(s3.keys_in(bucket)) >= len(wanted), 30, "every object")
         assert not list(watch_dir.glob("core*"))
     found = {key: s3.body_of(bucket, key) for key in s3.keys_in(bucket)}

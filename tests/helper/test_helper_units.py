@@ -1,18 +1,20 @@
 import os
 import re
 import struct
+import time
 from urllib.parse import unquote_to_bytes
 
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
+from tests.support import cores
 from tests.support.cores import Shape
 from tests.support.cores import simple as elf
 
-from core_dump_helper.core import HEADER_LIMIT, elf_length
+from core_dump_helper.core import HEADER_LIMIT, Reader, elf_length
 from core_dump_helper.crash import parse_arguments
-from core_dump_helper.dumpfile import file_name
+from core_dump_helper.dumpfile import create_partial, file_name, publish
 from core_dump_helper.records import percent
 from core_dump_helper.settings import Settings
 
@@ -79,6 +81,31 @@ def test_length_is_what_the_program_headers_promise(wide, order, segments):
     assert length == len(core)
     assert elf_length(core[: wanted - 1])[1] == 0
     assert elf_length(core[:wanted]) == (wanted, len(core))
+
+
+@pytest.mark.parametrize("sizes", [(5000, 10), (10, 5000), (0, 5000, 0)])
+def test_length_is_that_of_the_segment_that_ends_last(sizes):
+    core = cores.build(Shape(), bytes(100), [(4096 * n, bytes(size), False) for n, size in enumerate(sizes)])
+    assert elf_length(core)[1] == len(core)
+
+
+def test_read_that_fails_ends_the_dump_and_says_so(monkeypatch):
+    source, sink = os.pipe()
+    os.write(sink, b"first")
+    os.close(sink)
+    seen = []
+
+    def read(descriptor, buffers, readv=os.readv):
+        seen.append(descriptor)
+        if len(seen) > 1:
+            raise OSError(5, "Input/output error")
+        return readv(descriptor, buffers)
+
+    monkeypatch.setattr(os, "readv", read)
+    reader = Reader(source, Settings(), 1 << 20, time.monotonic() + 10)
+    pieces = [bytes(piece) for piece in reader.chunks()]
+    assert (reader.reason, pieces) == ("read_error", [])
+    assert seen == [source, source]
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -167,3 +194,34 @@ def test_no_elf_header_makes_the_helper_wait_for_more_than_its_limit(kind, order
     wanted, length = elf_length(b"\x7fELF" + bytes([kind, order]) + rest)
     assert 0 <= wanted <= HEADER_LIMIT + 64
     assert length >= 0
+
+
+@pytest.fixture
+def directory(watch_dir):
+    descriptor = os.open(watch_dir, os.O_RDONLY)
+    yield descriptor
+    os.close(descriptor)
+
+
+def test_partial_of_a_name_that_is_taken_has_another_name_from_the_start(directory, watch_dir):
+    crash = parse_arguments(["-P1", "-p1", "-s11", "-t1700000000", "-d1", "--", "app"])
+    (watch_dir / "core-app-1700000000-1-11.gz").write_bytes(b"first")
+    dump, name = create_partial(directory, crash, ".gz")
+    os.close(dump)
+    assert name == "core-app-1700000000-1-11-1.gz"
+    assert sorted(os.listdir(watch_dir)) == [
+        "core-app-1700000000-1-11-1.gz.partial",
+        "core-app-1700000000-1-11.gz",
+    ]
+
+
+def test_name_that_was_taken_while_the_dump_was_written_is_not_replaced(directory, watch_dir):
+    crash = parse_arguments(["-P1", "-p1", "-s11", "-t1700000000", "-d1", "--", "app"])
+    dump, name = create_partial(directory, crash, ".gz")
+    os.write(dump, b"ours")
+    (watch_dir / name).write_bytes(b"of somebody else")
+    published = publish(directory, dump, name, crash, ".gz")
+    os.close(dump)
+    assert published == "core-app-1700000000-1-11-1.gz"
+    assert (watch_dir / published).read_bytes() == b"ours"
+    assert (watch_dir / name).read_bytes() == b"of somebody else"

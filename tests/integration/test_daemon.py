@@ -15,7 +15,15 @@ from pathlib import Path
 
 import pytest
 from tests.support import s3
-from tests.support.collector import COMMAND, command_of, descendants, flood, running, wait_until
+from tests.support.collector import (
+    COMMAND,
+    IMPATIENT,
+    command_of,
+    descendants,
+    flood,
+    running,
+    wait_until,
+)
 from tests.support.slow import slow_proxy
 
 
@@ -83,8 +91,8 @@ def test_worker_killed_in_mid_upload_costs_nothing(seaweed, bucket, watch_dir, t
 
 @contextlib.contextmanager
 def killing_whoever_opens(path, collector):
-    """Do as the OOM killer to the worker that has a file open, again and again; yield how often."""
-    killed, done = [], threading.Event()
+    """Do as the OOM killer to the worker that has a file open, again and again; yield the pids."""
+    killed, done = set(), threading.Event()
 
     def kill():
         while not done.wait(0.005):
@@ -92,7 +100,7 @@ def killing_whoever_opens(path, collector):
                 with contextlib.suppress(OSError):
                     if any(os.readlink(fd) == str(path) for fd in Path(f"/proc/{pid}/fd").iterdir()):
                         os.kill(pid, signal.SIGKILL)
-                        killed.append(pid)
+                        killed.add(pid)
 
     thread = threading.Thread(target=kill)
     thread.start()
@@ -189,7 +197,7 @@ def test_abandoned_partial_is_salvaged_and_flagged_whatever_its_time(seaweed, bu
     after_a_jump = watch_dir / "core-jump-1700000000-6-11.gz.partial"
     after_a_jump.write_bytes(whole[:300_000])
     os.utime(after_a_jump, (32_503_680_000, 32_503_680_000))  # the year 3000
-    with running(watch_dir, seaweed.environ(), tmp_path) as collector:
+    with running(watch_dir, seaweed.environ(), tmp_path, program=IMPATIENT) as collector:
         wait_until(lambda: not list(watch_dir.glob("core*")), 30)
         wait_until(lambda: uploaded(collector) == 2, 10)
         assert collector.metric("core_dump_partials_salvaged_total") == 2

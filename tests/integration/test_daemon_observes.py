@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 from tests.support import kernel, s3
-from tests.support.collector import running, wait_until
+from tests.support.collector import IMPATIENT, running, wait_until
 
 NAME = "core-app-1700000000-1-11.gz"
 UPLOADED = 'core_dump_uploads_total{result="uploaded"}'
@@ -198,7 +198,9 @@ def test_frozen_file_system_stops_neither_heartbeat_nor_the_end(seaweed, bucket,
     try:
         watch_dir.chmod(0o700)
         (watch_dir / f"{NAME}.partial").write_bytes(gzip.compress(os.urandom(1000))[:900])
-        with running(watch_dir, seaweed.environ(), tmp_path, "--shutdown-seconds", "1") as collector:
+        with running(
+            watch_dir, seaweed.environ(), tmp_path, "--shutdown-seconds", "1", program=IMPATIENT
+        ) as collector:
             subprocess.run(["fsfreeze", "-f", watch_dir], check=True)
             frozen = True
             wait_until(lambda: any(map(is_blocked, collector.workers())), 30, "a worker that waits")

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COMMAND = [sys.executable, "-m", "core_dump_collector.cli"]
+IMPATIENT = """
+import sys
+from core_dump_collector import partials
+from core_dump_collector.cli import main
+partials.ABANDONED_SECONDS = 0.5
+sys.exit(main())
+"""
+"""A collector that salvages partials at once: for tests in which no helper writes."""
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30.0, what: str = "") -> None:
@@ -137,11 +145,14 @@ def running(
     *flags: str,
     wait: bool = True,
     prefix: Sequence[str] = (),
+    program: str = "",
 ) -> Iterator[Collector]:
     """Run `core-dump-collector run` on a directory; its log and start-up file go below `scratch`.
 
-    `prefix` are words before the command, of a program that becomes it (exec).
+    `prefix` are words before the command, of a program that becomes it (exec). `program` is Python code to run
+    in place of the collector's own.
     """
+    command = [sys.executable, "-c", program] if program else COMMAND
     number = sum(1 for _ in scratch.glob("collector-*.log"))
     log_path = scratch / f"collector-{number}.log"
     startup_file = scratch / f"startup-{number}"
@@ -159,7 +170,7 @@ def running(
     }
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            guarded([*prefix, *COMMAND, "run", str(directory), *flags]),
+            guarded([*prefix, *command, "run", str(directory), *flags]),
             env=clean | settings | dict(environ),
             stdout=subprocess.DEVNULL,
             stderr=log,
