@@ -9,7 +9,7 @@ from unittest import mock
 
 from core_dump_collector.config import Settings
 from core_dump_collector.jobs import Document, Job, RecordResult, Sighting, UploadResult
-from core_dump_collector.s3 import tries
+from core_dump_collector.s3 import progress, tries
 from core_dump_collector.upload import Worker
 
 if TYPE_CHECKING:
@@ -60,12 +60,16 @@ def send_record(document: Document, **changes: Any) -> RecordResult:
 
 @contextlib.contextmanager
 def connected(variables: Mapping[str, str], **more: str) -> Iterator[None]:
-    """Let uploads go where these variables say; nothing of the machine's own AWS settings is seen."""
+    """Let uploads go where these variables say; nothing of the machine's own AWS settings is seen.
+
+    Pauses are short, and the completion of a multipart upload has no more time than other requests.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     isolation = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull}
     with (
         mock.patch.dict(os.environ, kept | isolation | dict(variables) | more, clear=True),
         mock.patch.object(tries, "FIRST_PAUSE_SECONDS", 0.02),
+        mock.patch.object(progress, "COMPLETE_WINDOWS", 1),
     ):
         disconnect()
         try:

@@ -4,17 +4,22 @@ A timeout for each read and write cannot tell a thin uplink from a store that ha
 send buffer and needs minutes to send them, in which no answer can come; and a store that sends a byte a second meets
 any such timeout for ever. So a connected socket has no timeout here. A thread reads the kernel's counters of every
 connection in use and shuts down one that moved too few bytes over the window: sent and acknowledged, or received.
+
+CompleteMultipartUpload is the exception: S3 may work on it for minutes, silent or sending white space (Amazon S3 API
+Reference, "CompleteMultipartUpload"). It has a longer window, in which one byte suffices, and an end of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import struct
 import threading
 import time
 from collections import deque
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from botocore.awsrequest import (
@@ -34,6 +39,10 @@ if TYPE_CHECKING:
 
 MIN_BYTES_PER_SECOND = 10_000
 """A request that moves less than this over the whole window is ended."""
+COMPLETE_WINDOWS = 10
+"""Longest silence of a store that completes a multipart upload, in windows."""
+MOST_COMPLETE_WINDOWS = 60
+"""Longest time for that, even if the store sends a byte now and then."""
 _SAMPLES = 12
 """How often the counters are read in a window; a request is ended at most one such interval late."""
 _COUNTERS = struct.Struct("=QQ")
@@ -47,15 +56,27 @@ _MOST_INTERIM_HEADERS = 100
 class StalledError(ReadTimeoutError):
     """A request moved too few bytes."""
 
-    fmt = "moved less than {rate} bytes a second for {seconds:g} s: {endpoint_url}"
+    fmt = "moved less than {least_bytes} bytes in {seconds:g} s: {endpoint_url}"
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """When a request is given up."""
+
+    window_seconds: float
+    least_bytes: int
+    """It has to move this many bytes in each window."""
+    most_seconds: float = math.inf
 
 
 class _Watch:
     """A request under way. The monitor's lock guards it."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: Patience) -> None:
+        self.patience = patience
         self.stalled = False
         self._socket: socket.socket | None = None
+        self._began = time.monotonic()
         self._samples: deque[tuple[float, int]] = deque()
 
     def follow(self, sock: socket.socket) -> None:
@@ -64,17 +85,17 @@ class _Watch:
             self._socket = socket.fromfd(sock.fileno(), sock.family, sock.type, sock.proto)
             self._samples.append((time.monotonic(), _bytes_moved(self._socket)))
 
-    def look(self, now: float, window_seconds: float) -> None:
+    def look(self, now: float) -> None:
         """Shut the connection down if it moved too few bytes over the window."""
         if self._socket is None or self.stalled:
             return
-        moved = _bytes_moved(self._socket)
+        moved, start = _bytes_moved(self._socket), now - self.patience.window_seconds
         self._samples.append((now, moved))
-        while len(self._samples) > 1 and self._samples[1][0] <= now - window_seconds:
+        while len(self._samples) > 1 and self._samples[1][0] <= start:
             self._samples.popleft()
         began, before = self._samples[0]
-        enough = (now - began) * MIN_BYTES_PER_SECOND
-        if moved >= 0 and now - began >= window_seconds and moved - before < enough:
+        too_few = began <= start and moved - before < self.patience.least_bytes
+        if moved >= 0 and (too_few or now - self._began > self.patience.most_seconds):
             self.stalled = True
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
@@ -109,9 +130,9 @@ class ProgressMonitor:
         threading.Thread(target=self._run, daemon=True, name="progress").start()
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator[_Watch]:
+    def watch(self, patience: Patience) -> Iterator[_Watch]:
         """Watch the connection that this thread uses next."""
-        watch = _Watch()
+        watch = _Watch(patience)
         with self._lock:
             self._watches.add(watch)
         token = _CURRENT.set((self, watch))
@@ -137,14 +158,18 @@ class ProgressMonitor:
             now = time.monotonic()
             with self._lock:
                 for watch in self._watches:
-                    watch.look(now, self.window_seconds)
+                    watch.look(now)
 
 
 class _WatchedConnection:
-    """A mix-in: a connection that is watched from its first packet on, and has no timeout once it is made."""
+    """A mix-in: a connection that is watched from its first packet on, and has no timeout once it is made.
+
+    Where the kernel does not count bytes it has one, as long as the window: that is all that can be done there.
+    """
 
     sock: Any
     timeout: Any
+    _quiet_seconds: float | None = None
 
     def _new_conn(self) -> socket.socket:
         sock: socket.socket = super()._new_conn()  # type: ignore[misc]
@@ -154,14 +179,22 @@ class _WatchedConnection:
     def connect(self) -> None:
         """Connect, within the timeout for that."""
         super().connect()  # type: ignore[misc]
-        self.sock.settimeout(None)
+        current = _CURRENT.get()
+        if current is not None and _bytes_moved(self.sock) < 0:
+            self._quiet_seconds = current[0].window_seconds
+        self.sock.settimeout(self._quiet_seconds)
 
     def request(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  as the base class's
         """Send a request."""
         if self.sock is not None:
             _follow(self.sock)
-            self.timeout = None  # urllib3 gives it to the socket
+            self.timeout = self._quiet_seconds  # urllib3 gives it to the socket
         return super().request(*args, **kwargs)  # type: ignore[misc]
+
+    def getresponse(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  as the base class's
+        """Read the status and the headers."""
+        self.timeout = self._quiet_seconds
+        return super().getresponse(*args, **kwargs)  # type: ignore[misc]
 
     def _consume_headers(self, file: Any) -> None:  # noqa: ANN401  a raw file
         """Skip the headers of a `100 Continue`; botocore would read for ever where the connection has ended."""
@@ -222,20 +255,26 @@ class ProgressSession:
         return answer
 
     def _send(self, request: AWSPreparedRequest) -> AWSResponse:
-        with self._monitor.watch() as watch:
+        patience = self._patience_with(request)
+        stalled = StalledError(
+            least_bytes=patience.least_bytes, seconds=patience.window_seconds, endpoint_url=request.url
+        )
+        with self._monitor.watch(patience) as watch:
             try:
                 answer = self._session.send(request)
             except BotoCoreError as error:
                 if watch.stalled:
-                    raise self._stalled(request) from error
+                    raise stalled from error
                 raise
             if watch.stalled:  # the answer may have been cut off
-                raise self._stalled(request)
+                raise stalled
             return answer
 
-    def _stalled(self, request: AWSPreparedRequest) -> StalledError:
-        seconds = self._monitor.window_seconds
-        return StalledError(rate=MIN_BYTES_PER_SECOND, seconds=seconds, endpoint_url=request.url)
+    def _patience_with(self, request: AWSPreparedRequest) -> Patience:
+        window_seconds = self._monitor.window_seconds
+        if request.method == "POST" and "uploadId=" in str(request.url):
+            return Patience(COMPLETE_WINDOWS * window_seconds, 1, MOST_COMPLETE_WINDOWS * window_seconds)
+        return Patience(window_seconds, math.ceil(window_seconds * MIN_BYTES_PER_SECOND))
 
     def close(self) -> None:
         """Close the connections."""
