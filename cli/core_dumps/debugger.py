@@ -7,6 +7,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from core_dump_format.text import printable
 from core_dumps import show
 from core_dumps.buildid import CoreFile, Module, Modules, read_build_id, read_modules
 from core_dumps.cache import cache_directory
-from core_dumps.errors import INTERRUPTED, UsageError
+from core_dumps.errors import UsageError
 from core_dumps.neutral import neutralise
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ _READS = {"x86_64": {"x86-64", "i386"}, "aarch64": {"aarch64", "arm"}}
 """Cores that gdb reads on a machine, by the machine's name in uname(2)."""
 _RESOLVED = re.compile(r"^ *#\d+ +(?:0x[0-9a-f]+ in )?(?!0x|\?\?)\S|^ *(?:\* )?frame #\d+: .*`", re.MULTILINE)
 """A frame of gdb or lldb with a function."""
+_BEGINNING = re.compile(r"^(?:Thread \d|#0 |\* thread #| *thread #)", re.MULTILINE)
+"""The first line of a backtrace of gdb or lldb."""
 
 
 def check(program: str, roots: Sequence[str], executable: str | None) -> None:
@@ -157,11 +160,12 @@ def _note_missing(modules: Modules, dump: Dump) -> None:
 
 
 def run(line: Sequence[str]) -> int:
-    """Run a debugger on this terminal and return its exit status."""
+    """Run a debugger on this terminal and return its exit status. Ctrl-C is for the debugger alone."""
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # a handler ends at exec(2), SIG_IGN would not
     try:
         return subprocess.run(line, check=False).returncode  # noqa: S603  a list, no shell
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def backtrace(line: Sequence[str]) -> tuple[int, str]:
@@ -169,8 +173,14 @@ def backtrace(line: Sequence[str]) -> tuple[int, str]:
     done = subprocess.run(line, check=False, capture_output=True, stdin=subprocess.DEVNULL)  # noqa: S603  likewise
     text = done.stdout.decode("utf-8", "backslashreplace")
     if done.returncode:
-        text += done.stderr.decode("utf-8", "backslashreplace")
-    return done.returncode, text
+        return done.returncode, text + done.stderr.decode("utf-8", "backslashreplace")
+    return 0, without_chatter(text)
+
+
+def without_chatter(text: str) -> str:
+    """Return a backtrace from its first thread or frame on: what precedes it is progress and repeats `info`."""
+    found = _BEGINNING.search(text)
+    return text[found.start() :] if found else text
 
 
 def has_resolved_frame(text: str) -> bool:

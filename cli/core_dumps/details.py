@@ -27,7 +27,7 @@ _LABELS = {
     "container_id": "Container ID", "pod_uid": "Pod UID", "threads": "Threads", "bytes": "Core Size",
     "expected_bytes": "Expected Size", "truncated": "Truncated", "sensitive_reason": "Sensitive",
     "compressor": "Compressor", "duration_ms": "Dump Took", "uploaded_at": "Uploaded",
-    "build_id": "Build ID", "fingerprint": "Fingerprint", "frames": "Where", "crc32": "CRC-32",
+    "build_id": "Build ID", "machine": "Machine", "fingerprint": "Fingerprint", "frames": "Where", "crc32": "CRC-32",
 }  # fmt: skip
 _CODES = {
     signals.SIGSEGV: {1: "address not mapped", 2: "access not permitted"},

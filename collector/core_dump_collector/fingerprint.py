@@ -48,10 +48,12 @@ class Fingerprint:
     """Build ID of the executable."""
     frames: tuple[str, ...]
     """`file+0xoffset`, the crashing program counter first."""
+    machine: str
+    """Architecture of the core, such as `x86-64`."""
 
     def fields(self) -> dict[str, str]:
         """Return the fields of the metadata object."""
-        fields = {"fingerprint": self.id, "frames": " ".join(self.frames)}
+        fields = {"fingerprint": self.id, "frames": " ".join(self.frames), "machine": self.machine}
         return fields | ({"build_id": self.build_id} if self.build_id else {})
 
 
@@ -82,7 +84,7 @@ def fingerprint(
     program = build_id or (executable or core.comm or "").rpartition("/")[2]
     signal = core.signal if core.signal is not None else crashed.signal
     text = "\n".join([program, str(signal), *frames])
-    return Fingerprint(hashlib.sha256(text.encode()).hexdigest()[:16], build_id, frames)
+    return Fingerprint(hashlib.sha256(text.encode()).hexdigest()[:16], build_id, frames, core.machine)
 
 
 def fingerprint_of_file(

@@ -36,7 +36,7 @@ METADATA_FLAGS = frozenset({"sensitive"})
 METADATA_NUMBERS = NUMBERS | {"schema", "size_bytes"}
 METADATA_TEXTS = (TEXTS - METADATA_FLAGS) | {
     *("key", "bucket", "crc32", "node", "uploaded_at", "collector_version", "state", "sensitive_reason"),
-    *("namespace", "pod", "container", "fingerprint", "build_id", "frames"),
+    *("namespace", "pod", "container", "fingerprint", "build_id", "frames", "machine"),
 }
 METADATA_FIELDS = METADATA_NUMBERS | METADATA_TEXTS | METADATA_FLAGS
 """Every field of a metadata object, and so everything that `core-dumps` can be asked for."""

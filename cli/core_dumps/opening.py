@@ -1,0 +1,193 @@
+"""Owns the commands about one dump: `info`, `get`, `debug`, `bt`, `share`."""
+
+# ruff: noqa: FBT002, PLR0913, PLR0917  the parameters of a command are its options
+# ruff: noqa: PLC0415  each command imports only what it needs: completion and --help must be quick
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from core_dump_format.text import printable
+from core_dumps import show, when
+from core_dumps.app import app
+from core_dumps.errors import CliError, UsageError
+from core_dumps.options import Selection, with_selection
+
+if TYPE_CHECKING:
+    from core_dumps import debugger
+    from core_dumps.dump import Dump
+
+WEEK_SECONDS = 7 * 86400
+
+
+@app.command()
+@with_selection
+def info(
+    selection: Selection,
+    no_core: Annotated[bool, typer.Option("--no-core", help="Read only the metadata, not the core")] = False,
+) -> None:
+    """Show the metadata and the core of the newest matching dump."""
+    from core_dumps import details
+    from core_dumps.head import read_head
+
+    with selection.open() as bucket:
+        dump = selection.newest(bucket)
+        head = None if no_core or dump.size_bytes is None else read_head(bucket, dump)
+        details.print_info(show.console(), bucket.name, dump, head)
+
+
+@app.command()
+@with_selection
+def get(
+    selection: Selection,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Write to FILE; - is standard output")
+    ] = None,
+    keep_compressed: Annotated[
+        bool, typer.Option("--keep-compressed", help="Write the object as it is in the bucket")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace FILE if it exists")] = False,
+) -> None:
+    """Download the newest matching dump, verify and decompress it.
+
+    The same command continues a download that was interrupted.
+    """
+    from core_dumps.fetch import default_name, fetch
+    from core_dumps.progress import Bars
+    from core_dumps.stream import stream
+
+    if output == "-" and sys.stdout.isatty():
+        raise UsageError("a core is not text: redirect the output, or give -o FILE")
+    with selection.open() as bucket, Bars() as bars:
+        dump = selection.newest(bucket)
+        if output == "-":
+            warning = stream(bucket, dump, sys.stdout.buffer, bars, keep_compressed=keep_compressed)
+            _warn(selection, dump, warning)
+            return
+        target = output or default_name(dump, compressed=keep_compressed)
+        fetched = fetch(bucket, dump, target, bars, keep_compressed=keep_compressed, force=force)
+    _warn(selection, dump, fetched.warning)
+    verified = ", ".join(fetched.verified) or "nothing, no checksum is known"
+    typer.echo(f"{printable(fetched.path)}: {show.size(fetched.size_bytes)}, verified: {verified}")
+
+
+def _warn(selection: Selection, dump: Dump, warning: str | None = None) -> None:
+    """Print what a user must know before using a dump."""
+    if warning:
+        selection.note(warning)
+    if dump.truncated:
+        selection.note(f"this dump was cut short on its node ({dump.text('truncated') or 'unknown reason'})")
+    if dump.sensitive:
+        reason = dump.text("sensitive_reason") or "unknown reason"
+        selection.note(f"this dump is sensitive ({reason}): it may contain another user's secrets")
+    if not dump.has_metadata:
+        selection.note("this dump has no metadata object; its upload may be incomplete")
+    if dump.damage:
+        selection.note(f"the metadata object of this dump is damaged: {dump.damage}")
+
+
+Sysroot = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sysroot",
+        metavar="DIR",
+        show_default=False,
+        help="Directory with the files of the node or image; repeatable",
+    ),
+]
+Executable = Annotated[
+    str | None, typer.Option("--exe", metavar="FILE", help="The executable, if its build ID is not known")
+]
+Full = Annotated[
+    bool, typer.Option("--full", help="Download the whole dump, not only the part that backtraces need")
+]
+Debugger = Annotated[str, typer.Option("--debugger", metavar="PROGRAM", help="gdb, lldb or the path of one")]
+Extra = Annotated[
+    str,
+    typer.Option(
+        "--debugger-arguments",
+        "-A",
+        metavar="ARGS",
+        show_default=False,
+        help="More arguments for the debugger",
+    ),
+]
+
+
+@app.command()
+@with_selection
+def debug(
+    selection: Selection,
+    sysroot: Sysroot = None,
+    debugger_program: Debugger = "gdb",
+    arguments: Extra = "",
+    executable: Executable = None,
+    full: Full = False,
+) -> None:
+    """Open the newest matching dump in a debugger."""
+    from core_dumps import debugger
+
+    session = _session(selection, sysroot or [], debugger_program, executable, full=full)
+    raise typer.Exit(debugger.run(session.command(arguments, batch=False)))
+
+
+@app.command()
+@with_selection
+def bt(
+    selection: Selection,
+    sysroot: Sysroot = None,
+    debugger_program: Debugger = "gdb",
+    arguments: Extra = "",
+    executable: Executable = None,
+    full: Full = False,
+) -> None:
+    """Print the backtraces of the newest matching dump."""
+    from core_dumps import debugger
+
+    session = _session(selection, sysroot or [], debugger_program, executable, full=full)
+    code, text = debugger.backtrace(session.command(arguments, batch=True))
+    for line in text.splitlines():
+        typer.echo(printable(line.expandtabs(), 10_000))
+    if code:
+        raise CliError(f"{debugger_program} failed (exit {code})")
+    if not debugger.has_resolved_frame(text):
+        raise CliError("no address could be resolved to a function: see the notes above for missing files")
+
+
+def _session(
+    selection: Selection, roots: list[str], program: str, executable: str | None, *, full: bool
+) -> debugger.Session:
+    """Download a dump into the cache and find the files that belong to it."""
+    from core_dumps import cache, debugger
+    from core_dumps.progress import Bars
+
+    debugger.check(program, roots, executable)
+    with selection.open() as bucket, Bars() as bars:
+        dump = selection.newest(bucket)
+        core = cache.load(bucket, dump, bars, full=full)
+    _warn(selection, dump)
+    return debugger.prepare(program, core, dump, roots, executable)
+
+
+@app.command()
+@with_selection
+def share(
+    selection: Selection,
+    expires: Annotated[
+        str, typer.Option("--expires", metavar="SPAN", help="How long the URL works, at most 7d")
+    ] = "1h",
+) -> None:
+    """Print a download URL of the newest matching dump."""
+    seconds = int(when.span(expires))
+    if not 1 <= seconds <= WEEK_SECONDS:
+        raise UsageError("--expires takes 1s to 7d, the limit of S3")
+    with selection.open() as bucket:
+        dump = selection.newest(bucket)
+        if dump.size_bytes is None:
+            raise CliError("this is a record without a dump")
+        _warn(selection, dump)
+        selection.note(f"everyone who has this URL can download the dump and its secrets, for {expires}")
+        typer.echo(bucket.presign(dump, seconds))
