@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import signal
-import sys
-import tempfile
 import time
-from pathlib import Path
+
+from tests.support.cleanup import exit_on_signals, temporary_directory
 
 from bench import machine
 from bench.report import Report, Table
@@ -21,8 +18,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="alternating rounds (2)")
     parser.add_argument("--no-write", action="store_true", help="leave docs/benchmarks.md alone")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the core pattern is restored
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    exit_on_signals()
     machine.require()
     from bench import collecting, crashes  # noqa: PLC0415  what they import may just have been installed
 
@@ -30,14 +26,11 @@ def main() -> None:
     begin = time.monotonic()
     lines = [[line] for line in machine.describe()]
     report.add(Table("machine", [time.strftime("%Y-%m-%d", time.gmtime())], lines))
-    root = Path(tempfile.mkdtemp(prefix="cdb.", dir="/var/tmp"))
-    try:
+    with temporary_directory("cdb.", "/var/tmp") as root:
         if options.only != "collector":
             crashes.run(root, report, options.rounds)
         if options.only != "crashes":
             collecting.run(root, report, options.rounds)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
     print(f"\n{(time.monotonic() - begin) / 60:.1f} minutes")
 
 

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import urllib.request
 import uuid
@@ -20,6 +19,7 @@ from pathlib import Path
 import pytest
 from tests.cli.conftest import Cli
 from tests.support import kernel, s3
+from tests.support.cleanup import temporary_directory
 from tests.support.collector import running, wait_until
 
 from core_dump_collector.fingerprint import fingerprint
@@ -48,7 +48,7 @@ def fleet(seaweed, tmp_path_factory):
     """Crash programs in C (twice), C++ and Python, and let the collector bring their dumps to the bucket."""
     home = tmp_path_factory.mktemp("fleet")
     prefix = f"fleet-{uuid.uuid4().hex[:8]}"
-    with tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp") as directory:
+    with temporary_directory("cdh-", "/var/tmp") as directory:
         watch_dir = Path(directory, "w")
         watch_dir.mkdir(mode=0o700)
         program, throw = Path(directory, "crash"), Path(directory, "throw")

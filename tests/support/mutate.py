@@ -12,13 +12,14 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.support.cleanup import exit_on_signals, temporary_directory
 
 ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("mutants.toml")
@@ -111,8 +112,9 @@ def main() -> int:
         sys.stdout.write("".join(f"STALE: {line}\n" for line in stale))
         return 1
     verdicts: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
-        tree = Path(directory, "tree")
+    exit_on_signals()
+    with temporary_directory("mutants-") as directory:
+        tree = directory / "tree"
         shutil.copytree(ROOT, tree, ignore=LEFT_OUT, symlinks=True)
         for mutant, text in zip(mutants, texts, strict=True):
             if options.check:

@@ -17,13 +17,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.support import kernel, s3
+from tests.support.cleanup import exit_on_signals, temporary_directory
 from tests.support.collector import Collector, running, wait_until
 
 MEBIBYTE = 1 << 20
@@ -290,8 +290,9 @@ def main() -> None:
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(out), str(tree)]
     subprocess.run(build, check=True)
     (wheel,) = out.glob("*.whl")
-    with tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp") as scratch:
-        recorder = Recorder(tree, wheel, Path(scratch), out)
+    exit_on_signals()
+    with temporary_directory("cdh-", "/var/tmp") as scratch:
+        recorder = Recorder(tree, wheel, scratch, out)
         recorder.watch_dir.mkdir(mode=0o700)
         crash_all(recorder)
         save_watch_dir(recorder)
