@@ -22,12 +22,13 @@ from core_dump_collector.breaker import CircuitBreaker
 from core_dump_collector.config import describe
 from core_dump_collector.errors import ConfigError
 from core_dump_collector.health import HEARTBEAT_SECONDS, Health, Server
-from core_dump_collector.jobs import Job, Salvage
+from core_dump_collector.jobs import Job, Probe, Salvage
 from core_dump_collector.metrics import Metrics, raise_to
 from core_dump_collector.node import corepattern, scan
 from core_dump_collector.node.drops import DropRecords
 from core_dump_collector.observation import Look, Observer
 from core_dump_collector.pool import Pool
+from core_dump_collector.reachability import Reachability
 from core_dump_collector.results import Results
 
 if TYPE_CHECKING:
@@ -55,10 +56,17 @@ class Daemon:
         self._observer = Observer(self._metrics.unobserved)
         self._backlog = Backlog(longest_pause_seconds=settings.retry_seconds)
         self._breaker = CircuitBreaker()
+        self._store = Reachability()
         self._records = DropRecords(directory)
         self._arrivals = Arrivals(directory, settings, self._backlog, self._observer, self._metrics)
         self._results = Results(
-            directory, self._backlog, self._arrivals.partials, self._breaker, self._records, self._metrics
+            directory,
+            self._backlog,
+            self._arrivals.partials,
+            self._breaker,
+            self._store,
+            self._records,
+            self._metrics,
         )
         self._log_writer = log_writer
         self._stop_requests = 0
@@ -102,6 +110,7 @@ class Daemon:
     def _pause(self) -> float:
         due = [self._beat_due, self._arrivals.due]
         if self._pool.has_room:
+            due.append(self._store.probe_due)
             waiting = (self._arrivals.partials.next_due(), self._next_upload())
             due += [moment for moment in waiting if moment is not None]
         return max(0.0, min(due) - time.monotonic())
@@ -116,6 +125,9 @@ class Daemon:
 
     def _submit(self) -> None:
         now = time.monotonic()
+        if self._pool.has_room and now >= self._store.probe_due:
+            self._store.start_probe()
+            self._pool.submit(Probe())
         while self._pool.has_room and (partial := self._arrivals.next_partial(now)) is not None:
             self._arrivals.partials.start(partial)
             self._pool.submit(Salvage(self._directory, partial))
@@ -161,12 +173,23 @@ class Daemon:
             metrics.dropped.labels(reason).inc(number)
 
     def _report_readiness(self) -> None:
-        """Be ready while the directory is there and its last scan succeeded."""
-        ready = self._arrivals.is_complete
-        if ready != self._health.is_set_ready:
-            self._health.set_ready(ready=ready)
-            if ready:
+        """Be ready while the directory is there, its last scan succeeded, and the store takes dumps."""
+        collecting, store = self._arrivals.is_complete, self._store
+        obstacle = ""
+        if not collecting:
+            obstacle = "the watch directory is not there, or was not scanned yet"
+        elif not store.is_known:
+            obstacle = "the store has not answered yet"
+        elif store.reason is not None:
+            obstacle = f"the store does not take dumps: {store.reason}"
+        if (collecting, obstacle) != (self._health.is_collecting, self._health.obstacle):
+            self._health.set_state(collecting=collecting, obstacle=obstacle)
+            if obstacle:
+                log.warning("not ready", why=obstacle)
+            else:
                 log.info("ready", waiting=len(self._backlog))
+        if store.is_known:
+            self._metrics.observe_store(reachable=store.reason is None, reason=store.reason or "")
 
     def _gauge(self) -> None:
         metrics = self._metrics
@@ -183,10 +206,10 @@ class Daemon:
         """Stop in stages: no new files, uploads under way until the deadline, workers, files, port."""
         started = time.monotonic()
         deadline = started + self._settings.shutdown_seconds
-        self._health.set_ready(ready=False)
+        self._health.set_state(collecting=False, obstacle="stopping")
         log.info("stopping", in_flight=self._pool.in_flight, waiting=self._backlog.waiting)
         self._arrivals.close()
-        while self._pool.in_flight and self._stop_requests < 2:  # noqa: PLR2004  the second signal
+        while self._pool.in_flight > self._store.is_probing and self._stop_requests < 2:  # noqa: PLR2004  the second signal
             left = min(deadline, self._beat_due) - time.monotonic()
             if deadline <= time.monotonic():
                 break
@@ -195,7 +218,7 @@ class Daemon:
             if time.monotonic() >= self._beat_due:
                 self._health.beat()
                 self._beat_due = time.monotonic() + HEARTBEAT_SECONDS
-        if self._pool.in_flight:
+        if self._pool.in_flight > self._store.is_probing:
             log.warning("uploads were cut off; their files are on disk", in_flight=self._pool.in_flight)
         self._pool.kill()
         signal.set_wakeup_fd(-1)

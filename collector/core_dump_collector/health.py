@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 HEARTBEAT_SECONDS = 5.0
 STALLED_SECONDS = 60.0
 """Without a heartbeat for this long /livez fails."""
+DEAD = "dead: the loop or its jobs stand still"
 _REQUEST_SECONDS = 5
 _MOST_CONNECTIONS = 256
 _EVERY_ADDRESS, _EVERY_IPV4_ADDRESS = "::", "0.0.0.0"  # noqa: S104  Prometheus scrapes from another host
@@ -44,7 +45,9 @@ class Health:
             ConfigError: it cannot be written.
         """
         self._beat = time.monotonic()
-        self._ready = False
+        self.is_collecting = False
+        self.obstacle = "starting"
+        """Why the daemon is not ready; empty if it is."""
         self._stuck = False
         self._startup_file: StartupFile | None = None
         if startup_file is not None:
@@ -58,22 +61,19 @@ class Health:
     def _turns(self) -> bool:
         return time.monotonic() - self._beat < 2 * HEARTBEAT_SECONDS
 
-    def set_ready(self, *, ready: bool) -> None:
-        """Say whether dumps are being collected."""
-        self._ready = ready
-        if ready and self._startup_file is not None:
+    def set_state(self, *, collecting: bool, obstacle: str = "") -> None:
+        """Say whether the directory is being collected, and what keeps dumps from the bucket, if anything does."""
+        self.is_collecting = collecting
+        self.obstacle = obstacle
+        if collecting and self._startup_file is not None:
             self._startup_file.set("ready")
 
     def end(self) -> None:
         """Write the word `dead`."""
-        self._ready = False
+        self.is_collecting = False
+        self.obstacle = "stopped"
         if self._startup_file is not None:
             self._startup_file.end()
-
-    @property
-    def is_set_ready(self) -> bool:
-        """Tell whether the loop has said that dumps are being collected."""
-        return self._ready
 
     @property
     def is_live(self) -> bool:
@@ -81,9 +81,11 @@ class Health:
         return time.monotonic() - self._beat < STALLED_SECONDS and not self._stuck
 
     @property
-    def is_ready(self) -> bool:
-        """Tell whether dumps are being collected."""
-        return self._ready and self.is_live
+    def why_not_ready(self) -> str:
+        """Return what keeps dumps from the bucket, as far as known; empty if nothing does."""
+        if not self.is_live:
+            return DEAD
+        return f"not ready: {self.obstacle}" if self.obstacle else ""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -99,17 +101,17 @@ class _Handler(BaseHTTPRequestHandler):
                 encode, content_type = choose_encoder(self.headers.get("Accept", ""))
                 self._answer(HTTPStatus.OK, encode(self.server.registry), content_type)
             case "/livez":
-                self._answer_health(good=self.server.health.is_live)
+                self._answer_health("" if self.server.health.is_live else DEAD)
             case "/readyz":
-                self._answer_health(good=self.server.health.is_ready)
+                self._answer_health(self.server.health.why_not_ready)
             case _:
                 self._answer(HTTPStatus.NOT_FOUND, b"/metrics /livez /readyz\n", "text/plain")
 
-    def _answer_health(self, *, good: bool) -> None:
-        if good:
-            self._answer(HTTPStatus.OK, b"ok\n", "text/plain")
+    def _answer_health(self, trouble: str) -> None:
+        if trouble:
+            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, trouble.encode() + b"\n", "text/plain")
         else:
-            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, b"not ok\n", "text/plain")
+            self._answer(HTTPStatus.OK, b"ok\n", "text/plain")
 
     def _answer(self, status: HTTPStatus, body: bytes, content_type: str) -> None:
         self.send_response(status)

@@ -88,6 +88,22 @@ class SalvageResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """A question to the store: does it answer, and know bucket and credentials?"""
+
+    name: str = "probe"
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """The answer to a probe."""
+
+    reason: RetryReason | None = None
+    """None if bucket and credentials are known to the store."""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """A record without a dump: what the helper refused."""
 
@@ -131,3 +147,20 @@ class UploadResult:
     retry_reason: RetryReason | None = None
     detail: str = ""
     """One line for the log, without control characters."""
+
+
+AnyJob = Job | Document | Salvage | Probe
+AnyResult = UploadResult | RecordResult | SalvageResult | ProbeResult
+
+
+def fail(job: AnyJob, reason: RetryReason, detail: str) -> AnyResult:
+    """Return the result of a job that failed for a reason that can pass."""
+    match job:
+        case Salvage():
+            return SalvageResult(job.name, detail=detail)
+        case Document():
+            return RecordResult(job.name, reason, detail)
+        case Probe():
+            return ProbeResult(reason, detail)
+        case _:
+            return UploadResult(job.name, Outcome.RETRY, retry_reason=reason, detail=detail)

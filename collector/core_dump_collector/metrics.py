@@ -82,6 +82,7 @@ class Metrics:
             "Log lines that were dropped because nobody read them.",
             registry=r,
         )
+        self._shown_store: tuple[bool, str] | None = None
         self._add_gauges(r)
         _preset(self.uploads, _UPLOADS)
         _preset(self.skipped, _SKIPPED)
@@ -94,6 +95,12 @@ class Metrics:
         self.backlog_bytes = Gauge("core_dump_backlog_bytes", "Their size on disk.", registry=r)
         self.backlog_oldest = Gauge(
             "core_dump_backlog_oldest_seconds", "Age of the oldest dump that waits.", registry=r
+        )
+        self.store_reachable = Gauge(
+            "core_dump_store_reachable",
+            "1 while the store takes dumps; 0 with the reason while it does not. Absent until it was asked.",
+            ["reason"],
+            registry=r,
         )
         self.inflight = Gauge("core_dump_inflight_uploads", "Dumps being uploaded.", registry=r)
         self.free_bytes = Gauge(
@@ -140,6 +147,13 @@ class Metrics:
         self.dumps.labels(_SIGNALS.get(result.signal or 0, "other")).inc()
         self.truncated.inc(1 if result.truncated else 0)
         self.sensitive.inc(1 if result.sensitive else 0)
+
+    def observe_store(self, *, reachable: bool, reason: str) -> None:
+        """Show whether the store takes dumps: one sample, with the reason as its label."""
+        if (reachable, reason) != self._shown_store:
+            self._shown_store = (reachable, reason)
+            self.store_reachable.clear()
+            self.store_reachable.labels(reason).set(int(reachable))
 
     def observe_disk(self, directory: str) -> None:
         """Read the free space of the watch directory's file system."""

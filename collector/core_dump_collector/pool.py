@@ -19,26 +19,16 @@ from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
 from core_dump_collector.deadlines import Deadlines, seconds_for
-from core_dump_collector.jobs import (
-    Document,
-    Job,
-    Outcome,
-    RecordResult,
-    RetryReason,
-    Salvage,
-    SalvageResult,
-    UploadResult,
-)
+from core_dump_collector.jobs import Job, RetryReason, fail
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.process import BaseProcess
 
+    from core_dump_collector.jobs import AnyJob, AnyResult
     from core_dump_collector.options import UploadOptions
     from core_dump_collector.upload import Worker
 
-AnyJob = Job | Document | Salvage
-AnyResult = UploadResult | RecordResult | SalvageResult
 _PRELOAD = ["__main__", "core_dump_collector.preload"]
 _KILL_SECONDS = 5.0
 STOPPED_SECONDS = 60.0
@@ -121,14 +111,35 @@ class Pool:
 
     def submit(self, job: AnyJob) -> None:
         """Hand a job to the next free worker."""
-        try:
-            future = self._executor.submit(_process, job)
-        except BrokenProcessPool:
-            self._rebuild()
-            future = self._executor.submit(_process, job)
+        future = self._schedule(job)
         request_seconds = self._options.connect_timeout_seconds + self._options.read_timeout_seconds
         self._deadlines.add(future, seconds_for(_size_of(job), request_seconds), time.monotonic())
         future.add_done_callback(lambda done: self._land(job, done))
+
+    def _schedule(self, job: AnyJob) -> Future[AnyResult]:
+        try:
+            return self._executor.submit(_process, job)
+        except BrokenProcessPool:
+            self._rebuild()
+        except (
+            OSError,
+            EOFError,
+        ) as error:  # no process can be started now: no memory, too many processes or files
+            return self._withdraw(error)
+        try:
+            return self._executor.submit(_process, job)
+        except (OSError, EOFError) as error:
+            return self._withdraw(error)
+
+    def _withdraw(self, error: Exception) -> Future[AnyResult]:
+        """Return the future of a job that could not be given to a worker; `submit` has queued it before it failed."""
+        executor = self._executor
+        item = executor._pending_work_items.get(executor._queue_count - 1)  # noqa: SLF001  it returns it only if all went well
+        if item is not None and not item.future.cancel():
+            return item.future
+        failed: Future[AnyResult] = Future()
+        failed.set_exception(OSError(f"no worker process can be started: {error}"))
+        return failed
 
     def _land(self, job: AnyJob, future: Future[AnyResult]) -> None:
         self._done.put((job, future))
@@ -150,9 +161,11 @@ class Pool:
                 results.append(future.result())
             except BrokenProcessPool:
                 broken = True
-                results.append(_failed(job, *(_HUNG if hung else _DIED)))
+                results.append(fail(job, *(_HUNG if hung else _DIED)))
+            except OSError as error:
+                results.append(fail(job, RetryReason.WORKER_DIED, str(error)[:500]))
             except Exception as error:  # noqa: BLE001  the boundary to the workers: nothing may end the daemon
-                results.append(_failed(job, RetryReason.INTERNAL, repr(error)))
+                results.append(fail(job, RetryReason.INTERNAL, repr(error)[:500]))
         if broken:
             self._rebuild()
         return results
@@ -209,11 +222,3 @@ def _size_of(job: AnyJob) -> int:
         return os.lstat(os.path.join(job.directory, job.name)).st_size
     except (OSError, ValueError):
         return 0
-
-
-def _failed(job: AnyJob, reason: RetryReason, detail: str) -> AnyResult:
-    if isinstance(job, Salvage):
-        return SalvageResult(job.name, detail=detail[:500])
-    if isinstance(job, Document):
-        return RecordResult(job.name, reason, detail[:500])
-    return UploadResult(job.name, Outcome.RETRY, retry_reason=reason, detail=detail[:500])

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from core_dump_collector.jobs import Outcome, RecordResult, SalvageResult
+from core_dump_collector.jobs import Outcome, ProbeResult, RecordResult, SalvageResult
 
 if TYPE_CHECKING:
     from core_dump_collector.backlog import Backlog
     from core_dump_collector.breaker import CircuitBreaker
-    from core_dump_collector.jobs import UploadResult
+    from core_dump_collector.jobs import AnyResult, UploadResult
     from core_dump_collector.metrics import Metrics
     from core_dump_collector.node.drops import DropRecords
     from core_dump_collector.partials import Partials
-    from core_dump_collector.pool import AnyResult
+    from core_dump_collector.reachability import Reachability
 
 log = structlog.get_logger()
 
@@ -31,6 +31,7 @@ class Results:
     backlog: Backlog
     partials: Partials
     breaker: CircuitBreaker
+    store: Reachability
     records: DropRecords
     metrics: Metrics
 
@@ -41,6 +42,8 @@ class Results:
             self._apply_salvage(result, now)
         elif isinstance(result, RecordResult):
             self._apply_record(result, now)
+        elif isinstance(result, ProbeResult):
+            self._apply_probe(result, now)
         elif self.backlog.is_in_flight(result.name):
             self.metrics.observe(result)
             self._apply_upload(result, now)
@@ -51,6 +54,17 @@ class Results:
         self.records.settle(result.name, now, stored=result.stored)
         shown = "uploaded" if result.stored else "retry"
         log.info("record of refused dumps", file=result.name, result=shown, detail=result.detail)
+
+    def _apply_probe(self, result: ProbeResult, now: float) -> None:
+        known, before = self.store.is_known, self.store.reason
+        self.store.note_probe(result.reason, now)
+        if not known or self.store.reason != before:
+            if result.reason is not None:
+                log.error(
+                    "the store does not answer as it should", reason=result.reason, detail=result.detail
+                )
+            elif self.store.reason is None:
+                log.info("the store answers")
 
     def _apply_salvage(self, result: SalvageResult, now: float) -> None:
         self.partials.finish(result.name, now, left=result.published is None)
@@ -69,12 +83,14 @@ class Results:
         match result.outcome:
             case Outcome.RETRY if result.retry_reason is not None:
                 self.breaker.fail(result.retry_reason, now)
+                self.store.note_upload(result.retry_reason, now)
                 pause = self.backlog.retry(name, now, needs_operator=result.retry_reason.needs_operator)
                 log.warning(
                     "will try again", reason=result.retry_reason, pause_seconds=round(pause, 1), **shown
                 )
             case Outcome.UPLOADED | Outcome.ALREADY_STORED:
                 self.breaker.succeed()
+                self.store.note_upload(None, now)
                 gone = not os.path.lexists(os.path.join(self.directory, name))
                 self.backlog.finish(name, gone=gone)
                 log.info(

@@ -18,11 +18,14 @@ from core_dump_collector.jobs import (
     Document,
     Job,
     Outcome,
+    Probe,
+    ProbeResult,
     RecordResult,
     RetryReason,
     Salvage,
     SalvageResult,
     UploadResult,
+    fail,
 )
 from core_dump_collector.node import dumpfile
 from core_dump_collector.s3 import classify, documents, parts, record
@@ -35,6 +38,7 @@ from core_dump_format.keys import build_key
 from core_dump_format.text import printable
 
 if TYPE_CHECKING:
+    from core_dump_collector.jobs import AnyJob, AnyResult
     from core_dump_collector.metadata import Facts, StoredObject
     from core_dump_collector.node.dumpfile import DumpFile
     from core_dump_collector.options import UploadOptions
@@ -59,23 +63,28 @@ class Worker:
         self._options = options
         self._store: Store | None = None
 
-    def process(self, job: Job | Document | Salvage) -> UploadResult | RecordResult | SalvageResult:
-        """Bring one dump to S3 and delete it, salvage a partial, or store one record. Never raises."""
+    def process(self, job: AnyJob) -> AnyResult:
+        """Bring one dump to S3 and delete it, salvage a partial, store a record, or probe the store. Never raises."""
         started = time.monotonic()
         try:
-            if isinstance(job, Salvage):
-                return SalvageResult(job.name, dumpfile.salvage(job.directory, job.name))
-            if isinstance(job, Document):
-                return self._store_record(job)
-            result = self._upload(job)
+            result = self._run(job)
         except Exception as error:  # noqa: BLE001  the worker's boundary: a fault of ours must not end the pool
-            reason, detail = self._explain(error)
-            if isinstance(job, Salvage):
-                return SalvageResult(job.name, detail=detail)
-            if isinstance(job, Document):
-                return RecordResult(job.name, reason, detail)
-            result = UploadResult(job.name, Outcome.RETRY, retry_reason=reason, detail=detail)
-        return replace(result, seconds=time.monotonic() - started, detail=printable(result.detail))
+            result = fail(job, *self._explain(error))
+        if isinstance(result, UploadResult):
+            return replace(result, seconds=time.monotonic() - started, detail=printable(result.detail))
+        return result
+
+    def _run(self, job: AnyJob) -> AnyResult:
+        match job:
+            case Salvage():
+                return SalvageResult(job.name, dumpfile.salvage(job.directory, job.name))
+            case Document():
+                return self._store_record(job)
+            case Probe():
+                self.open_store().probe(f"{self._options.prefix}{self._options.node_name}/.probe")
+                return ProbeResult()
+            case _:
+                return self._upload(job)
 
     def close(self) -> None:
         """Close the client; the next job makes one."""

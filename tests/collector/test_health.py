@@ -91,7 +91,7 @@ def test_liveness_ends_while_jobs_stay_out_after_their_deadlines(served):
 def test_readiness_follows_the_daemon_and_liveness_its_heartbeat(served, monkeypatch):
     server, health = served
     assert [get(server, p)[0] for p in ("/livez", "/readyz")] == [200, 503]
-    health.set_ready(ready=True)
+    health.set_state(collecting=True)
     assert get(server, "/readyz")[0] == 200
     later = time.monotonic() + 61
     monkeypatch.setattr(time, "monotonic", lambda: later)
@@ -105,7 +105,7 @@ def test_startup_file_tells_the_state(tmp_path):
     path.write_text("dead\n")
     health = Health(str(path), observer())
     assert path.read_text() == "starting\n"
-    health.set_ready(ready=True)
+    health.set_state(collecting=True)
     wait_word(path, "ready")
     health.end()
     assert path.read_text() == "dead\n"
@@ -117,9 +117,9 @@ def test_startup_file_that_cannot_be_written_any_more_stops_nobody(tmp_path):
     health = Health(str(directory / "startup"), observer())
     (directory / "startup").unlink()
     directory.rmdir()
-    health.set_ready(ready=True)
+    health.set_state(collecting=True)
     health.beat()
-    assert health.is_ready
+    assert health.is_collecting
     health.end()
 
 
@@ -127,7 +127,7 @@ def test_startup_file_that_was_deleted_or_emptied_is_written_again(tmp_path, mon
     monkeypatch.setattr(health_module, "HEARTBEAT_SECONDS", 0.05)
     path = tmp_path / "startup"
     health = Health(str(path), observer())
-    health.set_ready(ready=True)
+    health.set_state(collecting=True)
     wait_word(path, "ready")
     for spoil in (path.unlink, lambda: path.write_text("")):
         spoil()
@@ -160,7 +160,7 @@ def test_full_disk_keeps_the_word_and_is_told_when_it_cannot_be_written(tmp_path
         with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
             while filler.write(bytes(4096)):
                 pass
-        health.set_ready(ready=True)
+        health.set_state(collecting=True)
         wait_word(disk / "startup", "ready")
         (disk / "startup").unlink()
         with contextlib.suppress(OSError), (disk / "more").open("wb", buffering=0) as filler:

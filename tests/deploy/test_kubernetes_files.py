@@ -142,7 +142,7 @@ def test_probes_ask_where_the_collector_answers(rendered):
         name: collector[name]["httpGet"] for name in ("startupProbe", "livenessProbe", "readinessProbe")
     }
     assert {probe["port"] for probe in probes.values()} == {port["name"]}
-    assert [probe["path"] for probe in probes.values()] == ["/readyz", "/livez", "/readyz"]
+    assert [probe["path"] for probe in probes.values()] == ["/livez", "/livez", "/readyz"]
 
 
 def test_pod_monitor_selects_the_daemonsets_pods(rendered):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import os
+import resource
 import shutil
 import subprocess
 
@@ -218,3 +219,20 @@ def is_blocked(pid):
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0] == "D"
     return False
+
+
+def test_no_descriptor_left_ends_nothing(seaweed, bucket, watch_dir, tmp_path):
+    with running(
+        watch_dir, seaweed.environ(), tmp_path, "--workers", "4", "--scan-seconds", "1"
+    ) as collector:
+        wait_until(collector.workers, 30, "the first worker")
+        pid = collector.process.pid
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
+        for number in range(1, 9):
+            put_dump(watch_dir, f"core-app-{1_700_000_000 + number}-{number}-11.gz")
+        wait_until(lambda: any(e.get("what") == "scan" for e in collector.log()), 30, "a scan that fails")
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        wait_until(lambda: not list(watch_dir.glob("core*")), 60, "every dump to be uploaded")
+        assert collector.metric('core_dump_observation_failures_total{what="scan"}') >= 1
+        wait_until(lambda: collector.metric(UPLOADED) == 8, 10)

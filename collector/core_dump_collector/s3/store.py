@@ -229,6 +229,24 @@ class Store:
         checksum = self._checksum(zlib.crc32(document))
         return _found(self._call(self._put_small, None, Key=key, Body=document, **checksum, **headers))
 
+    def probe(self, key: str) -> None:
+        """Ask for an object that does not exist: any response but an error of bucket or credentials is good.
+
+        An identity that may only write gets AccessDenied, like one that may do nothing: that is not told apart.
+
+        Raises:
+            RetryableError: the store cannot be reached, or knows the bucket or the credentials not.
+        """
+        try:
+            self._client.get_object(Bucket=self._bucket, Key=key, Range="bytes=0-0", **self._owner)[
+                "Body"
+            ].close()
+        except ClientError as error:
+            if classify.code_of(error) not in {"NoSuchKey", "AccessDenied", "InvalidRange"}:
+                raise classify.translate(error) from error
+        except BotoCoreError as error:
+            raise classify.translate(error) from error
+
     def delete(self, key: str) -> bool:
         """Delete an object; False when that is not allowed."""
         try:

@@ -1,0 +1,70 @@
+"""What the collector knows of the store before the first crash, and says of it."""
+
+from __future__ import annotations
+
+import gzip
+import urllib.error
+import urllib.request
+
+import pytest
+from tests.support import s3
+from tests.support.collector import running, wait_until
+
+from core_dump_collector.jobs import RetryReason
+
+
+def readiness(collector):
+    """Return status and body of /readyz."""
+    try:
+        return 200, collector.get("/readyz")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def samples(collector, name):
+    return [line for line in collector.get("/metrics").splitlines() if line.startswith(name)]
+
+
+WRONG = {
+    "bucket": ({"BUCKET_NAME": "no-such-bucket-here"}, RetryReason.NO_SUCH_BUCKET),
+    "secret": ({"AWS_SECRET_ACCESS_KEY": "wrong"}, RetryReason.CREDENTIALS),
+    "endpoint": ({"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}, RetryReason.NETWORK),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_store_is_told_before_the_first_crash(seaweed, bucket, watch_dir, tmp_path, what):
+    environ, reason = WRONG[what]
+    with running(watch_dir, seaweed.environ() | environ, tmp_path) as collector:
+        wait_until(lambda: samples(collector, "core_dump_store_reachable"), 30, "an answer")
+        assert samples(collector, "core_dump_store_reachable") == [
+            f'core_dump_store_reachable{{reason="{reason}"}} 0.0'
+        ]
+        assert readiness(collector) == (503, f"not ready: the store does not take dumps: {reason}\n")
+        assert collector.get("/livez") == "ok\n", "a restart would not help"
+        log = collector.log()
+    (line,) = [e for e in log if e["event"] == "the store does not answer as it should"]
+    assert line["reason"] == reason
+    assert not any(e["event"] == "ready" for e in log)
+
+
+@pytest.mark.parametrize("keys", [s3.ADMIN, s3.WRITER], ids=["admin", "write-only"])
+def test_right_store_is_ready_and_nothing_is_left_in_it(seaweed, bucket, watch_dir, tmp_path, keys):
+    with running(watch_dir, seaweed.environ(keys), tmp_path) as collector:
+        wait_until(lambda: readiness(collector) == (200, "ok\n"), 30, "readiness")
+        assert samples(collector, "core_dump_store_reachable") == ['core_dump_store_reachable{reason=""} 1.0']
+    assert s3.keys_in(bucket) == {}
+
+
+def test_store_that_comes_back_makes_the_collector_ready(seaweed, bucket, watch_dir, tmp_path):
+    (tmp_path / "haproxy").mkdir()
+    with s3.haproxy(tmp_path / "haproxy", seaweed) as proxy:
+        proxy.stop()
+        environ = seaweed.environ() | {"AWS_ENDPOINT_URL_S3": proxy.endpoint, "RETRY_SECONDS": "1"}
+        with running(watch_dir, environ, tmp_path) as collector:
+            wait_until(lambda: "network" in readiness(collector)[1], 30)
+            proxy.start()
+            partial = watch_dir / "core-app-1700000000-1-11.gz.partial"
+            partial.write_bytes(gzip.compress(b"dump"))
+            partial.rename(partial.with_suffix(""))
+            wait_until(lambda: readiness(collector) == (200, "ok\n"), 30)
