@@ -22,7 +22,10 @@ _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
 _BYTES = tuple(float(4**n * 1024) for n in range(13))
 """1 KiB to 16 GiB."""
 _SIGNALS = {int(s): s.name for s in signals.Signals}
-DROP_REASONS = ("rate_limit", "keep_free", "max_total_bytes", "inodes", "no_slot", "directory", "rlimit")
+DROP_REASONS = (
+    *("rate_limit", "keep_free", "max_total_bytes", "inodes", "disk_full", "no_slot"),
+    *("directory", "rlimit"),
+)
 _STORED = frozenset({Outcome.UPLOADED, Outcome.ALREADY_STORED})
 _UPLOADS = (Outcome.UPLOADED, Outcome.ALREADY_STORED, Outcome.QUARANTINED)
 _SKIPPED = (Outcome.BUSY, Outcome.VANISHED, Outcome.REFUSED)

@@ -19,7 +19,7 @@ NUMBERS = frozenset(
     | {"bytes", "expected_bytes", "duration_ms", "vital_bytes", "vital_crc32"}
 )
 TEXTS = frozenset(
-    {"hostname", "comm", "exe", "cmdline", "thread", "cgroup", "container_id", "pod_uid"}
+    {"hostname", "comm", "exe", "cmdline", "thread", "cgroup", "container_id", "pod_uid", "origin"}
     | {"truncated", "sensitive", "compressor", "helper_version", "vital"}
 )
 UPLOAD_RECORD = ATTRIBUTE_PREFIX + "upload"

@@ -53,9 +53,10 @@ def main() -> int:
     try:
         Handler(crash, secure_process()).run()
     except Refused as refused:
-        log("%s: no dump: %s" % (crash, refused))
+        if not refused.repeated:
+            log("%s; no dump: %s" % (crash.sentence(), refused))
         return 1
     except Exception as error:  # noqa: BLE001 - nobody reads a traceback here; exiting releases the process
-        log("%s: no dump: %s: %s" % (crash, type(error).__name__, error), 3)
+        log("%s; no dump: %s: %s" % (crash.sentence(), type(error).__name__, error), 3)
         return 1
     return 0

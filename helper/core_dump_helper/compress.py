@@ -11,7 +11,16 @@ from _struct import pack
 from _thread import start_new_thread
 
 from core_dump_helper.settings import calibration_path
-from core_dump_helper.system import Refused, check_owner, enlarge_pipe, log, read_file, write_all
+from core_dump_helper.system import (
+    CHUNK,
+    DISK_FULL,
+    Refused,
+    check_owner,
+    enlarge_pipe,
+    log,
+    read_file,
+    write_all,
+)
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -40,13 +49,16 @@ class SparseWriter:
     def __init__(self, dump: int) -> None:
         """Store the descriptor `dump`."""
         self._dump, self.size = dump, 0
+        self._zeros = bytearray()
 
     def start(self) -> None:
-        """Nothing precedes the core."""
+        """Prepare to recognise zeros; nothing precedes the core."""
+        self._zeros = bytearray(CHUNK)
 
     def write(self, piece: memoryview) -> None:
         """Write the next piece; raises OSError."""
-        if any(piece[:64]) or piece != bytes(len(piece)):
+        zeros = self._zeros if len(piece) == CHUNK else bytearray(len(piece))
+        if zeros != piece:  # a bytearray on the left compares memory; a memoryview compares item by item
             write_all(self._dump, piece)
         self.size = os.lseek(self._dump, self.size + len(piece), os.SEEK_SET)
 
@@ -229,6 +241,7 @@ def start_writer(dump: int, settings: Settings, config: str) -> SparseWriter | G
     """Start the configured compressor, or the next one that works; raises Refused if none does."""
     choice = settings.COMPRESSOR if settings.COMPRESSOR != "auto" else fastest_compressor(config)
     others = [name for name in COMPRESSORS if name != choice]
+    reason = "directory"
     for name in [choice, *others] if choice else others:
         writer = make_writer(name, dump, settings)
         try:
@@ -236,9 +249,11 @@ def start_writer(dump: int, settings: Settings, config: str) -> SparseWriter | G
         except (OSError, ImportError) as error:
             if name == choice:
                 log("%s does not work: %s" % (name, error))
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                reason = "disk_full"
         else:
             return writer
-    raise Refused("directory", "no compressor can write")
+    raise Refused(reason, "no compressor can write")
 
 
 def fastest_compressor(config: str) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # `signal` builds enums: 2 ms
 import os
 
-from core_dump_helper.cgroup import parse_cgroup
-from core_dump_helper.system import log, read_fields, read_file
+from core_dump_helper.cgroup import origin_of, parse_cgroup
+from core_dump_helper.system import read_fields, read_file
 
 NUMBERS = "PpiugstcdF"
 CORE_SIGNALS = ("SEGV", "ABRT", "BUS", "FPE", "ILL", "QUIT", "TRAP", "SYS", "XCPU", "XFSZ")
 """Signals whose default action is to dump core: signal(7)."""
 FROM_KERNEL = ("pid", "signal", "timestamp", "uid", "gid", "tid", "dumpable", "rlimit", "thread", "hostname")
-FROM_PROC = ("comm", "ns_pid", "container_id", "pod_uid", "threads", "exe", "cgroup", "cmdline")
+FROM_PROC = ("comm", "ns_pid", "container_id", "pod_uid", "origin", "threads", "exe", "cgroup", "cmdline")
 
 
 class Crash:
@@ -44,12 +44,13 @@ class Crash:
         """Return how log lines name the process, with control characters escaped."""
         return "Process %s (%s)" % (self.pid or "?", ascii(self.thread)[1:-1])
 
-    def signal_name(self) -> str:
-        """Return `11 (SIGSEGV)`, or the number alone for a signal that dumps no core by default."""
+    def sentence(self) -> str:
+        """Return how log lines tell the crash: process, user and signal."""
+        signal = self.signal or "?"
         for name in CORE_SIGNALS:
-            if self.signal == str(int(getattr(_signal, "SIG" + name, 0))):
-                return "%s (SIG%s)" % (self.signal, name)
-        return self.signal or "?"
+            if signal == str(int(getattr(_signal, "SIG" + name, 0))):
+                signal += " (SIG%s)" % name
+        return "%s of user %s terminated by signal %s" % (self, self.uid or "?", signal)
 
 
 def parse_arguments(argv: list[str]) -> Crash:
@@ -116,15 +117,21 @@ def is_identical(crash: Crash, status: dict[bytes, list[bytes]]) -> bool:
     return pid in (None, [crash.pid.encode()])
 
 
-def read_metadata(crash: Crash) -> dict[str, bytes]:
-    """Return the dump's attributes, the most important first. A failure costs metadata, never the dump."""
+def read_metadata(crash: Crash) -> tuple[dict[str, bytes], str]:
+    """Return the dump's attributes, the most important first, and a warning or an empty string.
+
+    A failure costs metadata, never the dump.
+    """
+    warning = ""
     metadata = {name: os.fsencode(getattr(crash, name)) for name in FROM_KERNEL}
     if crash.dumpable != "1":
         metadata["sensitive"] = b"dumpable=" + crash.dumpable.encode()
     try:
         metadata.update(read_process(crash))
         if metadata.get("sensitive") == b"identity":
-            log("%s: /proc/%s belongs to another process; its metadata is dropped" % (crash, crash.pid))
+            warning = "%s: /proc/%s belongs to another process; its metadata is dropped" % (crash, crash.pid)
     except Exception as error:  # noqa: BLE001 - hostile input must not cost the dump
-        log("%s: no metadata from /proc: %s: %s" % (crash, type(error).__name__, error))
-    return {name: metadata[name] for name in ("sensitive", *FROM_KERNEL, *FROM_PROC) if metadata.get(name)}
+        warning = "%s: no metadata from /proc: %s: %s" % (crash, type(error).__name__, error)
+    metadata["origin"] = origin_of(metadata)
+    names = ("sensitive", *FROM_KERNEL, *FROM_PROC)
+    return {name: metadata[name] for name in names if metadata.get(name)}, warning

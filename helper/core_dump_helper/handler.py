@@ -10,9 +10,9 @@ from core_dump_helper.compress import start_writer
 from core_dump_helper.core import LengthCheck, Memory, Reader
 from core_dump_helper.crash import read_metadata
 from core_dump_helper.dumpfile import RESULT_SPACE, create_partial, publish, set_attributes
-from core_dump_helper.limits import DiskLimits, DiskWatch, check_limits
+from core_dump_helper.limits import DiskLimits, DiskWatch, Limits
 from core_dump_helper.settings import CONFIG, Settings
-from core_dump_helper.system import DIRECTORY, Refused, log
+from core_dump_helper.system import CHUNK, DIRECTORY, DISK_FULL, Refused, log
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -35,25 +35,46 @@ class Handler:
         self.started = time.monotonic()
         self.settings = Settings()
         self.metadata: dict[str, bytes] = {}
+        self.warnings: list[str] = []
+        """Logged with the crash, so that a refusal which is only counted logs none of them."""
 
     def run(self) -> None:
         """Handle the crash; raises Refused or OSError if no dump is kept."""
-        crash = self.crash
-        user = crash.uid or "?"
-        log("%s of user %s terminated by signal %s; dumping" % (crash, user, crash.signal_name()), 6)
+        try:
+            self.prepare()
+            directory = self.open_watch_directory()
+            limits = Limits(self.crash, self.metadata, directory, self.settings)
+            limits.open()
+            try:
+                self.dump(directory, limits)
+            finally:
+                limits.close()
+        except Refused as refused:
+            if not refused.repeated:
+                self.log_warnings()
+            raise
+        except Exception:
+            self.log_warnings()
+            raise
+
+    def log_warnings(self) -> None:
+        """Log the warnings that were collected before it was clear whether the crash is logged."""
+        for warning in self.warnings:
+            log(warning)
+        self.warnings = []
+
+    def prepare(self) -> None:
+        """Learn what is needed before the limits are checked; raises Refused for a signal that is ignored."""
         self.load_settings()
         self.keep_pidfd()
-        self.metadata = read_metadata(crash)
-        if crash.signal in self.settings.IGNORE_SIGNALS.replace(",", " ").split():
+        self.metadata, warning = read_metadata(self.crash)
+        self.warnings.extend(filter(None, [warning]))
+        if self.crash.signal in self.settings.IGNORE_SIGNALS.replace(",", " ").split():
             raise Refused("", "IGNORE_SIGNALS names its signal")
-        directory = self.open_watch_directory()
-        deadline = self.started + self.settings.DEADLINE_SECONDS
-        check_limits(crash, self.metadata, directory, self.settings, deadline)
-        self.dump(directory)
 
     def load_settings(self) -> None:
         """Read helper.conf."""
-        self.settings.load(self.crash.config or CONFIG)
+        self.settings.load(self.crash.config or CONFIG, self.warnings.append)
         self.set_alarm()
 
     def set_alarm(self) -> None:
@@ -67,7 +88,7 @@ class Handler:
         try:
             os.set_inheritable(int(self.crash.pidfd), False)
         except (OSError, OverflowError) as error:
-            log("%s: cannot use pidfd %s: %s" % (self.crash, self.crash.pidfd, error))
+            self.warnings.append("%s: cannot use pidfd %s: %s" % (self.crash, self.crash.pidfd, error))
 
     def open_watch_directory(self) -> int:
         """Return the watch directory's descriptor; log it if others can write there."""
@@ -75,20 +96,30 @@ class Handler:
         directory = os.open(path, DIRECTORY)
         status = os.fstat(directory)
         if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
-            log("WATCH_DIR %a can be changed by others: chown it to root and chmod it to 0700" % path)
+            self.warnings.append(
+                "WATCH_DIR %a can be changed by others: chown it to root and chmod it to 0700" % path
+            )
         return directory
 
-    def dump(self, directory: int) -> None:
+    def dump(self, directory: int, limits: Limits) -> None:
         """Copy the core into the watch directory and publish it; raises Refused, OSError."""
         suffix = "" if self.settings.COMPRESSOR == "none" else ".gz"
-        dump, name = create_partial(directory, self.crash, suffix)
-        set_attributes(dump, self.metadata)
-        writer = start_writer(dump, self.settings, self.crash.config or CONFIG)
-        watch = DiskWatch(dump, DiskLimits(directory, self.settings))
-        truncated, expected = self.copy_core(writer, watch)
-        if not writer.size and truncated != "compressor_failed":
-            os.unlink(name + ".partial", dir_fd=directory)
-            raise Refused("", "nothing was read: " + truncated)
+        try:
+            limits.check(self.started + self.settings.DEADLINE_SECONDS)
+            self.log_warnings()
+            log(self.crash.sentence() + "; dumping", 6)
+            dump, name, writer = self.create(directory, suffix)
+            watch = DiskWatch(dump, DiskLimits(directory, self.settings))
+            truncated, expected = self.copy_core(writer, watch)
+            if not (writer.size and os.fstat(dump).st_size) and (
+                truncated != "compressor_failed" or is_full(dump)
+            ):
+                os.unlink(name + ".partial", dir_fd=directory)
+                reason = "disk_full" if truncated in ("disk_full", "compressor_failed") else ""
+                raise Refused(reason, "nothing was written: " + truncated)
+        except Refused as refused:
+            limits.count(refused)
+            raise
         took_ms = int((time.monotonic() - self.started) * 1000)
         self.record_result(dump, writer, truncated, expected, took_ms)
         if truncated == "compressor_failed":
@@ -97,6 +128,20 @@ class Handler:
         state = "truncated (%s)" % truncated if truncated else "complete"
         result = (self.crash, name, state, writer.size, writer.name, took_ms)
         log("%s: %s is %s: %d bytes by %s in %d ms" % result, 6)
+
+    def create(self, directory: int, suffix: str) -> tuple[int, str, Writer]:
+        """Return the dump's descriptor, its name and its writer; raises Refused if it cannot be created."""
+        try:
+            dump, name = create_partial(directory, self.crash, suffix)
+            set_attributes(dump, self.metadata)
+        except OSError as error:
+            reason = "disk_full" if error.errno in DISK_FULL else "directory"
+            raise Refused(reason, "cannot create the dump: %s" % error.strerror) from error
+        try:
+            return dump, name, start_writer(dump, self.settings, self.crash.config or CONFIG)
+        except Refused:
+            os.unlink(name + ".partial", dir_fd=directory)
+            raise
 
     def copy_core(self, writer: Writer, watch: DiskWatch) -> tuple[str, int]:
         """Copy the core from the kernel to the writer.
@@ -156,3 +201,9 @@ class Handler:
         attributes = {name: value.encode() for name, value in result.items() if value}
         if not set_attributes(dump, attributes, RESULT_SPACE) and truncated:
             os.fchmod(dump, 0o1600)  # the collector reads the sticky bit as "truncated"
+
+
+def is_full(descriptor: int) -> bool:
+    """Return whether a file system has no room for one more piece of a core."""
+    space = os.fstatvfs(descriptor)
+    return space.f_bavail * space.f_frsize < CHUNK

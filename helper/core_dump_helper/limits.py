@@ -1,12 +1,16 @@
-"""Owns the limits that are checked before a dump and while it is written: rate, disk, inodes, concurrency."""
+"""Owns the limits that are checked before a dump and while it is written: rate, disk, inodes, concurrency.
+
+Every limit is shared out among the origins of crashes (cgroup.origin_of): none of them can use up what others need.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 
 from core_dump_helper.core import Memory
-from core_dump_helper.records import Record, Records, open_state, workload_of
+from core_dump_helper.records import Record, Records, open_state
 from core_dump_helper.system import Refused, lock, log
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
@@ -18,6 +22,8 @@ CHECK_BYTES = 32 << 20
 MIN_INODES = 100
 REFUSAL_SECONDS = 600
 """Window of the records of refusals other than `rate_limit`."""
+ORIGIN_BYTES = 256
+POLL_SECONDS = 0.02
 
 
 class RateLimiter:
@@ -29,41 +35,80 @@ class RateLimiter:
         dumps, _, seconds = rate.partition("/")
         self._dumps, self._seconds = int(dumps), int(seconds or "0")
 
-    def allows(self, metadata: dict[str, bytes]) -> bool:
-        """Count the dump and decide whether it is kept."""
+    def check(self, metadata: dict[str, bytes]) -> None:
+        """Count the dump; raise Refused if the window has had all its dumps. Without a record, keep it."""
         if not self._seconds:
-            return True
-        return update(self._records, Record(workload_of(metadata), "rate_limit", self._seconds), self._dumps)
+            return
+        record = Record(metadata, "rate_limit", self._seconds)
+        try:
+            kept = self._records.update(record, self._dumps)
+        except (OSError, ValueError) as error:
+            log("cannot count rate_limit in .helper: %s; RATE_LIMIT is off for this dump" % error)
+            return
+        if not kept:
+            repeated = record.suppressed > 1
+            raise Refused(
+                "rate_limit", "RATE_LIMIT is reached for this executable, container and signal", repeated
+            )
 
 
 class Slots:
-    """Lets MAX_CONCURRENT helpers dump at one time."""
+    """Lets MAX_CONCURRENT helpers dump at one time, in files whose locks end with the process.
 
-    def __init__(self, records: Records, count: int, memory: Memory) -> None:
-        """Store how many slots there are (0 means no limit), and the memory that those who wait belong to."""
+    An origin may hold as many slots as it leaves free: of 8, the first may hold 4, the next 2. Its further dumps wait
+    for its own, while another origin's first dump finds a free slot.
+    """
+
+    def __init__(self, records: Records, count: int, origin: bytes, memory: Memory) -> None:
+        """Store how many slots there are (0 means no limit), who asks, and the memory that those who wait belong to."""
         self._records, self._count, self._memory = records, count, memory
+        self._origin = origin[:ORIGIN_BYTES].ljust(ORIGIN_BYTES)
+        self._slots: list[int] = []
 
     def acquire(self, deadline: float) -> bool:
         """Wait for a slot until `deadline` (monotonic); hold it until this process ends."""
         if not self._count:
             return True
-        slots: list[int] = []
         try:
-            slots.extend(self._records.open_file("slot-%d" % number) for number in range(self._count))
+            guard = self._records.open_file("slots")
+            self._slots.append(guard)
+            self._slots.extend(self._records.open_file("slot-%d" % number) for number in range(self._count))
         except OSError as error:
-            for descriptor in slots:
+            for descriptor in self._slots:
                 os.close(descriptor)
             log("cannot use the slots in .helper: %s; MAX_CONCURRENT is off for this dump" % error.strerror)
             return True
-        joined = False
+        if self._try(guard):
+            return True
+        self._memory.join()  # hundreds may wait
         while time.monotonic() < deadline:
-            if any(lock(descriptor, 0) for descriptor in slots):
+            if self._try(guard):
                 return True
-            if not joined:  # hundreds may wait
-                joined = True
-                self._memory.join()
-            time.sleep(0.01)
+            time.sleep(POLL_SECONDS)
         return False
+
+    def _try(self, guard: int) -> bool:
+        """Take a slot if the origin holds fewer than are free."""
+        if not lock(guard, POLL_SECONDS):
+            return False
+        try:
+            free = [slot for slot in self._slots[1:] if lock(slot, 0)]
+            held = [slot for slot in self._slots[1:] if slot not in free]
+            own = sum(os.pread(slot, ORIGIN_BYTES, 0) == self._origin for slot in held)
+            kept = free[:1] if own < len(free) else []
+            for slot in free[len(kept) :]:
+                fcntl.flock(slot, fcntl.LOCK_UN)
+            for slot in kept:
+                self._sign(slot)
+            return bool(kept)
+        finally:
+            fcntl.flock(guard, fcntl.LOCK_UN)
+
+    def _sign(self, slot: int) -> None:
+        try:
+            os.pwrite(slot, self._origin, 0)
+        except OSError:  # a full disk: the dump matters more than the share
+            pass
 
 
 class DiskLimits:
@@ -116,33 +161,52 @@ class DiskWatch:
         return self._limits.exceeded()
 
 
-def check_limits(
-    crash: Crash, metadata: dict[str, bytes], directory: int, settings: Settings, deadline: float
-) -> None:
-    """Raise Refused if a limit forbids the dump, and count the refusal; wait for a slot until `deadline`."""
-    try:
-        records: Records | None = Records(open_state(directory))
-    except OSError as error:
-        log("cannot use .helper: %s; RATE_LIMIT and MAX_CONCURRENT are off for this dump" % error.strerror)
-        records = None
-    try:
-        if settings.RESPECT_RLIMIT == "yes" and crash.rlimit == "0":
+class Limits:
+    """The limits for one crash, and the record of what they refuse."""
+
+    def __init__(self, crash: Crash, metadata: dict[str, bytes], directory: int, settings: Settings) -> None:
+        """Store the crash, the watch directory and the settings."""
+        self._crash, self._metadata, self._settings = crash, metadata, settings
+        self._directory = directory
+        self._records: Records | None = None
+
+    def open(self) -> None:
+        """Open the state, without which there is neither rate limit nor slot."""
+        try:
+            self._records = Records(open_state(self._directory))
+        except OSError as error:
+            log(
+                "cannot use .helper: %s; RATE_LIMIT and MAX_CONCURRENT are off for this dump" % error.strerror
+            )
+
+    def close(self) -> None:
+        """Prepare the state for the next crash."""
+        if not self._records:
+            return
+        try:
+            self._records.prepare()
+        except OSError as error:
+            log("cannot prepare .helper for a full disk: %s" % error)
+
+    def check(self, deadline: float) -> None:
+        """Raise Refused if a limit forbids the dump; wait for a slot until `deadline` (monotonic)."""
+        if self._settings.RESPECT_RLIMIT == "yes" and self._crash.rlimit == "0":
             raise Refused("rlimit", "RLIMIT_CORE is 0")
-        DiskLimits(directory, settings).check()
-        if records and not RateLimiter(records, settings.RATE_LIMIT).allows(metadata):
-            raise Refused("rate_limit", "RATE_LIMIT is reached for this executable, container and signal")
-        if records and not Slots(records, settings.MAX_CONCURRENT, Memory(settings.CGROUP)).acquire(deadline):
-            raise Refused("no_slot", "MAX_CONCURRENT other dumps were written all the time")
-    except Refused as refused:
-        if records and refused.reason != "rate_limit":
-            update(records, Record(workload_of(metadata), refused.reason, REFUSAL_SECONDS), 0)
-        raise
+        DiskLimits(self._directory, self._settings).check()
+        if not self._records:
+            return
+        RateLimiter(self._records, self._settings.RATE_LIMIT).check(self._metadata)
+        origin, memory = self._metadata.get("origin", b""), Memory(self._settings.CGROUP)
+        if not Slots(self._records, self._settings.MAX_CONCURRENT, origin, memory).acquire(deadline):
+            raise Refused("no_slot", "other dumps used the share of MAX_CONCURRENT all the time")
 
-
-def update(records: Records, record: Record, max_kept: int) -> bool:
-    """Count a dump; return whether it is kept. Without a usable record, every dump is kept that may be."""
-    try:
-        return records.update(record, max_kept)
-    except (OSError, ValueError) as error:
-        log("cannot count %s in .helper: %s" % (record.reason, error))
-        return max_kept > 0
+    def count(self, refused: Refused) -> None:
+        """Record a refusal, so that the collector reports it; mark one that only repeats others of its window."""
+        if not refused.reason or refused.reason == "rate_limit" or not self._records:
+            return
+        record = Record(self._metadata, refused.reason, REFUSAL_SECONDS)
+        try:
+            self._records.update(record, 0)
+            refused.repeated = record.suppressed > 1
+        except (OSError, ValueError) as error:
+            log("cannot count %s in .helper: %s" % (refused.reason, error))

@@ -1,35 +1,61 @@
 """Owns `.helper`, the helper's state in the watch directory, and the suppressed-crash records that it holds.
 
-The collector reads the records and reports them: docs/contracts.md.
+The collector reads the records and reports them: docs/contracts.md. A record has a fixed size, and a few spare files
+are kept, so that a loss can be recorded when the file system has no block and no inode left.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from stat import S_ISREG
 
 from core_dump_helper.system import DIRECTORY, NEW_FILE, PLAIN, exists, lock, read_file, write_all
 
 MAX_RECORDS = 1000
+"""Of workloads; beyond it, each origin still has one for each reason."""
+MAX_FILES = 2000
+RECORD_BYTES = 4096
+MAX_EXE_BYTES = 1000
+SPARES = ("spare-0", "spare-1", "spare-2", "spare-3")
 LOCK_SECONDS = 2
+OLD_SECONDS = 3600
+NAME_DIGITS, ORIGIN_DIGITS = 24, 10
 
 
 class Record:
     """How many dumps of one workload were kept and suppressed, for one reason, in one window of time."""
 
-    def __init__(self, workload: dict[str, bytes], reason: str, seconds: int) -> None:
-        """Start an empty record; `seconds` is the length of its window."""
-        self.workload, self.reason, self.seconds = workload, reason, seconds
+    def __init__(self, metadata: dict[str, bytes], reason: str, seconds: int) -> None:
+        """Start an empty record of a crash's workload; `seconds` is the length of its window."""
+        self.workload = {key: metadata.get(key, b"") for key in ("exe", "container_id", "pod_uid", "signal")}
+        self.workload["exe"] = self.workload["exe"] or metadata.get("thread", b"")
+        self.origin = metadata.get("origin", b"")
+        self.reason, self.seconds = reason, seconds
         self.kept = self.suppressed = 0
         self.first = self.last = 0
         """Unix seconds."""
 
     def name(self) -> str:
-        """Return the name of the record's file."""
+        """Return the name of the record's file: digits for its origin, then digits for its workload and reason."""
         from _blake2 import blake2b
 
         identity = b"\0".join([*self.workload.values(), self.reason.encode()])
-        return str(blake2b(identity, digest_size=12).hexdigest())
+        workload = blake2b(identity, digest_size=(NAME_DIGITS - ORIGIN_DIGITS) // 2).hexdigest()
+        return str(blake2b(self.origin, digest_size=ORIGIN_DIGITS // 2).hexdigest() + workload)
+
+    def merge_workloads(self) -> None:
+        """Count for all further workloads of the origin."""
+        self.workload.update(exe=b"*", signal=b"")
+
+    def merge_origins(self) -> None:
+        """Count for every origin."""
+        self.origin = b"*"
+        self.workload.update(exe=b"*", signal=b"", container_id=b"", pod_uid=b"")
+
+    def is_shared(self) -> bool:
+        """Return whether several origins are counted here."""
+        return self.origin == b"*"
 
     def load(self, text: bytes) -> None:
         """Read the counts from a record's file; raises ValueError for a number with too many digits."""
@@ -38,25 +64,27 @@ class Record:
         counts = [int(number) if number.isdigit() else 0 for number in numbers]
         self.kept, self.suppressed, self.first = counts
 
-    def count(self, kept: bool, now: int) -> None:
-        """Count one dump."""
-        self.kept += kept
-        self.suppressed += not kept
-        self.last = now
-
     def open_window(self, now: int) -> None:
         """Start a new window if the current one is over."""
         if not 0 <= now - self.first < self.seconds:
             self.kept = self.suppressed = 0
             self.first = now
 
+    def count(self, kept: bool, now: int) -> None:
+        """Count one dump."""
+        self.kept += kept
+        self.suppressed += not kept
+        self.last = now
+
     def render(self) -> bytes:
-        """Return the text of the record's file: `key=value` lines, values percent-encoded."""
-        counts = {"kept": self.kept, "suppressed": self.suppressed, "first": self.first, "last": self.last,
-                  "seconds": self.seconds}  # fmt: skip
-        fields = {**self.workload, "reason": self.reason.encode()}
-        fields.update({key: b"%d" % value for key, value in counts.items()})
-        return "".join("%s=%s\n" % (key, percent(fields[key])) for key in fields).encode()
+        """Return the text of the record's file: `key=value` lines, values percent-encoded, padded by empty lines."""
+        numbers = {"kept": self.kept, "suppressed": self.suppressed, "first": self.first, "last": self.last,
+                   "seconds": self.seconds}  # fmt: skip
+        fields = {**self.workload, "origin": self.origin, "reason": self.reason.encode()}
+        fields["exe"] = fields["exe"][:MAX_EXE_BYTES]
+        fields.update({key: b"%d" % value for key, value in numbers.items()})
+        text = "".join("%s=%s\n" % (key, percent(fields[key])) for key in fields).encode()
+        return text[:RECORD_BYTES].ljust(RECORD_BYTES, b"\n")
 
 
 class Records:
@@ -70,8 +98,19 @@ class Records:
         """Open or create a file of the state."""
         return os.open(name, NEW_FILE | flags, 0o600, dir_fd=self.directory)
 
+    def prepare(self) -> None:
+        """Create the files without which a loss cannot be recorded later, on a full disk."""
+        if len(self._spares()) == len(SPARES):
+            return
+        guard = self.open_file("lock")
+        try:
+            if lock(guard, LOCK_SECONDS):
+                self._spares(len(SPARES))
+        finally:
+            os.close(guard)
+
     def update(self, record: Record, max_kept: int) -> bool:
-        """Count a dump in the record; keep it if fewer than `max_kept` were kept in this window.
+        """Count a dump; keep it if fewer than `max_kept` were kept in this window. Change `record` to what is stored.
 
         Raises:
             OSError: the state cannot be read or written.
@@ -80,8 +119,10 @@ class Records:
         guard = self.open_file("lock")
         try:
             if not lock(guard, LOCK_SECONDS):
-                return max_kept > 0
-            self._limit_number(record)
+                raise TimeoutError(110, "another helper locks it")
+            self._choose_file(record)
+            if record.is_shared() and max_kept:
+                return True  # a limit for one workload must not refuse another's dump
             now = int(time.time())
             record.load(self._read(record.name()))
             record.open_window(now)
@@ -92,31 +133,87 @@ class Records:
         finally:
             os.close(guard)
 
+    def _choose_file(self, record: Record) -> None:
+        """Let the record count for more than its workload if there are too many records or no room for another.
+
+        An origin may have as many records as are free, so that no origin can take the last ones.
+        """
+        if exists(record.name(), self.directory):
+            return
+        names = self._names()
+        if len(names) >= MAX_RECORDS:
+            names = self._remove_old(names, max(OLD_SECONDS, record.seconds))
+        own = [name for name in names if name[:ORIGIN_DIGITS] == record.name()[:ORIGIN_DIGITS]]
+        if len(own) >= MAX_RECORDS - len(names):
+            record.merge_workloads()
+        if exists(record.name(), self.directory):
+            return
+        if len(names) >= MAX_FILES or len(self._spares(2)) < 2:
+            record.merge_origins()  # the last spare file is for this one
+
+    def _names(self) -> list[str]:
+        return [name for name in os.listdir(self.directory) if len(name) == NAME_DIGITS]
+
+    def _remove_old(self, names: list[str], seconds: int) -> list[str]:
+        """Remove the records that did not change for so long; return the names of the others."""
+        old = time.time() - seconds
+        kept = []
+        for name in names:
+            if os.stat(name, dir_fd=self.directory).st_mtime < old:
+                os.unlink(name, dir_fd=self.directory)
+            else:
+                kept.append(name)
+        return kept
+
     def _read(self, name: str) -> bytes:
         try:
-            return read_file(name, 16384, self.directory)
+            return read_file(name, 4 * RECORD_BYTES, self.directory)
         except FileNotFoundError:
             return b""
 
     def _save(self, record: Record) -> None:
-        draft = self.open_file("draft", os.O_TRUNC)
-        try:
-            write_all(draft, record.render())
-        finally:
-            os.close(draft)
-        os.rename("draft", record.name(), src_dir_fd=self.directory, dst_dir_fd=self.directory)
+        """Replace the record's file by a spare one, or overwrite it if there is none."""
+        spares, name = self._spares(1), record.name()
+        self._overwrite(spares[0] if spares else name, record.render())
+        if spares:
+            os.rename(spares[0], name, src_dir_fd=self.directory, dst_dir_fd=self.directory)
 
-    def _limit_number(self, record: Record) -> None:
-        """Remove old records if there are too many; count all further executables in one record."""
-        if exists(record.name(), self.directory):
-            return
-        names = [name for name in os.listdir(self.directory) if len(name) == len(record.name())]
-        if len(names) < MAX_RECORDS:
-            return
-        for name in names:
-            if os.stat(name, dir_fd=self.directory).st_mtime < time.time() - max(3600, record.seconds):
-                os.unlink(name, dir_fd=self.directory)
-        record.workload["exe"] = b"*"
+    def _overwrite(self, name: str, text: bytes) -> None:
+        """Write to a file that exists, whose block is allocated."""
+        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(name, flags, dir_fd=self.directory)
+        try:
+            write_all(descriptor, text)
+        finally:
+            os.close(descriptor)
+
+    def _spares(self, wanted: int = 0) -> list[str]:
+        """Return the spare files; if fewer than `wanted` exist, create all that are missing and fit."""
+        spares = [name for name in SPARES if self._is_spare(name)]
+        if len(spares) < wanted:
+            spares = [name for name in SPARES if self._is_spare(name) or self._create_spare(name)]
+        return spares
+
+    def _is_spare(self, name: str) -> bool:
+        try:
+            status = os.stat(name, dir_fd=self.directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return S_ISREG(status.st_mode) and status.st_size == RECORD_BYTES
+
+    def _create_spare(self, name: str) -> bool:
+        try:
+            descriptor = self.open_file(name)
+        except OSError:
+            return False
+        try:
+            write_all(descriptor, bytes(RECORD_BYTES))
+        except OSError:
+            os.unlink(name, dir_fd=self.directory)
+            return False
+        finally:
+            os.close(descriptor)
+        return True
 
 
 def open_state(directory: int) -> int:
@@ -133,13 +230,7 @@ def open_state(directory: int) -> int:
     return state
 
 
-def workload_of(metadata: dict[str, bytes]) -> dict[str, bytes]:
-    """Return what a record counts together: executable, container, pod and signal."""
-    workload = {key: metadata.get(key, b"") for key in ("exe", "container_id", "pod_uid", "signal")}
-    workload["exe"] = workload["exe"] or metadata.get("thread", b"")
-    return workload
-
-
 def percent(value: bytes) -> str:
     """Encode bytes that are not plain as %XX."""
-    return "".join(chr(byte) if byte in PLAIN + b"/" else "%%%02X" % byte for byte in value)
+    plain = PLAIN + b"/"
+    return "".join(chr(byte) if byte in plain else "%%%02X" % byte for byte in value)

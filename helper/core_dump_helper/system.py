@@ -10,6 +10,8 @@ CHUNK = 1 << 20
 SET_PIPE_SIZE = 1031
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+DISK_FULL = (28, 122)
+"""ENOSPC and EDQUOT: `errno` would be one more module to import."""
 PLAIN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._+-"
 """Bytes that stand for themselves in names and records."""
 
@@ -17,10 +19,13 @@ PLAIN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._+-"
 class Refused(Exception):  # noqa: N818 - an outcome, not an error
     """No dump is kept."""
 
-    def __init__(self, reason: str, explanation: str) -> None:
-        """Store the reason that is counted (or an empty string) and an explanation for the log."""
+    def __init__(self, reason: str, explanation: str, repeated: bool = False) -> None:
+        """Store the reason that is counted (or an empty string) and an explanation for the log.
+
+        A refusal is `repeated` if its window has had one that was logged: it is only counted.
+        """
         super().__init__(reason, explanation)
-        self.reason = reason
+        self.reason, self.repeated = reason, repeated
 
     def __str__(self) -> str:
         """Return both for the log."""

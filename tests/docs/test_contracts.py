@@ -84,7 +84,7 @@ def test_fields_of_a_record_are_those_that_the_helper_writes():
     workload = {"exe": b"/app", "container_id": b"", "pod_uid": b"", "signal": b"11"}
     record = Record(workload, "rate_limit", 600)
     record.count(False, int(time.time()))
-    written = [line.partition("=")[0] for line in record.render().decode().splitlines()]
+    written = [line.partition("=")[0] for line in record.render().decode().split()]
     (line,) = [line for line in RECORDS.splitlines() if line.startswith("`exe ")]
     listed = [word for code in codes(line.partition("Reasons:")[0]) for word in code.split()]
     assert listed == written

@@ -78,7 +78,7 @@ class Station:
     def records(self):
         """Return the records of what was refused."""
         files = [path for path in (self.watch_dir / ".helper").iterdir() if len(path.name) == 24]
-        return [dict(line.split("=", 1) for line in path.read_text().splitlines()) for path in files]
+        return [dict(line.split("=", 1) for line in path.read_text().split()) for path in files]
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@
 import gzip
 import os
 import random
+import time
 import zlib
 
 import pytest
 
-from core_dump_helper.compress import GzipWriter
+from core_dump_helper.compress import GzipWriter, SparseWriter
 from core_dump_helper.settings import Settings
 
 MEBIBYTE = 1 << 20
@@ -68,6 +69,34 @@ def test_piece_that_does_not_fit_is_left_out_whole(writer, tmp_path, monkeypatch
             writer.write(content[2 * MEBIBYTE :])
     writer.close()
     assert gzip.decompress((tmp_path / "dump").read_bytes()) == content[: 2 * MEBIBYTE]
+
+
+def best_seconds(work):
+    """Return the shortest time of several runs."""
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def test_zeros_become_holes_at_the_speed_of_memory(tmp_path):
+    dump = os.open(tmp_path / "dump", os.O_RDWR | os.O_CREAT)
+    writer = SparseWriter(dump)
+    writer.start()
+    zeros = memoryview(bytearray(MEBIBYTE))
+    taken = best_seconds(lambda: writer.write(zeros))
+    assert taken < 4 * best_seconds(lambda: bytes(zeros))
+    almost = bytearray(MEBIBYTE)
+    almost[-1] = 1
+    writer.write(memoryview(almost))
+    writer.write(zeros[:1000])
+    assert writer.close() == ""
+    os.close(dump)
+    content = (tmp_path / "dump").read_bytes()
+    assert content == bytes(20 * MEBIBYTE) + almost + bytes(1000)
+    assert (tmp_path / "dump").stat().st_blocks * 512 <= 2 * MEBIBYTE
 
 
 def no_compressor():

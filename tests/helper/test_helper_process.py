@@ -174,7 +174,7 @@ def test_what_is_no_core_is_kept_and_flagged(station, core):
 
 
 def test_nothing_at_all_leaves_nothing(station):
-    assert "nothing was read" in station.run(b"")
+    assert "nothing was written: killed" in station.run(b"")
     assert station.names() == []
 
 

@@ -171,7 +171,9 @@ def _parse(name: str, text: bytes) -> Record | None:
     counts = [pairs.get(key.encode(), b"") for key in _COUNTS]
     if reason not in DROP_REASONS or not all(re.fullmatch(rb"[0-9]{1,15}", count) for count in counts):
         return None
-    told = {key: pairs.get(key.encode(), b"") for key in ("exe", "container_id", "pod_uid", "signal")}
+    told = {
+        key: pairs.get(key.encode(), b"") for key in ("exe", "container_id", "pod_uid", "origin", "signal")
+    }
     workload = read_attributes({ATTRIBUTE_PREFIX + key: value for key, value in told.items() if value})
     kept, suppressed, first, last, seconds = map(int, counts)
     return Record(name, reason, kept, suppressed, first, last, seconds, tuple(workload.items()))

@@ -1,0 +1,157 @@
+"""No origin of crashes can use up what the others need: slots, records, the kernel log; and every loss is counted."""
+
+import contextlib
+import os
+import subprocess
+import time
+
+import pytest
+from tests.support.collector import wait_until
+from tests.support.cores import simple as elf
+
+from core_dump_collector.node import drops
+from core_dump_helper.core import Memory
+from core_dump_helper.limits import Slots
+from core_dump_helper.records import MAX_FILES, MAX_RECORDS, Record, Records, open_state
+
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0, reason="mounts or changes owners, needs root: sudo make test"
+)
+CORE = elf(b"core")
+
+
+@pytest.fixture
+def records(watch_dir):
+    """The state of an empty watch directory."""
+    directory = os.open(watch_dir, os.O_RDONLY)
+    found = Records(open_state(directory))
+    yield found
+    os.close(found.directory)
+    os.close(directory)
+
+
+def hold(records, count, origin, wanted):
+    """Take as many of `wanted` slots as one origin gets, each in an object of its own; return them."""
+    attempts = [Slots(records, count, origin, Memory("")) for _ in range(wanted)]
+    return [slots for slots in attempts if slots.acquire(time.monotonic())]
+
+
+def close(slots):
+    for descriptor in slots._slots:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("count", "shares"), [(1, [1, 0]), (2, [1, 1, 0]), (8, [4, 2, 1, 1, 0]), (16, [8, 4, 2])]
+)
+def test_origin_may_hold_as_many_slots_as_it_leaves_free(records, count, shares):
+    held = [hold(records, count, b"user:%d" % number, count) for number in range(len(shares))]
+    assert [len(slots) for slots in held] == shares
+    close(held[0][0])
+    assert len(hold(records, count, b"user:quiet", 1)) == 1
+
+
+@needs_root
+def test_quiet_service_gets_a_slot_while_one_user_has_more_crashes_than_slots(station):
+    station.settings = {"MAX_CONCURRENT": 4, "DEADLINE_SECONDS": 20}
+    hog = station.command("-u65534", "-s11", "-t17", "-d1", name="hog")
+    quiet = [{"-u65534": "-u0", "hog": "quiet"}.get(word, word) for word in hog]
+    with contextlib.ExitStack() as stack:
+        hogs = [stack.enter_context(subprocess.Popen(hog, stdin=-1, stderr=-3)) for _ in range(6)]
+        for process in hogs:
+            process.stdin.write(CORE[:-1])
+            process.stdin.flush()
+        wait_until(lambda: len(station.names()) == 2, 10, "the user's share to be used")
+        done = subprocess.run(quiet, input=CORE, stderr=-1, timeout=15, check=True)
+        assert b"core-quiet-17-0-11.gz is complete" in done.stderr
+        assert len([name for name in station.names() if "hog" in name]) == 2
+        for process in hogs:
+            process.stdin.close()
+        wait_until(lambda: len([name for name in station.names() if "hog" in name]) == 6, 15, "its own queue")
+
+
+def record_of(origin, exe, reason="rate_limit"):
+    return Record({"origin": origin, "exe": exe, "signal": b"11"}, reason, 600)
+
+
+def test_executables_of_one_origin_cannot_use_up_the_records_of_others(records):
+    for number in range(MAX_RECORDS):
+        assert records.update(record_of(b"user:1000", b"/evil%d" % number), 5) == (
+            number < MAX_RECORDS // 2 + 5
+        )
+    for number in range(20):
+        service = record_of(b"unit:%d.service" % number, b"/service")
+        assert [records.update(service, 5) for _ in range(6)] == [True] * 5 + [False]
+        assert service.workload["exe"] == b"/service"
+    evil = record_of(b"user:1000", b"/another")
+    assert not records.update(evil, 5)
+    assert (evil.workload["exe"], evil.suppressed > 400) == (b"*", True)
+
+
+def test_origins_beyond_all_records_are_kept_and_their_losses_counted_together(records, watch_dir):
+    for number in range(MAX_FILES):
+        (watch_dir / ".helper" / f"{number:024x}").touch()
+    names = set(os.listdir(watch_dir / ".helper"))
+    assert records.update(record_of(b"user:1", b"/a"), 1)
+    assert records.update(record_of(b"user:1", b"/a"), 1), "a limit for one workload must not hit another's"
+    assert not records.update(record_of(b"user:1", b"/a", "keep_free"), 0)
+    assert not records.update(record_of(b"user:2", b"/b", "keep_free"), 0)
+    (shared,) = [name for name in set(os.listdir(watch_dir / ".helper")) - names if len(name) == 24]
+    assert b"suppressed=2\n" in (watch_dir / ".helper" / shared).read_bytes()
+
+
+def test_refusals_of_one_window_are_logged_once(station):
+    station.settings = {"RATE_LIMIT": "1/600", "NO_SUCH_KEY": "1"}
+    station.watch_dir.chmod(0o755 | 0o22)
+    logs = [station.run(CORE).splitlines() for _ in range(4)]
+    assert [len(log) for log in logs] == [4, 3, 0, 0], logs
+    assert "no dump: rate_limit: RATE_LIMIT is reached" in logs[1][-1]
+    station.settings = {"RESPECT_RLIMIT": "yes"}
+    assert [len(station.run(CORE).splitlines()) for _ in range(3)] == [2, 0, 0]
+    assert sorted(record["suppressed"] for record in station.records()) == ["3", "3"]
+
+
+@pytest.fixture(params=["tmpfs", "ext4"])
+def small_disk(station, tmp_path, request):
+    """Put the watch directory on a file system of a few MiB with 160 inodes."""
+    options = ["-t", "tmpfs", "-o", "size=4m,nr_inodes=160", "none"]
+    if request.param == "ext4":
+        image = tmp_path / "image"
+        image.write_bytes(bytes(8 << 20))
+        subprocess.run(["mkfs.ext4", "-q", "-N", "160", "-m", "0", image], check=True)
+        options = ["-o", "loop", image]
+    subprocess.run(["mount", *options, station.watch_dir], check=True)
+    station.watch_dir.chmod(0o700)
+    yield station
+    subprocess.run(["umount", "-l", station.watch_dir], check=True)
+
+
+def use_up(directory, what):
+    """Use up the last block or the last inode of a file system."""
+    with contextlib.suppress(OSError):
+        if what == "inode":
+            for number in range(200):
+                (directory / f"filler-{number}").touch()
+        with (directory / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["block", "inode"])
+@pytest.mark.parametrize("keep_free", [0, 15])
+def test_every_loss_is_counted_when_the_last_block_or_inode_is_used_up(small_disk, what, keep_free):
+    small_disk.settings = {"KEEP_FREE_PERCENT": keep_free}
+    small_disk.run(CORE)
+    (small_disk.watch_dir / small_disk.names()[0]).unlink()
+    use_up(small_disk.watch_dir, what)
+    before = set(small_disk.names())
+    for number in range(1, 9):
+        small_disk.run(
+            CORE, "-P", "-p1", "-t17", "-d1", f"-s{number}", f"-u{number % 3}", name=f"app{number}"
+        )
+    assert set(small_disk.names()) == before
+    read = list(drops._read_records(str(small_disk.watch_dir)))
+    assert sum(record.suppressed for record in read) == 8
+    reasons = {record.reason for record in read if record.suppressed}
+    assert reasons == {"inodes" if what == "inode" else "keep_free" if keep_free else "disk_full"}
