@@ -60,8 +60,10 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     command.add_argument("root", metavar="ROOT", help="where the host's / is mounted")
-    command.add_argument("--force", action="store_true", help="replace a handler that is not ours")
-    command.add_argument("--restore", action="store_true", help="undo it")
+    command.add_argument("--force", action="store_true", help="replace the handler of somebody else")
+    command.add_argument(
+        "--restore", action="store_true", help="remove the helper and restore the former core pattern"
+    )
     commands.add_parser("settings", help="print every setting as a Markdown table")
     return parser
 

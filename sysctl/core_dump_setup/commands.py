@@ -72,7 +72,7 @@ class Setup:
             raise SetupError(
                 "an installed copy holds no files to install: run sysctl/install.sh of a checkout"
             )
-        self._check_foreign()
+        self._check()
         release.install(self.tree, self.source)
         self.tree.place(boot.SHARE + "/" + boot.NAME, self.shipped(boot.NAME))
         self.tree.place(cgroup.UNIT, self.shipped(cgroup.UNIT_NAME))
@@ -83,8 +83,14 @@ class Setup:
 
     def activate(self) -> None:
         """Make the kernel start the helper that is installed, now and at every boot, and prove it with a crash."""
-        self._check_foreign()
+        self._check()
         self._activate()
+
+    def _check(self) -> None:
+        """Stop before anything is changed if a configuration file or the handler in use forbids the installation."""
+        boot.ours(self.tree, self.shipped(boot.NAME))
+        directory.check(self.tree)
+        self._check_foreign()
 
     def _activate(self) -> None:
         if not (self.tree.exists(release.HELPER) or self.tree.dry_run):

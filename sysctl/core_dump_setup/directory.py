@@ -37,6 +37,7 @@ SYSTEM = frozenset(
     ]
 )
 """Directories of the system: giving one of them to root alone breaks it."""
+ROOT_ALONE = (0o700, 0, 0)
 OUR_NAMES = (".helper", "quarantine", "lost+found")
 
 
@@ -72,32 +73,46 @@ def watch_directory(tree: Tree) -> str:
     return name
 
 
-def make(tree: Tree) -> str:
-    """Make the watch directory, or give it to root alone; return its name."""
+def check(tree: Tree) -> str:
+    """Return the watch directory's name.
+
+    Raises:
+        SetupError: it cannot be made, or cannot be given to root alone.
+    """
     name = watch_directory(tree)
     path = tree.path(name)
     if os.path.islink(path.rstrip("/")):
         raise SetupError(
             name + " is a symbolic link, and the helper follows none: name its target as WATCH_DIR"
         )
-    if not os.path.lexists(path):
-        if tree.dry_run:
-            say("would make the directory " + path)
-            return name
+    if os.path.lexists(path):
+        if not os.path.isdir(path):
+            raise SetupError(name + " is not a directory: move it away, or name another WATCH_DIR")
+        if _access(path) != ROOT_ALONE:
+            _refuse_foreign_files(path)
+    return name
+
+
+def make(tree: Tree) -> str:
+    """Make the watch directory, or give it to root alone; return its name."""
+    name = check(tree)
+    path = tree.path(name)
+    if tree.dry_run:
+        say("would make %s, or give it to root alone" % path)
+        return name
+    if not os.path.isdir(path):
         tree.make_directory(name.rstrip("/"))
         tree.on_failure(lambda: remove_state(path))
-    status = os.lstat(path)
-    if not stat.S_ISDIR(status.st_mode):
-        raise SetupError(name + " is not a directory: move it away, or name another WATCH_DIR")
-    before = (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
-    if before != (0o700, 0, 0):
-        _refuse_foreign_files(path)
-        if tree.dry_run:
-            say("would give %s to root alone" % path)
-            return name
+    before = _access(path)
+    if before != ROOT_ALONE:
         tree.on_failure(lambda: _set_access(path, *before))
-        _set_access(path, 0o700, 0, 0)
+        _set_access(path, *ROOT_ALONE)
     return name
+
+
+def _access(path: str) -> tuple[int, int, int]:
+    status = os.stat(path, follow_symlinks=False)
+    return stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
 
 
 def _refuse_foreign_files(path: str) -> None:

@@ -1,4 +1,4 @@
-"""A whole machine: package or script, boot, systemd-sysctl, a service that crashes, its dump.
+"""A whole machine: package or script, boot, systemd-sysctl, a service that crashes, its dump, the handler of others.
 
 Its root is a RAM disk, which has no extended attributes: that a dump arrives without them is part of what is shown.
 """
@@ -32,10 +32,16 @@ ExecStart=/bin/sh /report
 [Install]
 WantedBy=default.target
 """
+START = """
+cat /proc/sys/kernel/core_pattern | sed 's/^/AT_BOOT /'
+BEFORE
+"""
 SCRIPT = """
 cat /proc/sys/kernel/core_pattern | sed 's/^/PATTERN /'
 cat /proc/sys/kernel/core_pipe_limit | sed 's/^/PIPE_LIMIT /'
 stat -c 'DIRECTORY %a %u' /core_dumps
+ls -l /run/core-dump-handler/cgroup | sed 's/^/CGROUP /'
+echo "LIMIT $(cat /run/core-dump-handler/cgroup/memory.max) of $(grep MemTotal /proc/meminfo)"
 systemctl start --no-block crashy.service
 echo WAITING
 for i in $(seq 1200); do
@@ -54,6 +60,65 @@ REMOVE = """
 rpm -e core-dump-handler
 cat /proc/sys/kernel/core_pattern | sed 's/^/RESTORED /'
 """
+HANDLER = "@@/run/systemd/coredumpd/kernel"
+REGISTER = f"""[Unit]
+DefaultDependencies=no
+After=systemd-sysctl.service
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/sh -c 'echo {HANDLER} > /proc/sys/kernel/core_pattern'
+ExecStop=/bin/sh -c 'echo core > /proc/sys/kernel/core_pattern'
+[Install]
+WantedBy=sysinit.target
+"""
+WALK = """
+state() { # TAG: what the kernel would do with a crash now
+    pattern=$(cat /proc/sys/kernel/core_pattern)
+    case $pattern in
+    '|'*core-dump-helper*) /usr/libexec/core-dump-handler/core-dump-helper --version >/dev/null 2>&1 &&
+        echo "$1 ours" || echo "$1 BROKEN" ;;
+    *) echo "$1 $pattern" ;;
+    esac
+}
+run() { # TAG COMMAND...
+    tag=$1; shift
+    "$@" >/tmp/said 2>&1
+    echo "$tag exit $?"
+    sed "s/^/$tag says /" /tmp/said
+    state "$tag"
+}
+run REFUSED /checkout/sysctl/install.sh
+mkdir -p /etc/core-dump-handler
+echo IGNORE_SIGNALS=11 >/etc/core-dump-handler/helper.conf
+run FAILED /checkout/sysctl/install.sh --force
+ls /usr/libexec/core-dump-handler /core_dumps /etc/sysctl.d/69-core-dump.conf 2>&1 | sed 's/^/FAILED left /'
+rm /etc/core-dump-handler/helper.conf
+for delay in 0.2 0.6 1 1.4 1.8 2.2 2.6 3 4 5 6 8; do
+    /checkout/sysctl/install.sh --force >/dev/null 2>&1 &
+    sleep $delay
+    kill -9 $! 2>/dev/null
+    wait $! 2>/dev/null
+    state KILLED
+done
+run INSTALLED /checkout/sysctl/install.sh --force
+find / -xdev -name '*.new.*' -path '*core-dump*' | sed 's/^/LEFTOVER /'
+ls -l /etc/systemd/system/systemd-coredump-register.service | sed 's/^/MASK /'
+systemctl stop systemd-coredump-register.service
+state MASKED
+echo '# edited' >>/etc/sysctl.d/69-core-dump.conf
+echo '# a later version' >>/checkout/helper/core_dump_helper/handler.py
+echo '# a later version' >>/checkout/sysctl/69-core-dump.conf
+run UPGRADED /checkout/sysctl/install.sh
+tail -n 1 /etc/sysctl.d/69-core-dump.conf | sed 's/^/EDITED /'
+tail -n 1 /etc/sysctl.d/69-core-dump.conf.dist | sed 's/^/BESIDE /'
+echo "RELEASES $(ls -d /usr/libexec/core-dump-handler/[0-9]*-* | wc -l)"
+"""
+LEAVE = """
+run REMOVED /checkout/sysctl/uninstall.sh
+ls -l /etc/systemd/system/systemd-coredump-register.service 2>&1 | sed 's/^/UNMASKED /'
+ls /usr/libexec/core-dump-handler 2>&1 | sed 's/^/GONE /'
+"""
 
 
 def archive(root, target):
@@ -63,14 +128,15 @@ def archive(root, target):
         subprocess.run(command, shell=True, cwd=root, stdout=out, check=True)
 
 
-def boot(root, scratch, after=""):
-    """Boot a root directory; return what its report printed."""
+def boot(root, scratch, before="", after=""):
+    """Boot a root directory, run commands before and after the crash; return what its report printed."""
     (root / "etc/systemd/system/crashy.service").write_text(CRASHY)
     (root / "etc/systemd/system/report.service").write_text(REPORT)
     wants = root / "etc/systemd/system/default.target.wants"
     wants.mkdir(exist_ok=True)
     (wants / "report.service").symlink_to("../report.service")
-    (root / "report").write_text(SCRIPT.replace("AFTER", after))
+    report = START.replace("BEFORE", before) + SCRIPT.replace("AFTER", after)
+    (root / "report").write_text(report)
     archive(root, scratch / "root.cpio")
     (kernel,) = CACHE.glob("kernel/boot/vmlinuz-*")
     command = [deploy.tool("qemu-system-x86_64"), "-accel", "tcg,thread=multi", "-cpu", "max", "-m", "3072"]
@@ -113,6 +179,9 @@ def assert_boot_set_the_pattern(said):
     assert f"PATTERN {ours}\n" in said
     assert "PIPE_LIMIT 0" in said
     assert "DIRECTORY 700 0" in said
+    assert re.search(r"^CGROUP .* -> /sys/fs/cgroup/core-dump-helper\s*$", said, re.MULTILINE)
+    (limit, total) = re.findall(r"^LIMIT (\d+) of MemTotal: +(\d+) kB", said, re.MULTILINE)[0]
+    assert 0.45 < int(limit) / (int(total) * 1024) < 0.55
 
 
 def test_script_then_boot_then_a_crashing_service_leave_its_dump(root, tmp_path):
@@ -133,3 +202,43 @@ def test_package_then_boot_then_crash_then_removal(root, tmp_path):
     assert_boot_set_the_pattern(said)
     assert_dump_of_the_service(said)
     assert re.search("^RESTORED core$", said, re.MULTILINE)
+
+
+def lines(said, tag):
+    """What the report printed with a tag, in order."""
+    return [line.rstrip() for line in re.findall(rf"^{tag} (.*)$", said, re.MULTILINE)]
+
+
+def test_walk_from_the_handler_of_others_to_ours_and_back(root, tmp_path):
+    deploy.checkout(root / "checkout")
+    service = root / "usr/lib/systemd/system/systemd-coredump-register.service"
+    service.write_text(REGISTER)
+    wants = root / "etc/systemd/system/sysinit.target.wants"
+    wants.mkdir(parents=True, exist_ok=True)
+    (wants / service.name).symlink_to(f"/usr/lib/systemd/system/{service.name}")
+    said = boot(root, tmp_path, before=WALK, after=LEAVE)
+    assert lines(said, "AT_BOOT") == [HANDLER]
+    for tag in ("REFUSED", "FAILED"):
+        assert "exit 1" in lines(said, tag)
+        assert lines(said, tag).count(HANDLER) == 1
+    assert any("(systemd-coredump" in line for line in lines(said, "REFUSED says"))
+    assert any("no dump arrived" in line for line in lines(said, "FAILED says"))
+    assert len(re.findall("^FAILED left .*No such file", said, re.MULTILINE)) == 3
+    killed = lines(said, "KILLED")
+    assert len(killed) == 12
+    assert set(killed) <= {HANDLER, "ours"}
+    assert HANDLER in killed, "the first was killed before it had set the pattern"
+    assert "exit 0" in lines(said, "INSTALLED")
+    assert any("its dump arrived" in line for line in lines(said, "INSTALLED says"))
+    assert lines(said, "LEFTOVER") == []
+    assert lines(said, "MASK")[0].endswith("-> /dev/null")
+    assert lines(said, "MASKED") == ["ours"], "a masked service reverts nothing when it stops"
+    assert "exit 0" in lines(said, "UPGRADED")
+    assert (lines(said, "EDITED"), lines(said, "BESIDE")) == (["# edited"], ["# a later version"])
+    assert lines(said, "RELEASES") == ["2"]
+    assert_boot_set_the_pattern(said)
+    assert_dump_of_the_service(said)
+    assert "exit 0" in lines(said, "REMOVED")
+    assert HANDLER in lines(said, "REMOVED")
+    assert "No such file" in lines(said, "UNMASKED")[0]
+    assert "No such file" in lines(said, "GONE")[0]
