@@ -1,0 +1,293 @@
+"""Owns which memory is vital: what a debugger needs for the backtrace of every thread, the most important first. Pure.
+
+A dump that is cut anywhere behind its vital part still gives every backtrace; one that is cut within it loses the least
+important first. Every address comes from the crashed process, so each loop and each amount has a bound. What cannot be
+read is not vital: the core still has it, at its usual place.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+from core_dump_format.state import AARCH64, AT_PHDR, AT_PHNUM, AT_SYSINFO_EHDR, REGISTERS, X86_64
+
+TYPE_CHECKING = False  # `typing` costs 7 ms
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from core_dump_format.front import Front
+    from core_dump_format.state import State, Thread
+
+VITAL_BYTES = 32 << 20
+CRASH_WINDOW_BYTES = 1 << 20
+"""Of the crashing thread's stack, above its stack pointer."""
+WINDOW_BYTES = 64 << 10
+"""Of every other thread's stack."""
+BELOW_BYTES = 512
+"""Below a stack pointer: a leaf function may use 128 bytes there (x86-64 psABI, "red zone")."""
+VDSO_BYTES = 64 << 10
+LOADER_BYTES = 4 << 20
+FIRST_PAGES_BYTES = 4 << 20
+DATA_BYTES, DATA_SEGMENT_BYTES = 16 << 20, 2 << 20
+POINTED_BYTES = 1 << 20
+POINTING_BYTES = 16 << 10
+"""Of the crashing thread's newest frames; a sixteenth of it for others."""
+MAX_POINTING_THREADS = 64
+PIECE_BYTES = 1 << 20
+MAX_LINK_MAPS = 4096
+MAX_NAMESPACES = 16
+"""glibc's DL_NNS."""
+MAX_HEADERS = 64
+LINK_MAP_BYTES, NAME_BYTES, DYNAMIC_BYTES = 1280, 256, 4096
+"""Sizes of glibc's private struct link_map, of most library names, of most dynamic sections."""
+PT_DYNAMIC, PT_PHDR, DT_DEBUG = 2, 6, 21
+PF_X, PF_W = 1, 2
+MAX_SIGNAL_FRAMES = 4
+SIGNAL_FRAMES = {
+    X86_64: (0x002B000000000033.to_bytes(8, "little"), -24),
+    AARCH64: (0x0000021046508001.to_bytes(8, "little"), -32),
+}
+"""By machine: a word that the kernel writes into the frame of a signal handler, and where the interrupted stack pointer
+lies from there. The word holds the segment selectors of user space, or the header of the floating-point registers:
+struct sigcontext in <asm/sigcontext.h>. A handler may run on a stack of its own (sigaltstack(2))."""
+
+
+class AbandonedError(Exception):
+    """Nobody waits for the selection any more."""
+
+
+class Pages:
+    """What a selection reads from: the memory of a process, or a raw core."""
+
+    page = 4096
+
+    def read(self, address: int, size: int) -> bytes:
+        """Return the memory at an address, up to the first page that cannot be read."""
+        raise NotImplementedError
+
+    def resident(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the parts of a range that hold data."""
+        raise NotImplementedError
+
+
+class Selection:
+    """The vital pages of a core, copied in the order of their importance."""
+
+    def __init__(self, front: Front, memory: Pages, limit_bytes: int = VITAL_BYTES) -> None:
+        """Start empty; at most `limit_bytes` are copied."""
+        self.front, self.memory, self.left = front, memory, limit_bytes
+        self.pieces: list[tuple[int, int, bytes]] = []
+        """Index of the segment, address and content of each run of pages."""
+        self.is_whole = False
+        """Whether everything that is vital was copied."""
+        self.is_abandoned = False
+        self._lacks = False
+        self._taken: set[int] = set()
+
+    def run(self, state: State) -> None:
+        """Copy everything that is vital; raises AbandonedError."""
+        if state.threads:
+            self._take_crash(state.threads[0])
+            self._take_loader(state)
+            vdso = state.auxv.get(AT_SYSINFO_EHDR, 0)
+            self.take(vdso, 0, VDSO_BYTES, always=True)
+            self._take_threads(state.threads[1:])
+            self._take_modules(state)
+            self._take_pointed(state.threads)
+        self.is_whole = not self._lacks and bool(self.pieces)
+
+    def take(
+        self, address: int, below: int, above: int, most: int | None = None, *, always: bool = False
+    ) -> int:
+        """Copy the pages from `below` bytes under an address to `above` bytes over it, within its segment.
+
+        Args:
+            address: where to look.
+            below: bytes wanted before it.
+            above: bytes wanted from it on.
+            most: limit of this kind of memory.
+            always: copy pages even if nobody has touched them.
+
+        Returns:
+            The number of bytes copied now.
+        """
+        if self.is_abandoned:
+            raise AbandonedError
+        index, page = self.front.find(address), self.memory.page
+        low, high = self.front.span(index)
+        if not index or (low | high) % page:
+            return 0
+        start = max(low, address - below) // page * page
+        end = min(high, -(-(address + above) // page) * page)
+        room = min(self.left, end - start if most is None else most) // page * page
+        if start + room < end:
+            self._lacks = self._lacks or most is None
+            end = start + room
+        return sum(self._copy(index, first, last, always=always) for first, last in self._untaken(start, end))
+
+    def _untaken(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the parts of a range that were not copied yet, and mark them."""
+        page, taken = self.memory.page, self._taken
+        pages = [address for address in range(start, end, page) if address not in taken]
+        taken.update(pages)
+        first = last = start
+        for address in pages:
+            if address != last:
+                if first < last:
+                    yield first, last
+                first = address
+            last = address + page
+        if pages:
+            yield first, last
+
+    def _copy(self, index: int, start: int, end: int, *, always: bool) -> int:
+        copied, page = 0, self.memory.page
+        for first, last in [(start, end)] if always else self.memory.resident(start, end):
+            at = first
+            while at < last:
+                data = self.memory.read(at, min(last - at, PIECE_BYTES))
+                size = len(data) // page * page
+                if size:
+                    self.pieces.append((index, at, data[:size]))
+                    copied += size
+                    self.left -= size
+                at += size or page
+        return copied
+
+    def _look(self, address: int, size: int) -> bytes:
+        """Copy a small structure's pages and return its content, or nothing if it cannot be read."""
+        self.take(address, 0, size)
+        data = self.memory.read(address, size)
+        return data if len(data) == size else b""
+
+    def _take_crash(self, thread: Thread) -> None:
+        """Copy the crashing thread's stack, and those that its signal handlers interrupted."""
+        window = min(CRASH_WINDOW_BYTES, self.left // 4)
+        self.take(thread.sp, BELOW_BYTES, window)
+        self._take_block(thread)
+        self.take(thread.pc, 0, 1)  # code that a program generated at run time is in the core
+        mark, distance = SIGNAL_FRAMES.get(self.front.machine, (b"", 0))
+        sp = thread.sp
+        for _ in range(MAX_SIGNAL_FRAMES if mark else 0):
+            stack = self.memory.read(sp, min(window, WINDOW_BYTES))
+            at = stack.find(mark, -distance)
+            if at < 0:
+                return
+            (sp,) = Struct("=Q").unpack_from(stack, at + distance)
+            self.take(sp, BELOW_BYTES, min(window, self.left // 4))
+
+    def _take_block(self, thread: Thread) -> None:
+        """Copy a thread control block: TLS lies below its address or above, glibc's struct pthread likewise."""
+        page = self.memory.page
+        self.take(thread.tls, page, 2 * page)
+
+    def _take_loader(self, state: State) -> None:
+        """Copy the list of loaded libraries: program headers, dynamic section, r_debug, each link_map (<link.h>)."""
+        left, self.left = self.left, min(self.left, LOADER_BYTES, self.left // 4)
+        share = self.left
+        word = self.front.layout.word_bytes
+        words = Struct("=6" + self.front.layout.word)
+        seen: set[int] = set()
+        debug = self._find_debug(state)
+        for _ in range(MAX_NAMESPACES):
+            content = self._look(debug, words.size)
+            if not content:
+                break
+            version, link, _, _, _, following = words.unpack(content)
+            self._take_link_maps(link, seen, Struct("=5" + self.front.layout.word), word)
+            if version & 0xFFFFFFFF < 2 or following in seen:
+                break
+            seen.add(following)
+            debug = following
+        self.left = left - (share - self.left)
+
+    def _find_debug(self, state: State) -> int:
+        """Return the address of the loader's r_debug, or 0."""
+        layout = self.front.layout
+        row, words = layout.row, layout.words
+        at, count = state.auxv.get(AT_PHDR, 0), min(MAX_HEADERS, state.auxv.get(AT_PHNUM, 0))
+        content = self._look(at, row.size * count)
+        table = layout.cast(content)
+        rows = [table[number * words : (number + 1) * words] for number in range(len(table) // words)]
+        kinds = [entry[0] for entry in row.iter_unpack(content)]
+        base = next((at - entry[2] for kind, entry in zip(kinds, rows) if kind == PT_PHDR), 0)
+        for kind, entry in zip(kinds, rows):
+            if kind == PT_DYNAMIC:
+                pair = Struct("=2" + layout.word)
+                size = min(entry[5], DYNAMIC_BYTES) // pair.size * pair.size
+                return int(dict(pair.iter_unpack(self._look(base + entry[2], size))).get(DT_DEBUG, 0))
+        return 0
+
+    def _take_link_maps(self, link: int, seen: set[int], struct: Struct, word: int) -> None:
+        while link and link not in seen and len(seen) < MAX_LINK_MAPS:
+            seen.add(link)
+            content = self._look(link, 5 * word)
+            if not content:
+                return
+            _, name, dynamic, following, _ = struct.unpack(content)
+            self.take(link, 0, LINK_MAP_BYTES)
+            self.take(name, 0, NAME_BYTES)
+            self.take(dynamic, 0, DYNAMIC_BYTES // 8)
+            link = following
+
+    def _take_threads(self, threads: list[Thread]) -> None:
+        """Copy a window of each stack; shrink all windows until they fit into half of what is left."""
+        window, share = WINDOW_BYTES, self.left // 2
+        heights = [self._height(thread.sp) for thread in threads]
+        while window > self.memory.page and sum(min(window, height) for height in heights) > share:
+            window //= 2
+        blocks = 3 * self.memory.page * len(threads) <= self.left - share
+        for thread in threads:
+            self.take(thread.sp, BELOW_BYTES if window > self.memory.page else 0, window)
+            if blocks:
+                self._take_block(thread)
+            else:
+                self.take(thread.tls, 0, 1)
+            self.take(thread.pc, 0, 1)
+
+    def _height(self, sp: int) -> int:
+        """Return how much of a stack lies above its stack pointer."""
+        index = self.front.find(sp)
+        return self.front.span(index)[1] - sp if index else 0
+
+    def _take_modules(self, state: State) -> None:
+        """Copy the first page of each mapping of a program or library, then their small data, the smallest first."""
+        front = self.front
+        spans = [(start, end, name, front.at(start)) for start, end, name in state.files]
+        code = {name for start, _, name, index in spans if front.flags[index] & PF_X}
+        data: dict[int, int] = {}
+        room = min(FIRST_PAGES_BYTES, self.left // 2)
+        for start, end, name, index in spans:
+            if name not in code:
+                continue
+            if room > 0 and front.sizes[index] and front.addresses[index] == start:
+                room -= self.take(start, 0, 1, room)
+            for address in (start, end):
+                segment = front.find(address)
+                is_data = segment and front.addresses[segment] == address and front.flags[segment] & PF_W
+                if is_data and front.sizes[segment] <= DATA_SEGMENT_BYTES:
+                    data[segment] = front.sizes[segment]
+        room = min(DATA_BYTES, self.left // 2)
+        for segment in sorted(data, key=data.__getitem__):
+            room -= self.take(front.addresses[segment], 0, data[segment], room)
+
+    def _take_pointed(self, threads: list[Thread]) -> None:
+        """Copy the pages that registers and newest frames point to: they hold what arguments of functions point to."""
+        page, room = self.memory.page, min(POINTED_BYTES, self.left)
+        pointers: dict[int, int] = {}
+        size = POINTING_BYTES
+        for thread in threads[:MAX_POINTING_THREADS]:
+            stack = self.memory.read(thread.sp // 8 * 8, size)
+            size = POINTING_BYTES // 16
+            for address in [*thread.registers, *self.front.layout.cast(stack).tolist()]:
+                pointers.setdefault(address // page * page, address)
+        for start, address in pointers.items():
+            if room <= 0:
+                return
+            if start not in self._taken:
+                room -= self.take(address, 0, 1, room)
+
+
+def is_known(front: Front) -> bool:
+    """Tell whether the registers of the core's machine are known."""
+    return (front.layout.bits, front.machine) in REGISTERS
