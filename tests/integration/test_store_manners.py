@@ -10,6 +10,7 @@ from dataclasses import asdict
 from unittest import mock
 
 import pytest
+from tests.support.collector import running, wait_until
 from tests.support.manners import Manners, Upload, fake_s3, md5
 from tests.support.uploads import KEY, MEBIBYTE, NAME, connected, options, send, worker
 
@@ -139,6 +140,36 @@ def test_dump_that_is_not_proven_is_sent_once(path, size, head):
     assert not path.exists()
 
 
+@pytest.mark.parametrize(("size", "requests"), [("small", 4), ("multipart", 8)])
+def test_dump_whose_keys_nobody_can_look_at_is_not_sent_again_and_again(path, size, requests):
+    """412 and HEAD refused: three keys and the dump's own are tried once."""
+    path.write_bytes(os.urandom(SIZES[size]))
+    with fake_s3(Manners(head=403, conditions=412)) as store:
+        attempt(store, path)
+        assert store.asked("PUT") == requests
+        store.manners = Manners(conditions=412)  # the operator has allowed s3:GetObject
+        assert attempt(store, path).outcome == Outcome.UPLOADED
+    assert not path.exists()
+
+
+def test_collector_keeps_what_is_not_proven_counts_it_and_says_what_would_help(watch_dir, tmp_path):
+    nothing = Manners(head=403, etags="foreign", checksums="none")
+    with (
+        fake_s3(nothing) as store,
+        running(watch_dir, store.environ(), tmp_path, "--retry-seconds", "1") as collector,
+    ):
+        (watch_dir / "x").write_bytes(os.urandom(1000))
+        (watch_dir / "x").rename(watch_dir / NAME)
+        unproven = 'core_dump_retries_total{reason="unproven"}'
+        wait_until(lambda: collector.metric(unproven) >= 3, 30)
+        told = [e["detail"] for e in collector.log() if e.get("reason") == "unproven"]
+        assert all("s3:GetObject" in detail for detail in told)
+        assert (watch_dir / NAME).exists()
+        store.manners = Manners(etags="foreign")
+        wait_until(lambda: not (watch_dir / NAME).exists(), 30)
+        assert store.asked("PUT", ".gz") - store.asked("PUT", ".json") == 1
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_failing_head_is_repeated_and_not_the_upload(path, size):
     path.write_bytes(os.urandom(SIZES[size]))
@@ -171,6 +202,19 @@ def test_object_of_another_under_the_key_is_never_overwritten(path, size, manner
         assert store.objects[KEY] == theirs
         assert path.exists() or content in dumps_in(store).values()
         assert len(dumps_in(store)) <= 2
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_key_that_was_taken_while_head_failed_does_not_count_as_tried(path, size):
+    content = os.urandom(SIZES[size])
+    path.write_bytes(content)
+    with fake_s3(Manners(checksums="none", head=503)) as store:
+        theirs = store.objects[KEY] = os.urandom(len(content))
+        assert attempt(store, path).outcome == Outcome.RETRY
+        store.manners = Manners(checksums="none")
+        result = attempt(store, path)
+        assert result.outcome == Outcome.UPLOADED
+        assert dumps_in(store) == {KEY: theirs, result.key: content}
 
 
 @pytest.mark.parametrize("size", SIZES)

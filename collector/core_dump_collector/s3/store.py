@@ -51,6 +51,8 @@ class Store:
         self._bucket = options.bucket
         self.sends_checksums = options.checksum == "when_supported"
         self.condition = Condition(options.conditional)
+        self.may_list = True
+        """Whether ListMultipartUploads is allowed, as far as this client has seen."""
         owner = options.expected_bucket_owner
         self._owner: dict[str, Any] = {"ExpectedBucketOwner": owner} if owner else {}
         self._object = self._object_parameters(options)
@@ -144,11 +146,14 @@ class Store:
         Raises:
             RetryableError: no response to rely on.
         """
+        if not self.may_list:
+            return None
         try:
             page = self._call(self._client.list_multipart_uploads, None, Prefix=key, MaxUploads=1000)
         except RetryableError as error:
             if error.reason != RetryReason.FORBIDDEN:
                 raise
+            self.may_list = False
             return None
         uploads = [item for item in page.get("Uploads", []) if item.get("Key") == key]
         uploads.sort(key=lambda item: str(item.get("Initiated", "")), reverse=True)

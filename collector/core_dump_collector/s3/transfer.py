@@ -203,6 +203,8 @@ class Transfer:
             found = self._find(key)
             if found is not None:
                 return found
+            if earlier is not None and not self._store.may_list:
+                self.note = _LEFT_BEHIND
         return self._store.create_multipart(key, self._headers), {}
 
     def _record_begun(self, key: str, upload_id: str) -> bool:
@@ -230,10 +232,7 @@ class Transfer:
 
     def _find(self, key: str) -> tuple[str, dict[int, Found]] | None:
         """Return the newest unfinished upload of a key, which only this node's dumps have; abort older ones."""
-        uploads = self._store.find_uploads(key)
-        if uploads is None:
-            self.note = _LEFT_BEHIND
-            return None
+        uploads = self._store.find_uploads(key) or []
         for upload_id in uploads[1:]:
             self._store.abort(key, upload_id)
         for upload_id in uploads[:1]:
