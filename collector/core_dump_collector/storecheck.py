@@ -13,6 +13,7 @@ from core_dump_collector.jobs import RetryReason
 from core_dump_collector.s3 import classify, documents
 from core_dump_collector.s3.errors import (
     ConditionRefusedError,
+    HeadRefusedError,
     PermanentError,
     RetryableError,
     TakenError,
@@ -32,6 +33,10 @@ _ADVICE = {
     RetryReason.NETWORK: ADVICE["EndpointConnectionError"],
     RetryReason.CREDENTIALS: "give this process credentials as boto3 expects them, and check the clock",
 }
+_NOT_SEEN = (
+    "; HEAD is refused, so a dump whose response is lost stays on the node until s3:GetObject is allowed "
+    "(docs/iam.md)"
+)
 _NOT_LISTED = (
     "; unfinished multipart uploads cannot be listed (s3:ListBucketMultipartUploads), so a lifecycle rule "
     "(AbortIncompleteMultipartUpload) has to remove those of a collector that was killed"
@@ -58,12 +63,11 @@ def verify_store(options: UploadOptions) -> str:
 
 def _verify(store: Store, key: str) -> str:
     try:
-        kept = _probe(store, key)
-        listed = "" if store.find_uploads(key) is not None else _NOT_LISTED
+        kept = _probe(store, key) + _limits(store, key)
     finally:
         deleted = store.delete(key)
     left = "and deleted" if deleted else f"and stays ({key}: deleting is not allowed)"
-    return f"a probe object was stored {left}; {kept}{listed}"
+    return f"a probe object was stored {left}; {kept}"
 
 
 def _probe(store: Store, key: str) -> str:
@@ -82,6 +86,16 @@ def _probe(store: Store, key: str) -> str:
     except TakenError:
         return "a second one under its key was refused"
     return "WARNING: the store ignores If-None-Match, so a dump may replace another of the same key"
+
+
+def _limits(store: Store, key: str) -> str:
+    """Return what the collector cannot do here for want of a permission."""
+    try:
+        store.look(key)
+        seen = ""
+    except HeadRefusedError:
+        seen = _NOT_SEEN
+    return seen + ("" if store.find_uploads(key) is not None else _NOT_LISTED)
 
 
 def _advice(error: RetryableError) -> str:

@@ -404,6 +404,7 @@ def test_check_says_what_would_prove_an_upload(manners, changes, said):
         (Manners(conditions=False), "WARNING: the store ignores If-None-Match"),
         (Manners(conditions=501), "does not know If-None-Match"),
         (Manners(lists=False), "AbortIncompleteMultipartUpload"),
+        (Manners(head=403), "HEAD is refused.*s3:GetObject"),
     ],
 )
 def test_check_says_how_the_store_protects_objects(manners, said):

@@ -1,17 +1,18 @@
 """Owns the exceptions of the store's side. botocore's own never leave this package.
 
-Exception                     raised by                     caught by
+Exception                      raised by                     caught by
 └── StoreError
-├── RetryableError        classify, store, transfer     upload.Worker: the dump waits for another attempt
-│   ├── ConflictError     store (409)                   transfer: a multipart upload starts again
-│   └── UnprovenError     transfer, store               upload.Worker: the dump waits longer
-├── PermanentError        classify                      upload.Worker: the dump goes to quarantine/
-├── TakenError            store (412)                   transfer: is the object under the key this dump?
-├── ConditionRefusedError store (400, 409, 412, 501)    transfer, store: the same request without the condition
-├── GoneError             store (NoSuchUpload)          transfer: completed, or to be started again
-├── HeadRefusedError      store (4xx to HEAD)           transfer, store: nobody can look
-├── CollisionError        transfer                      transfer: the next key
-└── OwnKeyNeededError     transfer                      transfer: the key that is derived from the content
+    ├── RetryableError         classify, store, publish,     upload.Worker: the dump waits for another attempt
+    │   │                      documents, multipart
+    │   ├── ConflictError      store (409)                   multipart, transfer: the upload starts again
+    │   └── UnprovenError      publish, transfer, documents  upload.Worker: the dump waits longer; storecheck
+    ├── PermanentError         classify                      upload.Worker: the dump goes to quarantine/
+    ├── TakenError             store (412)                   publish: is the object under the key this dump?
+    ├── ConditionRefusedError  store (400, 409, 412, 501)    publish, documents: again, without the condition
+    ├── GoneError              store (NoSuchUpload)          publish: completed? transfer: to be started again
+    ├── HeadRefusedError       store (4xx to HEAD)           publish, transfer, documents: nobody can look
+    ├── CollisionError         publish                       transfer: the next key
+    └── OwnKeyNeededError      publish, transfer             transfer: the key that is derived from the content
 """
 
 from __future__ import annotations
