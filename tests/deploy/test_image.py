@@ -90,7 +90,8 @@ def test_configure_host_installs_on_the_host_and_restores(engine):
     if program.exists() or Path("/core_dumps").exists():
         pytest.skip(f"{program} or /core_dumps exists: this machine uses what the test would install")
     # Less than the overlay's `privileged`, which asks for capabilities that a nested machine may not have.
-    command = ["run", "--rm", "--network=none", "-v", "/:/host", docker.COLLECTOR, "configure-host", "/host"]
+    command = ["run", "--rm", "--network=none", "--cap-add=SYS_PTRACE", "-v", "/:/host", docker.COLLECTOR]
+    command += ["configure-host", "/host"]
     with kernel.core_pattern("core"):
         try:
             assert "its dump arrived" in engine.run(*command)

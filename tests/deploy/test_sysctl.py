@@ -105,6 +105,14 @@ def test_installed_programs_start_with_the_modules_of_their_release_alone(tmp_pa
 
 
 @needs_root
+def test_setup_runs_with_the_oldest_python(tmp_path):
+    command = [kernel.pythons()[0], "-IS", SYSCTL / "core-dump-setup"]
+    deploy.succeed(*command, "install", "--root", tmp_path)
+    deploy.succeed(*command, "uninstall", "--root", tmp_path, "--purge")
+    assert [path for path, (mode, _) in tree(tmp_path).items() if not stat.S_ISDIR(mode)] == []
+
+
+@needs_root
 def test_second_installation_changes_nothing(tmp_path):
     def inodes():
         return {path: path.lstat().st_ino for path in tmp_path.rglob("*")}
