@@ -41,15 +41,8 @@ ROOT_ALONE = (0o700, 0, 0)
 OUR_NAMES = (".helper", "quarantine", "lost+found")
 
 
-class _Checked(Settings):
-    """The helper's own reading of helper.conf, except that a wrong value is an error."""
-
-    @classmethod
-    def parse(cls, key: str, text: str) -> str | int:
-        try:
-            return Settings.parse(key, text)
-        except ValueError as error:
-            raise SetupError("helper.conf: %s=%s: must be %s" % (key, text, error)) from error
+def _refuse(problem: str) -> None:
+    raise SetupError(problem)
 
 
 def watch_directory(tree: Tree) -> str:
@@ -60,8 +53,8 @@ def watch_directory(tree: Tree) -> str:
     """
     name = Settings.WATCH_DIR
     if tree.read(CONFIG) is not None:
-        settings = _Checked()
-        settings.load(tree.path(CONFIG))
+        settings = Settings()
+        settings.load(tree.path(CONFIG), _refuse)
         name = settings.WATCH_DIR
     parts = name.split("/")
     if ".." in parts or not name.startswith("/"):

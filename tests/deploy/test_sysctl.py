@@ -301,8 +301,11 @@ def test_installer_and_helper_read_the_same_watch_directory(tmp_path, line):
 
 @needs_root
 def test_wrong_setting_is_named_with_what_it_accepts(tmp_path):
-    write(tmp_path / "etc/core-dump-handler/helper.conf", "LEVEL=12\n")
-    assert "LEVEL=12: must be a whole number from 1 to 9" in refused(tmp_path)
+    conf = write(tmp_path / "etc/core-dump-handler/helper.conf", "LEVEL=12\n")
+    assert "'LEVEL=12': it must be a whole number from 1 to 9" in refused(tmp_path)
+    conf.write_text("LEVEL=1\n")
+    conf.chmod(0o666)
+    assert "others than root can change it" in refused(tmp_path)
 
 
 def test_root_without_a_name_is_refused():
