@@ -170,13 +170,21 @@ def test_collector_keeps_what_is_not_proven_counts_it_and_says_what_would_help(w
         assert store.asked("PUT", ".gz") - store.asked("PUT", ".json") == 1
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_failing_head_is_repeated_and_not_the_upload(path, size):
-    path.write_bytes(os.urandom(SIZES[size]))
-    with fake_s3(Manners(head=503, etags="foreign", checksums="none")) as store:
-        result = attempt(store, path, attempts=1)
-        assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.SERVER)
-        assert store.asked("HEAD") == 4
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (408, RetryReason.NETWORK),
+        (429, RetryReason.THROTTLED),
+        (500, RetryReason.SERVER),
+        (503, RetryReason.SERVER),
+    ],
+)
+def test_failing_head_is_repeated_and_not_the_upload(path, status, reason):
+    path.write_bytes(b"dump")
+    with fake_s3(Manners(head=status, etags="foreign", checksums="none")) as store:
+        result = attempt(store, path, attempts=2)
+        assert (result.outcome, result.retry_reason) == (Outcome.RETRY, reason)
+        assert (store.asked("HEAD"), store.asked("PUT")) == (8, 1)
 
 
 TAKEN = {
@@ -285,6 +293,16 @@ def test_checksum_of_the_completed_object_is_compared(path):
         assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.UNPROVEN)
         assert len(dumps_in(store)) == 1
     assert path.exists()
+
+
+def test_part_that_arrives_damaged_is_sent_again_at_once(path):
+    content = os.urandom(SIZES["multipart"])
+    path.write_bytes(content)
+    with fake_s3(Manners()) as store:
+        store.damaged_parts = 1
+        assert attempt(store, path, attempts=1).outcome == Outcome.UPLOADED
+        assert store.asked("PUT", "partNumber") == 3
+        assert dumps_in(store) == {KEY: content}
 
 
 @pytest.mark.parametrize("checksums", ["all", "none"])

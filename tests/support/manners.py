@@ -75,6 +75,8 @@ class FakeS3:
     """Method, what it asks for, and whether it had If-None-Match."""
     endpoint: str = ""
     was_cut: bool = False
+    damaged_parts: int = 0
+    """So many parts are damaged on their way, and the responses say so."""
     refuse_with: int = 501
     refusals: int = 0
     """So many PUT requests are refused with this status, whatever they ask for."""
@@ -206,6 +208,9 @@ class _Handler(BaseHTTPRequestHandler):
             if upload is None:
                 self.refuse(404, "NoSuchUpload")
                 return
+            if self.store.damaged_parts:
+                self.store.damaged_parts -= 1
+                self.body = bytes(len(self.body))
             upload.parts[int(part)], upload.etags[int(part)] = self.body, etag
         if not self.is_lost(visible=visible):
             self.answer(200, ETag=f'"{etag}"', **self.proof(self.body))
