@@ -5,13 +5,16 @@ A file is used only if its build ID is that of the core. Build IDs are hints: st
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
 import struct
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from typing import TYPE_CHECKING
 
 from core_dump_format.core import Core, read_build_ids, read_core
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 MOST_LINKS = 40
 MOST_DOWNLOAD_BYTES = 4 * 1024**3
 TIMEOUT_SECONDS = 60
+DOWNLOAD_SECONDS = 1800
+BLOCK_BYTES = 256 * 1024
 MOST_PAGES_BELOW_ENTRY = 262_144
 """1 GiB: the largest distance from a program's first instruction back to its ELF header."""
 _BUILD_ID = re.compile(r"[0-9a-f]{8,128}")
@@ -221,25 +226,36 @@ def debuginfod(build_id: str, cache: str) -> str | None:
     for server in os.environ.get("DEBUGINFOD_URLS", "").split():
         if not server.startswith(("http://", "https://")):
             continue
-        url = f"{server.rstrip('/')}/buildid/{build_id}/executable"
         partial = f"{target}.{os.getpid()}"
         try:
-            _download(url, partial)
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            show.note(f"{server}: {error}")
-        else:
+            _download(f"{server.rstrip('/')}/buildid/{build_id}/executable", partial)
             if read_build_id(partial) == build_id:
                 os.replace(partial, target)
                 return target
             show.note(f"{server} sent a file with another build ID: not used")
-        if os.path.lexists(partial):
-            os.unlink(partial)
+        except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
+            show.note(f"{server}: {error}")
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
     return None
 
 
 def _download(url: str, target: str) -> None:
+    """Download a file.
+
+    Raises:
+        ValueError: it is too long, or takes too long.
+        HTTPException: the answer is damaged.
+        OSError: the server does not answer, or the file cannot be written.
+    """
+    deadline = time.monotonic() + DOWNLOAD_SECONDS
     with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer, open(target, "xb") as file:  # noqa: S310  http(s) alone
-        while piece := answer.read(1024 * 1024):
+        while piece := answer.read1(BLOCK_BYTES):
             file.write(piece)
             if file.tell() > MOST_DOWNLOAD_BYTES:
                 raise ValueError("too long for an executable")
+            if time.monotonic() > deadline:
+                raise ValueError(f"the download takes longer than {DOWNLOAD_SECONDS} s")
+        if answer.length:  # what http.client still expects
+            raise ValueError("the answer ended early")

@@ -9,8 +9,10 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
+from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from core_dump_format.text import printable
 from core_dumps import show
@@ -20,19 +22,22 @@ from core_dumps.errors import UsageError
 from core_dumps.neutral import neutralise
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from core_dumps.dump import Dump
 
 MOST_LISTED = 20
+MOST_LINE_BYTES = 64 * 1024
+MOST_SKIPPED = 1000
+"""Lines before a backtrace that are kept, in case there is none."""
 MOST_FRAMES = 256
 """Frames of a thread in a backtrace; a stack overflow has tens of thousands."""
 _MULTIARCH = "gdb-multiarch"
 _READS = {"x86_64": {"x86-64", "i386"}, "aarch64": {"aarch64", "arm"}}
 """Cores that gdb reads on a machine, by the machine's name in uname(2)."""
-_RESOLVED = re.compile(r"^ *#\d+ +(?:0x[0-9a-f]+ in )?(?!0x|\?\?)\S|^ *(?:\* )?frame #\d+: .*`", re.MULTILINE)
+_RESOLVED = re.compile(r" *#\d+ +(?:0x[0-9a-f]+ in )?(?!0x|\?\?)\S| *(?:\* )?frame #\d+: .*`")
 """A frame of gdb or lldb with a function."""
-_BEGINNING = re.compile(r"^(?:Thread \d|#0 |\* thread #| *thread #)", re.MULTILINE)
+_BEGINNING = re.compile(r"Thread \d|#0 |\* thread #| *thread #")
 """The first line of a backtrace of gdb or lldb."""
 
 
@@ -168,21 +173,48 @@ def run(line: Sequence[str]) -> int:
         signal.signal(signal.SIGINT, before)
 
 
-def backtrace(line: Sequence[str]) -> tuple[int, str]:
-    """Run a debugger in batch mode and return its exit status and its output."""
-    done = subprocess.run(line, check=False, capture_output=True, stdin=subprocess.DEVNULL)  # noqa: S603  likewise
-    text = done.stdout.decode("utf-8", "backslashreplace")
-    if done.returncode:
-        return done.returncode, text + done.stderr.decode("utf-8", "backslashreplace")
-    return 0, without_chatter(text)
+def _lines(output: IO[bytes] | None) -> Iterator[bytes]:
+    while output is not None and (line := output.readline(MOST_LINE_BYTES)):
+        yield line
 
 
-def without_chatter(text: str) -> str:
-    """Return a backtrace from its first thread or frame on: what precedes it is progress and repeats `info`."""
-    found = _BEGINNING.search(text)
-    return text[found.start() :] if found else text
+class Backtrace:
+    """The output of a debugger, from its first thread or frame on; what precedes it is progress and repeats `info`."""
 
+    def __init__(self, write: Callable[[str], None]) -> None:
+        """Write lines with `write`."""
+        self._write = write
+        self._skipped: deque[str] = deque(maxlen=MOST_SKIPPED)
+        self._begun = False
+        self.resolved = False
+        """Whether a frame names a function."""
 
-def has_resolved_frame(text: str) -> bool:
-    """Tell whether a backtrace names at least one function."""
-    return _RESOLVED.search(text) is not None
+    def run(self, line: Sequence[str]) -> int:
+        """Run a debugger in batch mode, write its backtrace line by line, and return its exit status."""
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+        with tempfile.TemporaryFile() as errors:
+            with subprocess.Popen(line, stderr=errors, **pipes) as process:  # noqa: S603  likewise
+                try:
+                    for raw in _lines(process.stdout):
+                        self._take(raw.decode("utf-8", "backslashreplace").rstrip("\n"))
+                except BaseException:
+                    process.kill()
+                    raise
+            errors.seek(0)
+            self._explain(
+                process.returncode, errors.read(MOST_LINE_BYTES).decode("utf-8", "backslashreplace")
+            )
+        return process.returncode
+
+    def _take(self, text: str) -> None:
+        self._begun = self._begun or _BEGINNING.match(text) is not None
+        self.resolved = self.resolved or _RESOLVED.match(text) is not None
+        if self._begun:
+            self._write(text)
+        else:
+            self._skipped.append(text)
+
+    def _explain(self, code: int, errors: str) -> None:
+        """Write what was skipped if there was no backtrace, and the errors if the debugger failed."""
+        for text in [*(() if self._begun else self._skipped), *(errors.splitlines() if code else ())]:
+            self._write(text)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal as signals
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from core_dump_format.text import printable
-from core_dumps import show
+from core_dumps import show, tables
 from core_dumps.dump import signal_name
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from core_dump_format.core import Core
+    from core_dump_format.core import Core, Thread
     from core_dumps.dump import Dump
     from core_dumps.head import Head
 
@@ -53,6 +53,30 @@ def print_info(console: Console, bucket: str, dump: Dump, head: Head | None) -> 
         console.print(line)
 
 
+def document(dump: Dump, head: Head | None) -> dict[str, Any]:
+    """Return one dump as JSON; the front of its core, if it was read, is under `core`."""
+    content = tables.document(dump)
+    if head is None:
+        return content
+    if head.core is None:
+        return content | {"core": {"problem": head.problem}}
+    core = head.core
+    threads = [
+        {
+            "tid": thread.tid,
+            "signal": thread.signal,
+            "pc": thread.pc,
+            "sp": thread.sp,
+            "where": _where(core, thread),
+        }
+        for thread in core.threads
+    ]
+    files = [{"path": path, "build_id": head.build_ids.get(path)} for path in _paths(core)]
+    facts = {"machine": core.machine, "bits": core.form.bits, "expected_bytes": core.expected_bytes}
+    facts |= {"signal": core.signal, "fault_address": core.fault_address, "thread_count": core.thread_count}
+    return content | {"core": {**facts, "threads": threads, "files": files}}
+
+
 def _facts(bucket: str, dump: Dump) -> Iterator[tuple[str, Text]]:
     if dump.get("signal") is not None:
         number = dump.number("signal")
@@ -84,24 +108,29 @@ def _core_lines(core: Core, head: Head) -> Iterator[str]:
     yield f"Machine: {core.machine}, {core.form.bits} bits"
     yield f"\n{core.thread_count} threads, the crashed one first:"
     for thread in core.threads[:MOST_SHOWN]:
-        file = core.file_at(thread.pc)
-        where = (
-            f"{printable(file.path)}+{thread.pc - file.start + file.offset_bytes:#x}"
-            if file
-            else "not in a file"
-        )
+        where = printable(_where(core, thread) or "not in a file")
         yield f"  {thread.tid:>8}  pc {thread.pc:#018x}  sp {thread.sp:#018x}  {where}"
-    if core.thread_count > MOST_SHOWN:
-        yield f"  … and {core.thread_count - MOST_SHOWN} more"
-    if not core.files:
-        yield "\nThe core has no list of mapped files."
-        return
-    paths = list(dict.fromkeys(file.path for file in core.files))
-    yield f"\n{len(paths)} mapped files:"
+    yield from _more(core.thread_count, MOST_SHOWN)
+    paths = _paths(core)
+    yield f"\n{len(paths)} mapped files:" if paths else "\nThe core has no list of mapped files."
     for path in paths[: 4 * MOST_SHOWN]:
         yield f"  {head.build_ids.get(path, '-'):40}  {printable(path)}"
-    if len(paths) > 4 * MOST_SHOWN:
-        yield f"  … and {len(paths) - 4 * MOST_SHOWN} more"
+    yield from _more(len(paths), 4 * MOST_SHOWN)
+
+
+def _more(count: int, shown: int) -> Iterator[str]:
+    if count > shown:
+        yield f"  … and {count - shown} more"
+
+
+def _where(core: Core, thread: Thread) -> str | None:
+    """Return file and offset of a thread's program counter."""
+    file = core.file_at(thread.pc)
+    return f"{file.path}+{thread.pc - file.start + file.offset_bytes:#x}" if file else None
+
+
+def _paths(core: Core) -> list[str]:
+    return list(dict.fromkeys(file.path for file in core.files))
 
 
 def _cause(core: Core) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +15,7 @@ from core_dump_format.text import printable
 from core_dumps import show
 from core_dumps.app import app
 from core_dumps.errors import CliError, UsageError
-from core_dumps.options import Selection, with_selection
+from core_dumps.options import Json, Selection, with_selection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,14 +28,6 @@ MOST_READ = 1000
 """Without --all, `list` reads the metadata of so many dumps and shows the rest from their keys."""
 
 
-class Json(StrEnum):
-    """The forms of JSON."""
-
-    OFF = "off"
-    SHORT = "short"
-    PRETTY = "pretty"
-
-
 @app.command("list")
 @with_selection
 def list_dumps(
@@ -45,7 +36,10 @@ def list_dumps(
         int | None, typer.Option("-n", metavar="N", min=1, help="Show only the newest N dumps or groups")
     ] = None,
     one: Annotated[bool, typer.Option("-1", help="Show only the newest dump or group")] = False,
-    reverse: Annotated[bool, typer.Option("--reverse", "-r", help="Print the oldest first")] = False,
+    reverse: Annotated[
+        bool, typer.Option("--reverse", "-r", help="Print the newest first, which is the default here")
+    ] = False,
+    oldest_first: Annotated[bool, typer.Option("--oldest-first", help="Print the oldest first")] = False,
     group: Annotated[bool, typer.Option("--group", help="Print each distinct crash once")] = False,
     field: Annotated[
         str | None,
@@ -61,10 +55,12 @@ def list_dumps(
     from core_dumps import match, tables
 
     field = match.field_name(field) if field else None
+    if reverse and oldest_first:
+        raise UsageError("give either --reverse or --oldest-first")
     limit = 1 if one else count
     with selection.open() as bucket:
         found = _some(selection, bucket, reads_all=everything or group, count=None if group else limit)
-        if reverse and not group:
+        if oldest_first and not group:
             found = iter(list(found)[::-1])
         first = next(found, None)
         if first is None:
@@ -74,7 +70,7 @@ def list_dumps(
             tables.print_values(show.console(), dumps, field)
         elif group:
             groups = tables.groups(dumps)[:limit]
-            _print_groups(groups[::-1] if reverse else groups, json, legend=not no_legend)
+            _print_groups(groups[::-1] if oldest_first else groups, json, legend=not no_legend)
         elif json is not Json.OFF:
             tables.print_json(show.console(), map(tables.document, dumps), json)
         else:
@@ -158,7 +154,7 @@ def _delete(bucket: Bucket, dumps: list[Dump]) -> None:
 
 @app.command()
 @with_selection
-def stats(selection: Selection) -> None:
+def stats(selection: Selection, json: Annotated[Json, typer.Option(help="Print JSON")] = Json.OFF) -> None:
     """Count crashes by executable and signal, and plot them over time."""
     from core_dumps import plot, tables
 
@@ -167,6 +163,9 @@ def stats(selection: Selection) -> None:
         if not dumps:
             raise selection.no_match(bucket)
     console = show.console()
+    if json is not Json.OFF:
+        tables.print_json(console, tables.stat_documents(dumps), json)
+        return
     tables.print_rows(console, ("COUNT", "SIG", "EXE"), tables.stat_rows(dumps), legend=True)
     console.print()
     for line in plot.plot([dump.timestamp for dump in dumps], console.width, sys.stdout.encoding):

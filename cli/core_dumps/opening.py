@@ -14,7 +14,7 @@ from core_dump_format.text import printable
 from core_dumps import show, when
 from core_dumps.app import app
 from core_dumps.errors import CliError, UsageError
-from core_dumps.options import Selection, with_selection
+from core_dumps.options import Json, Selection, with_selection
 
 if TYPE_CHECKING:
     from core_dumps import debugger
@@ -28,15 +28,19 @@ WEEK_SECONDS = 7 * 86400
 def info(
     selection: Selection,
     no_core: Annotated[bool, typer.Option("--no-core", help="Read only the metadata, not the core")] = False,
+    json: Annotated[Json, typer.Option(help="Print JSON")] = Json.OFF,
 ) -> None:
     """Show the metadata and the core of the newest matching dump."""
-    from core_dumps import details
+    from core_dumps import details, tables
     from core_dumps.head import read_head
 
     with selection.open() as bucket:
         dump = selection.newest(bucket)
         head = None if no_core or dump.size_bytes is None else read_head(bucket, dump)
-        details.print_info(show.console(), bucket.name, dump, head)
+        if json is Json.OFF:
+            details.print_info(show.console(), bucket.name, dump, head)
+        else:
+            tables.print_json(show.console(), [details.document(dump, head)], json)
 
 
 @app.command()
@@ -148,12 +152,11 @@ def bt(
     from core_dumps import debugger
 
     session = _session(selection, sysroot or [], debugger_program, executable, full=full)
-    code, text = debugger.backtrace(session.command(arguments, batch=True))
-    for line in text.splitlines():
-        typer.echo(printable(line.expandtabs(), 10_000))
+    backtrace = debugger.Backtrace(lambda line: typer.echo(printable(line.expandtabs(), 10_000)))
+    code = backtrace.run(session.command(arguments, batch=True))
     if code:
         raise CliError(f"{debugger_program} failed (exit {code})")
-    if not debugger.has_resolved_frame(text):
+    if not backtrace.resolved:
         raise CliError("no address could be resolved to a function: see the notes above for missing files")
 
 

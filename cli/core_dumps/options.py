@@ -10,6 +10,7 @@ import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -30,6 +31,14 @@ CLOSED_PIPE = 141
 """The status that a shell reports for a program that died of SIGPIPE."""
 MOST_COMPARED = 100
 """So many further dumps are compared with the query to count those that match."""
+
+
+class Json(StrEnum):
+    """The forms of JSON."""
+
+    OFF = "off"
+    SHORT = "short"
+    PRETTY = "pretty"
 
 
 @dataclass(frozen=True, slots=True)

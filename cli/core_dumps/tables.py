@@ -177,8 +177,18 @@ def group_document(group: Group) -> dict[str, Any]:
     }
 
 
+def _kinds(dumps: Iterable[Dump]) -> list[tuple[tuple[str, int | None], int]]:
+    """Return executable, signal and count of each kind of crash, the most frequent first."""
+    return Counter((dump.program, dump.number("signal")) for dump in dumps).most_common()
+
+
 def stat_rows(dumps: Iterable[Dump]) -> Iterator[list[str]]:
-    """Yield count, signal and executable of each kind of crash, the most frequent first."""
-    counts = Counter((dump.program, dump.number("signal")) for dump in dumps)
-    for (program, signal), count in counts.most_common():
+    """Yield the cells of each kind of crash."""
+    for (program, signal), count in _kinds(dumps):
         yield [str(count), "-" if signal is None else signal_name(signal), printable(program, 100)]
+
+
+def stat_documents(dumps: Iterable[Dump]) -> Iterator[dict[str, Any]]:
+    """Yield each kind of crash as JSON."""
+    for (program, signal), count in _kinds(dumps):
+        yield {"count": count, "sig": signal, "exe": program}

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from tests.support.collector import wait_until
 from tests.support.cores import AARCH64, AUXV, PRPSINFO, PRSTATUS, Shape, build
+from tests.support.front import Reply, cut, error, front
 
+from core_dumps import buildid
 from core_dumps.buildid import read_build_id, read_modules
 from core_dumps.neutral import without_controls
 
@@ -225,3 +227,43 @@ def test_all_threads_are_counted(cli, gz):
     text = cli.run("info").stdout
     assert "6001 threads" in text
     assert "and 5937 more" in text
+
+
+@pytest.mark.parametrize(
+    ("reply", "seconds", "found"),
+    [
+        (lambda body: Reply(200, body), 60, True),
+        (lambda body: cut(Reply(200, body), len(body) - 1), 60, False),
+        (lambda body: Reply(200, body), 0, False),
+        (lambda _: error(404, "NotFound", "no"), 60, False),
+    ],
+    ids=["whole", "cut", "late", "unknown"],
+)
+def test_executable_of_a_debuginfod_server_is_used_only_if_it_is_whole_and_in_time(
+    tmp_path, monkeypatch, reply, seconds, found
+):
+    monkeypatch.setattr(buildid, "DOWNLOAD_SECONDS", seconds)
+    body = Path(PROGRAM).read_bytes()
+    known = read_build_id(PROGRAM)
+    with front("http://unused", lambda _: reply(body)) as server:
+        monkeypatch.setenv("DEBUGINFOD_URLS", server)
+        path = buildid.debuginfod(known, str(tmp_path))
+    assert (path is not None) == found
+    assert os.listdir(tmp_path) == ([f"{known}.executable"] if found else [])
+
+
+def test_endless_backtrace_is_written_as_it_comes(cli, gz, tools, tmp_path):
+    cli.put(NAME, gz(build(Shape(), Shape().status(1), [(0x400000, bytes(4096), True)])))
+    (tools / "gdb").write_text("#!/bin/sh\nwhile echo '#0  main () at a.c:3'; do :; done\n")
+    (tools / "gdb").chmod(0o755)
+    command = [sys.executable, "-m", "core_dumps.cli", "bt"]
+    options = {
+        "env": cli.variables(),
+        "cwd": tmp_path,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.DEVNULL,
+    }
+    with subprocess.Popen(command, **options) as process:
+        assert process.stdout.readline() == b"#0  main () at a.c:3\n"
+        process.stdout.close()
+        assert process.wait(30) == 141

@@ -92,7 +92,7 @@ def test_list_shows_every_crash_newest_first(fleet):
     )
     times = [row["time"] for row in rows]
     assert times == sorted(times, reverse=True)
-    assert [row["time"] for row in cli.json("-r")] == sorted(times)
+    assert [row["time"] for row in cli.json("--oldest-first")] == sorted(times)
 
 
 def test_matches_are_those_of_coredumpctl(fleet):
