@@ -10,7 +10,7 @@ from core_dump_helper.compress import start_writer
 from core_dump_helper.core import LengthCheck, Memory, Reader
 from core_dump_helper.crash import read_metadata
 from core_dump_helper.dumpfile import RESULT_SPACE, create_partial, publish, set_attributes
-from core_dump_helper.limits import DiskLimits, DiskWatch, Limits
+from core_dump_helper.limits import DiskWatch, Limits
 from core_dump_helper.settings import CONFIG, Settings
 from core_dump_helper.system import CHUNK, DIRECTORY, DISK_FULL, Refused, log
 
@@ -109,7 +109,7 @@ class Handler:
             self.log_warnings()
             log(self.crash.sentence() + "; dumping", 6)
             dump, name, writer = self.create(directory, suffix)
-            watch = DiskWatch(dump, DiskLimits(directory, self.settings))
+            watch = DiskWatch(dump, limits.disk)
             truncated, expected = self.copy_core(writer, watch)
             if not (writer.size and os.fstat(dump).st_size) and (
                 truncated != "compressor_failed" or is_full(dump)
@@ -128,6 +128,7 @@ class Handler:
         state = "truncated (%s)" % truncated if truncated else "complete"
         result = (self.crash, name, state, writer.size, writer.name, took_ms)
         log("%s: %s is %s: %d bytes by %s in %d ms" % result, 6)
+        watch.finish()
 
     def create(self, directory: int, suffix: str) -> tuple[int, str, Writer]:
         """Return the dump's descriptor, its name and its writer; raises Refused if it cannot be created."""

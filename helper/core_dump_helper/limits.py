@@ -17,9 +17,17 @@ TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
     from core_dump_helper.crash import Crash
     from core_dump_helper.settings import Settings
+    from core_dump_helper.usage import Usage
 
 CHECK_BYTES = 32 << 20
 MIN_INODES = 100
+DISK_SHARE = 3
+REFUSAL_PATIENCE = 5
+"""Before a dump is refused, the files are counted again if the last count is older than so many times what it took."""
+IDLE_SECONDS, IDLE_PATIENCE = 10, 20
+HELD_COUNT_SECONDS, IDLE_COUNT_SECONDS = 1, 20
+"""A count ends after so long while a crashed process waits, and while none does."""
+"""When nobody waits, a count is repeated after so long, and after so many times what it takes."""
 REFUSAL_SECONDS = 600
 """Window of the records of refusals other than `rate_limit`."""
 ORIGIN_BYTES = 256
@@ -112,19 +120,36 @@ class Slots:
 
 
 class DiskLimits:
-    """The limits of the watch directory's file system."""
+    """The limits of the watch directory's file system.
 
-    def __init__(self, directory: int, settings: Settings) -> None:
-        """Store the watch directory and the limits."""
-        self._directory, self._settings = directory, settings
+    An origin's dumps may hold DISK_SHARE times as much as is left for others: of an empty disk, the first may fill
+    three quarters.
+    """
+
+    def __init__(
+        self, directory: int, settings: Settings, origin: bytes = b"", records: Records | None = None
+    ) -> None:
+        """Store the watch directory, the limits, whose dump it is, and the state where the use of the disk is kept."""
+        self._directory, self._settings, self._origin, self._records = directory, settings, origin, records
+        self._usage: Usage | None = None
+        self._own, self._added = 0, 0
+        """Bytes of this dump, and how many of them are part of `_usage`."""
 
     def exceeded(self) -> str:
         """Return the reason that forbids more bytes, or an empty string."""
         space = os.fstatvfs(self._directory)
-        if space.f_bavail * 100 < self._settings.KEEP_FREE_PERCENT * space.f_blocks:
+        room = (space.f_bavail - self._settings.KEEP_FREE_PERCENT * space.f_blocks / 100) * space.f_frsize
+        if room < 0:
             return "keep_free"
-        limit = self._settings.MAX_TOTAL_BYTES
-        return "max_total_bytes" if limit and self._held_bytes() > limit else ""
+        used = (space.f_blocks - space.f_bfree) * space.f_frsize
+        if not self._settings.MAX_TOTAL_BYTES and used <= DISK_SHARE * room:
+            return ""  # nobody can hold more than a share
+        usage = self._load_usage()
+        reason = self._judge(usage, room)
+        if reason and usage.refresh(0, REFUSAL_PATIENCE, HELD_COUNT_SECONDS):
+            self._added = self._own
+            reason = self._judge(usage, room)
+        return reason
 
     def check(self) -> None:
         """Raise Refused if the disk has no room for another dump."""
@@ -133,16 +158,40 @@ class DiskLimits:
         if not reason and space.f_files and space.f_favail < MIN_INODES:
             reason = "inodes"
         if reason:
-            raise Refused(reason, "the disk has no room for another dump")
+            raise Refused(reason, "the disk has no room for another dump of this origin")
 
-    def _held_bytes(self) -> int:
-        held = 0
-        for name in os.listdir(self._directory):
-            try:
-                held += os.stat(name, dir_fd=self._directory, follow_symlinks=False).st_blocks * 512
-            except FileNotFoundError:  # the collector has removed it
-                pass
-        return held
+    def grow(self, held: int) -> None:
+        """Note that this dump holds so many bytes now."""
+        self._own = held
+        if self._usage and held != self._added:
+            self._usage.add(self._origin, held - self._added)
+            self._added = held
+
+    def finish(self) -> None:
+        """Prepare the use of the disk for the next crash, now that nobody waits."""
+        if self._usage:
+            self._usage.refresh(IDLE_SECONDS, IDLE_PATIENCE, IDLE_COUNT_SECONDS)
+
+    def _load_usage(self) -> Usage:
+        """Return the use of the disk; count it only if nothing is known."""
+        if not self._usage:
+            from core_dump_helper.usage import Usage
+
+            self._usage = Usage(self._directory, self._records)
+            if not self._usage.load():
+                self._usage.count(HELD_COUNT_SECONDS, partial=True)
+                self._added = self._own
+            self.grow(self._own)
+        return self._usage
+
+    def _judge(self, usage: Usage, room: float) -> str:
+        limit = self._settings.MAX_TOTAL_BYTES
+        left = limit - usage.total if limit else room
+        if left < 0:
+            return "max_total_bytes"
+        if usage.origins.get(self._origin, 0) <= DISK_SHARE * min(room, left):
+            return ""
+        return "max_total_bytes" if left < room else "keep_free"
 
 
 class DiskWatch:
@@ -158,7 +207,13 @@ class DiskWatch:
             return ""
         self._checked = size
         os.posix_fadvise(self._dump, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._limits.grow(os.fstat(self._dump).st_blocks * 512)
         return self._limits.exceeded()
+
+    def finish(self) -> None:
+        """Note the size of the dump."""
+        self._limits.grow(os.fstat(self._dump).st_blocks * 512)
+        self._limits.finish()
 
 
 class Limits:
@@ -168,12 +223,15 @@ class Limits:
         """Store the crash, the watch directory and the settings."""
         self._crash, self._metadata, self._settings = crash, metadata, settings
         self._directory = directory
+        self._origin = metadata.get("origin", b"")
         self._records: Records | None = None
+        self.disk = DiskLimits(directory, settings, self._origin)
 
     def open(self) -> None:
         """Open the state, without which there is neither rate limit nor slot."""
         try:
             self._records = Records(open_state(self._directory))
+            self.disk = DiskLimits(self._directory, self._settings, self._origin, self._records)
         except OSError as error:
             log(
                 "cannot use .helper: %s; RATE_LIMIT and MAX_CONCURRENT are off for this dump" % error.strerror
@@ -192,12 +250,14 @@ class Limits:
         """Raise Refused if a limit forbids the dump; wait for a slot until `deadline` (monotonic)."""
         if self._settings.RESPECT_RLIMIT == "yes" and self._crash.rlimit == "0":
             raise Refused("rlimit", "RLIMIT_CORE is 0")
-        DiskLimits(self._directory, self._settings).check()
+        self.disk.check()
         if not self._records:
             return
         RateLimiter(self._records, self._settings.RATE_LIMIT).check(self._metadata)
-        origin, memory = self._metadata.get("origin", b""), Memory(self._settings.CGROUP)
-        if not Slots(self._records, self._settings.MAX_CONCURRENT, origin, memory).acquire(deadline):
+        slots = Slots(
+            self._records, self._settings.MAX_CONCURRENT, self._origin, Memory(self._settings.CGROUP)
+        )
+        if not slots.acquire(deadline):
             raise Refused("no_slot", "other dumps used the share of MAX_CONCURRENT all the time")
 
     def count(self, refused: Refused) -> None:
