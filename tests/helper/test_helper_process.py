@@ -397,7 +397,6 @@ def test_configuration_that_others_can_change_is_not_trusted(station, tmp_path):
     config.chmod(0o666)
     done = subprocess.run(command, input=elf(b"x"), capture_output=True, env={}, check=False)
     assert b"others than root can change it" in done.stderr
-    assert b"/core_dumps" in done.stderr or not Path("/core_dumps").exists()
     assert station.names() == []
 
 
