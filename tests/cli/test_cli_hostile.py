@@ -14,6 +14,8 @@ from tests.support import cores
 from tests.support.collector import wait_until
 from tests.support.slow import slow_proxy
 
+from core_dumps.workfile import Work
+
 CONTROL = "\x1b]0;owned\x07\x1b[31m\u202e"
 
 
@@ -77,11 +79,13 @@ def test_wrong_bytes_are_not_kept(cli, gz, tmp_path):
     cli.put(name(2), gz(elf(8192)), {"bytes": 8191})
     cli.put(name(3), gz(elf(8192))[:-6])
     cli.put(name(4), gz(b"no core" * 100))
+    cli.put(name(5), gz(elf(8192)), {"bytes": 8193})
     assert "CRC-32 is" in cli.run("get", "1", "-o", "a", code=1).stderr
     assert "8191" in cli.run("get", "2", "-o", "b", code=1).stderr
     assert "ends early" in cli.run("get", "3", "-o", "c", code=1).stderr
     assert "--keep-compressed" in cli.run("get", "4", "-o", "d", code=1).stderr
-    assert not {"a", "b", "c", "d"} & set(os.listdir(tmp_path))
+    assert "8193 were dumped" in cli.run("get", "5", "-o", "e", code=1).stderr
+    assert not {"a", "b", "c", "d", "e"} & set(os.listdir(tmp_path))
     assert "do not use" in cli.run("get", "1", "-o", "-", code=1).stderr
     assert "8191" in cli.run("get", "2", "-o", "-", code=1).stderr
     assert "ends early" in cli.run("get", "3", "-o", "-", code=1).stderr
@@ -111,6 +115,17 @@ def test_no_link_is_followed_and_no_file_replaced(cli, gz, tmp_path):
     assert victim.read_text() == "mine"
     assert not (tmp_path / "link").is_symlink()
     assert not (tmp_path / "nothing").exists()
+
+
+def test_file_that_appeared_during_a_download_is_not_replaced(cli, gz, tmp_path, monkeypatch):
+    def appear(work, open_core=Work.open_core):
+        (tmp_path / "out").write_bytes(b"of somebody else")
+        return open_core(work)
+
+    monkeypatch.setattr(Work, "open_core", appear)
+    cli.put(name(1), gz(elf(8192)), {"bytes": 8192})
+    assert "out" in cli.run("get", "1", "-o", tmp_path / "out", code=1).stderr
+    assert (tmp_path / "out").read_bytes() == b"of somebody else"
 
 
 def test_key_cannot_choose_a_place(cli, gz, tmp_path):

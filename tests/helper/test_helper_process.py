@@ -393,11 +393,15 @@ def test_wrong_configuration_is_logged_and_the_dump_taken(station, line):
 
 def test_configuration_that_others_can_change_is_not_trusted(station, tmp_path):
     command = station.command()
-    config = tmp_path / "helper.conf"
-    config.chmod(0o666)
+    default = tmp_path / "default"
+    default.mkdir(mode=0o700)
+    module = tmp_path / "core_dump_helper/settings.py"
+    kernel.replace(module, 'WATCH_DIR = "/core_dumps"', f"WATCH_DIR = {str(default)!r}")
+    (tmp_path / "helper.conf").chmod(0o666)
     done = subprocess.run(command, input=elf(b"x"), capture_output=True, env={}, check=False)
     assert b"others than root can change it" in done.stderr
     assert station.names() == []
+    assert len(list(default.glob("core-app-*"))) == 1
 
 
 def test_pigz_that_is_missing_is_replaced(station):

@@ -27,8 +27,8 @@ PACKAGES = ("format", "helper", "collector", "cli")
 SECONDS = 600
 """Longest run of the tests of one mutant; a mutant that hangs them is caught."""
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "__pycache__", ".hypothesis", "dist", "build")
-VERDICTS = {0: "SURVIVED", 1: "caught"}
-"""By the exit code of pytest; any other means that the mutant or its list of tests is wrong."""
+PASSED, FAILED = 0, 1
+"""Exit codes of pytest; any other means that the mutant or its list of tests is wrong."""
 
 
 @dataclass(frozen=True)
@@ -78,26 +78,36 @@ def changed_texts(mutants: Sequence[Mutant]) -> tuple[list[str], list[str]]:
     return texts, stale
 
 
-def run(tree: Path, tests: Sequence[str]) -> str:
-    """Run tests in a tree, one invocation for each entry, until one fails; return the verdict."""
+def pytest(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run tests in a tree, with the packages of that tree."""
     paths = os.pathsep.join(str(tree / package) for package in PACKAGES)
     environ = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(
+        command, cwd=tree, env=environ, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+
+
+def run(tree: Path, original: Path, tests: Sequence[str]) -> str:
+    """Run tests in a tree, one entry after the other, until one fails; return the verdict.
+
+    A test that fails in the original tree too has noticed nothing: it is passed over.
+    """
+    unreliable = ""
     for entry in tests:
-        options = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header"]
         place, _, expression = entry.partition(" -k ")
-        command = [*options, *place.split(), *(["-k", expression] if expression else [])]
         try:
-            done = subprocess.run(
-                command, cwd=tree, env=environ, capture_output=True, text=True, timeout=SECONDS, check=False
-            )
+            done = pytest(tree, *place.split(), *(["-k", expression] if expression else []))
         except subprocess.TimeoutExpired:
             return "caught (hung)"
-        if done.returncode not in VERDICTS:
+        if done.returncode not in {PASSED, FAILED}:
             return f"WRONG: pytest exited with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}"
-        if done.returncode:
-            failed = re.search(r"^FAILED .*::(\w+)", done.stdout, re.MULTILINE)
-            return "caught" + (f" by {failed[1]}" if failed else "")
-    return "SURVIVED"
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+?::.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+        if failed and pytest(original, failed[1]).returncode == PASSED:
+            return f"caught by {failed[1].rpartition('::')[2]}"
+        if failed:
+            unreliable = f"; {failed[1]} fails without the change too"
+    return "SURVIVED" + unreliable
 
 
 def main() -> int:
@@ -114,16 +124,16 @@ def main() -> int:
     verdicts: list[str] = []
     exit_on_signals()
     with temporary_directory("mutants-") as directory:
-        tree = directory / "tree"
-        shutil.copytree(ROOT, tree, ignore=LEFT_OUT, symlinks=True)
+        tree, original = directory / "tree", directory / "original"
+        for copy in (tree, original):
+            shutil.copytree(ROOT, copy, ignore=LEFT_OUT, symlinks=True)
         for mutant, text in zip(mutants, texts, strict=True):
             if options.check:
                 continue
             begin = time.monotonic()
-            original = (tree / mutant.path).read_text()
             (tree / mutant.path).write_text(text)
-            verdicts.append(run(tree, mutant.tests))
-            (tree / mutant.path).write_text(original)
+            verdicts.append(run(tree, original, mutant.tests))
+            shutil.copy(original / mutant.path, tree / mutant.path)
             sys.stdout.write(f"{time.monotonic() - begin:5.0f} s  {mutant.name}: {verdicts[-1]}\n")
             sys.stdout.flush()
     caught = sum(verdict.startswith("caught") for verdict in verdicts)
