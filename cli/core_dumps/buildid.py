@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from core_dump_format.core import Core, read_build_ids, read_core
 from core_dump_format.elf import PAGE, Form, NotACoreError, build_id_of
-from core_dump_format.stream import Forward
+from core_dump_format.stream import Forward, Seekable
 from core_dumps import show
 from core_dumps.dump import DELETED
 
@@ -34,20 +34,6 @@ BLOCK_BYTES = 256 * 1024
 MOST_PAGES_BELOW_ENTRY = 262_144
 """1 GiB: the largest distance from a program's first instruction back to its ELF header."""
 _BUILD_ID = re.compile(r"[0-9a-f]{8,128}")
-
-
-class CoreFile(Forward):
-    """A core on this machine, which can be read at any offset."""
-
-    def __init__(self, descriptor: int) -> None:
-        """Read from a descriptor that the caller closes."""
-        super().__init__(lambda _: b"", 0)
-        self._descriptor = descriptor
-
-    def reach(self, offset: int, size: int) -> bytes:
-        """Return as many of the bytes at an offset as the file has."""
-        end = os.fstat(self._descriptor).st_size
-        return os.pread(self._descriptor, size, offset) if offset < end else b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +77,7 @@ def read_modules(core_path: str, executable: str | None, roots: Sequence[str], c
     """
     descriptor = os.open(core_path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        source = CoreFile(descriptor)
+        source = Seekable(descriptor)
         core = read_core(source)
         build_ids, _ = read_build_ids(core, source)
         program = core.executable() or executable

@@ -14,9 +14,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
+from core_dump_format.stream import Seekable
 from core_dump_format.text import printable
 from core_dumps import show
-from core_dumps.buildid import CoreFile, Module, Modules, read_build_id, read_modules
+from core_dumps.buildid import Module, Modules, read_build_id, read_modules
 from core_dumps.cache import cache_directory
 from core_dumps.errors import UsageError
 from core_dumps.neutral import neutralise
@@ -112,7 +113,7 @@ def prepare(program: str, core: str, dump: Dump, roots: Sequence[str], executabl
         modules = _with_executable(modules, executable)
     descriptor = os.open(core, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        neutralise(core, CoreFile(descriptor))
+        neutralise(core, Seekable(descriptor))
     finally:
         os.close(descriptor)
     _note_missing(modules, dump)

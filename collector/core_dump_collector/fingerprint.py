@@ -7,7 +7,7 @@ are evidence for grouping, not a backtrace.
 
 `fingerprint_of_file(descriptor)` reads a dump on disk, gzip or raw, and leaves the descriptor's position unchanged;
 `fingerprint(read)` reads any uncompressed core from its start. Both read forward only and stop at `most_bytes` and
-`seconds`; no content of a core makes them raise.
+`seconds` (a raw core on disk is read only where it matters); no content of a core makes them raise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from core_dump_collector.s3 import parts
 from core_dump_format.core import read_build_ids, read_core
 from core_dump_format.elf import NotACoreError
 from core_dump_format.gzip import inflate_until_damage
-from core_dump_format.stream import Forward
+from core_dump_format.stream import Forward, Seekable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,16 +68,29 @@ def fingerprint(
         most_bytes: limit of the bytes read.
         seconds: limit of the time spent.
     """
-    forward = Forward(read, most_bytes, seconds)
+    return _of_core(Forward(read, most_bytes, seconds))
+
+
+def fingerprint_of_file(
+    descriptor: int, *, most_bytes: int = MOST_BYTES, seconds: float = SECONDS
+) -> Fingerprint | None:
+    """Compute the fingerprint of a dump on disk, gzip or raw. An OSError while reading it passes through."""
+    if not parts.is_gzip(descriptor):
+        return _of_core(Seekable(descriptor, seconds))
+    pieces = inflate_until_damage(_read(descriptor, time.monotonic() + seconds), PIECE_BYTES)
+    return _of_core(Forward.over(pieces, most_bytes, seconds))
+
+
+def _of_core(source: Forward) -> Fingerprint | None:
     try:
-        core = read_core(forward)
+        core = read_core(source)
     except NotACoreError:
         return None
     if not core.threads:
         return None
     crashed = core.threads[0]
     stack_at = (crashed.sp, STACK_BYTES)
-    build_ids, memory = read_build_ids(core, forward, [stack_at])
+    build_ids, memory = read_build_ids(core, source, [stack_at])
     frames = tuple(_frames(core, crashed, memory.get(crashed.sp, b"")))
     executable = core.executable()
     build_id = build_ids.get(executable) if executable else None
@@ -85,15 +98,6 @@ def fingerprint(
     signal = core.signal if core.signal is not None else crashed.signal
     text = "\n".join([program, str(signal), *frames])
     return Fingerprint(hashlib.sha256(text.encode()).hexdigest()[:16], build_id, frames, core.machine)
-
-
-def fingerprint_of_file(
-    descriptor: int, *, most_bytes: int = MOST_BYTES, seconds: float = SECONDS
-) -> Fingerprint | None:
-    """Compute the fingerprint of a dump on disk, gzip or raw. An OSError while reading it passes through."""
-    blocks = _read(descriptor, time.monotonic() + seconds)
-    pieces = inflate_until_damage(blocks, PIECE_BYTES) if parts.is_gzip(descriptor) else blocks
-    return fingerprint(lambda _: next(pieces, b""), most_bytes=most_bytes, seconds=seconds)
 
 
 def _read(descriptor: int, until: float) -> Iterator[bytes]:

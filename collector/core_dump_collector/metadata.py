@@ -58,9 +58,9 @@ class Facts:
         """`complete` or `truncated`."""
         return "truncated" if self.truncated else "complete"
 
-    def with_length(self, raw_bytes: int | None) -> Facts:
-        """Return the facts with the length of a file that the collector compresses: a reader cannot know it."""
-        return self if raw_bytes is None else replace(self, attributes=self.attributes | {"bytes": raw_bytes})
+    def with_attributes(self, attributes: Mapping[str, str | int]) -> Facts:
+        """Return the facts with attributes that the collector adds, such as the length of a file that it compresses."""
+        return replace(self, attributes={**self.attributes, **attributes})
 
     def key_fields(self) -> dict[str, str | int | None]:
         """Return the values of KEY_TEMPLATE."""

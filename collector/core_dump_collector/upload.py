@@ -35,6 +35,7 @@ from core_dump_collector.s3.store import Store
 from core_dump_collector.s3.transfer import Transfer
 from core_dump_format.attributes import SALVAGED
 from core_dump_format.keys import build_key
+from core_dump_format.reorder import ORDER_VERSION
 from core_dump_format.text import printable
 
 if TYPE_CHECKING:
@@ -145,14 +146,15 @@ class Worker:
             return _result(dump, facts, Outcome.REFUSED, "larger than any object of S3: left on disk")
         dump.require_deletable()
         salvaged = SALVAGED in raw
+        attempt = record.read(raw, trusted=dump.is_trusted)
+        ordered = attempt is None or attempt.order == ORDER_VERSION
         read = parts.open_source(
-            dump, options.part_bytes, compress_raw=options.compress_raw, salvaged=salvaged
+            dump, options.part_bytes, compress_raw=options.compress_raw, salvaged=salvaged, ordered=ordered
         )
-        facts = facts.with_length(read.raw_bytes)
+        facts = facts.with_attributes(read.facts)
         suffix = ".gz" if read.gzip else ""
         key = build_key(options.prefix, options.key_template, facts.key_fields(), suffix=suffix)
         store = self.open_store()
-        attempt = record.read(raw, trusted=dump.is_trusted)
         transfer = Transfer(store, dump, read, attempt, _headers(facts, read))
         try:
             stored, outcome = transfer.run(key)

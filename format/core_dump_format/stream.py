@@ -1,7 +1,8 @@
-"""Owns reading a core from front to back, so that it can come out of a decompressor or a ranged download."""
+"""Owns reading a core: from front to back, as it comes out of a decompressor or a download, or from a file."""
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -77,3 +78,18 @@ class Forward:
 
     def _more(self) -> bytes:
         return self._read(READ_BYTES) if time.monotonic() < self._deadline else b""
+
+
+class Seekable(Forward):
+    """Reads a core in a file, at any offset, until a deadline."""
+
+    def __init__(self, descriptor: int, seconds: float = float("inf")) -> None:
+        """Read with a descriptor that the caller closes."""
+        super().__init__(lambda _: b"", 0, seconds)
+        self._descriptor = descriptor
+
+    def reach(self, offset: int, size: int) -> bytes:
+        """Return as many of the bytes at an offset as there are."""
+        late = time.monotonic() >= self._deadline
+        end = 0 if late else os.fstat(self._descriptor).st_size
+        return os.pread(self._descriptor, size, offset) if 0 <= offset < end else b""

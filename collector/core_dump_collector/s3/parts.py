@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from isal import isal_zlib
 
-from core_dump_collector.s3 import compression
+from core_dump_collector.s3 import compression, ordering
 from core_dump_format.gzip import inflate_until_damage
 from core_dump_format.names import is_compressed
+from core_dump_format.reorder import ORDER_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from core_dump_collector.node.dumpfile import DumpFile
 
@@ -184,8 +185,10 @@ class Source(Protocol):
     part_bytes: int
     gzip: bool
     """Whether the object is gzip, so that its key ends in `.gz`."""
-    raw_bytes: int | None
-    """Length of a file that is compressed here; None if it is uploaded as it is, or its end is missing."""
+    facts: Mapping[str, str | int]
+    """Fields of the metadata object that come from what is done here: the length of a file that is compressed, say."""
+    order: int
+    """Version of the order of a raw core; 0 for the kernel's."""
 
     def parts(self) -> Iterator[Part]:
         """Yield the parts in order, at least one; each must be released, in any order."""
@@ -198,7 +201,8 @@ class FileSource:
     def __init__(self, dump: DumpFile, part_bytes: int) -> None:
         """Describe the file."""
         self.gzip = dump.name.endswith(".gz")
-        self.raw_bytes: int | None = None
+        self.facts: Mapping[str, str | int] = {}
+        self.order = 0
         self.part_bytes = part_size(dump.size_bytes, part_bytes)
         self._dump = dump
 
@@ -220,14 +224,16 @@ class GzipSource:
 
     def __init__(
         self,
-        blocks: Callable[[], Iterator[bytes]],
+        compressed: Callable[[], Iterator[bytes]],
         bound_bytes: int,
         part_bytes: int,
-        raw_bytes: int | None = None,
+        facts: Mapping[str, str | int] | None = None,
+        order: int = 0,
     ) -> None:
-        """Compress these blocks; `bound_bytes` is an upper bound of the compressed length."""
-        self._blocks = blocks
-        self.raw_bytes = raw_bytes
+        """Upload what `compressed` yields, the same bytes each time; `bound_bytes` is an upper bound of its length."""
+        self._compressed = compressed
+        self.facts: Mapping[str, str | int] = facts or {}
+        self.order = order
         self.part_bytes = part_size(bound_bytes, part_bytes)
 
     def parts(self) -> Iterator[Part]:
@@ -236,7 +242,7 @@ class GzipSource:
         for _ in range(STREAM_BUFFERS):
             free.put(mmap.mmap(-1, self.part_bytes))
         number, buffer, filled = 1, free.get(), 0
-        for piece in compression.compress(self._blocks()):
+        for piece in self._compressed():
             rest = memoryview(piece)
             while rest:
                 if filled == self.part_bytes:
@@ -255,17 +261,29 @@ def _buffer_part(
     return BufferPart(number, view, last=last, give_back=lambda: free.put(buffer))
 
 
-def open_source(dump: DumpFile, part_bytes: int, *, compress_raw: bool, salvaged: bool) -> Source:
-    """Return the source that suits a dump."""
-    compressed = is_compressed(dump.name)
+def open_source(
+    dump: DumpFile, part_bytes: int, *, compress_raw: bool, salvaged: bool, ordered: bool = True
+) -> Source:
+    """Return the source that suits a dump.
+
+    Args:
+        dump: the file.
+        part_bytes: least size of the object's parts.
+        compress_raw: compress a raw core, and put its vital part first.
+        salvaged: the file is an abandoned partial, whose compressed stream has no end.
+        ordered: False to repeat, byte for byte, an upload in the kernel's order.
+    """
     if salvaged and dump.name.endswith(".gz") and is_gzip(dump.fd):
-        return GzipSource(
-            lambda: inflate_until_damage(_read(dump.fd, _DAMAGE_BYTES)), 2 * dump.size_bytes, part_bytes
-        )
-    if compressed or not compress_raw:
+        return GzipSource(lambda: compression.compress(_salvage(dump.fd)), 2 * dump.size_bytes, part_bytes)
+    if is_compressed(dump.name) or not compress_raw:
         return FileSource(dump, part_bytes)
-    bound = dump.data_bytes + dump.data_bytes // 64 + dump.size_bytes // 512 + MEBIBYTE
-    return GzipSource(lambda: _read(dump.fd, MEBIBYTE), bound, part_bytes, dump.size_bytes)
+    bound = dump.data_bytes + dump.data_bytes // 64 + dump.size_bytes // 512 + 2 * MEBIBYTE
+    core = ordering.order(dump.fd, dump.size_bytes) if ordered else None
+    if core is not None:
+        bound += len(core.vital)
+        return GzipSource(core.compressed, bound, part_bytes, core.facts(), ORDER_VERSION)
+    facts = {"bytes": dump.size_bytes}
+    return GzipSource(lambda: compression.compress(_read(dump.fd, MEBIBYTE)), bound, part_bytes, facts)
 
 
 def part_size(bound_bytes: int, part_bytes: int) -> int:
@@ -282,6 +300,10 @@ def drop_cache(fd: int, offset: int, size: int) -> None:
 def is_gzip(fd: int) -> bool:
     """Tell whether a file begins as gzip does."""
     return os.pread(fd, 2, 0) == b"\x1f\x8b"
+
+
+def _salvage(fd: int) -> Iterator[bytes]:
+    return inflate_until_damage(_read(fd, _DAMAGE_BYTES))
 
 
 def _read(fd: int, block_bytes: int) -> Iterator[bytes]:

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 
 from core_dump_collector.s3.verdict import Tried
 from core_dump_format.attributes import MOST_ATTRIBUTE_BYTES, UPLOAD_RECORD
+from core_dump_format.reorder import ORDER_VERSION
 
 if TYPE_CHECKING:
     from core_dump_collector.metadata import StoredObject
     from core_dump_collector.node.dumpfile import DumpFile
+    from core_dump_collector.s3.parts import Source
 
 
 class State(StrEnum):
@@ -47,6 +49,8 @@ class Attempt:
     """Of the whole object; 0 while unknown."""
     upload_id: str = ""
     part_bytes: int = 0
+    order: int = 0
+    """Of a raw core: the version of its order; 0 for the kernel's."""
 
     @property
     def tried(self) -> Tried:
@@ -71,19 +75,20 @@ def read(raw: dict[str, bytes], *, trusted: bool) -> Attempt | None:
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     texts = (attempt.key, attempt.upload_id)
-    numbers = (attempt.modified_ns, attempt.size, attempt.crc32, attempt.part_bytes)
+    numbers = (attempt.modified_ns, attempt.size, attempt.crc32, attempt.part_bytes, attempt.order)
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
         return None
-    return attempt if attempt.size >= 0 and 0 <= attempt.crc32 < 1 << 32 else None
+    possible = attempt.size >= 0 and 0 <= attempt.crc32 < 1 << 32 and 0 <= attempt.order <= ORDER_VERSION
+    return attempt if possible else None
 
 
 class UploadRecord:
     """The record of one dump, as an earlier attempt left it and as this one writes it."""
 
-    def __init__(self, dump: DumpFile, part_bytes: int, earlier: Attempt | None) -> None:
+    def __init__(self, dump: DumpFile, source: Source, earlier: Attempt | None) -> None:
         """Take the earlier attempt."""
         self._dump = dump
-        self._part_bytes = part_bytes
+        self._source = source
         self.earlier = earlier
 
     def at(self, key: str) -> Attempt | None:
@@ -106,7 +111,8 @@ class UploadRecord:
             size=stored.size_bytes,
             crc32=stored.crc32,
             upload_id=upload_id,
-            part_bytes=self._part_bytes,
+            part_bytes=self._source.part_bytes,
+            order=self._source.order,
         )
         value = json.dumps(asdict(attempt), separators=(",", ":")).encode()
         fits = self._dump.is_trusted and len(value) <= MOST_ATTRIBUTE_BYTES

@@ -60,7 +60,7 @@ class Transfer:
         self._dump = dump
         self._source = source
         self._headers = headers
-        self._record = UploadRecord(dump, source.part_bytes, earlier)
+        self._record = UploadRecord(dump, source, earlier)
         self.note = ""
         """What an operator should know although the upload went well."""
 
@@ -101,7 +101,11 @@ class Transfer:
         copy = _copy_of(wanted_key, earlier.key) if earlier is not None else None
         if earlier is None:
             return 0
-        if copy is not None and earlier.modified_ns == self._dump.identity.modified_ns:
+        same_bytes = (earlier.modified_ns, earlier.order) == (
+            self._dump.identity.modified_ns,
+            self._source.order,
+        )
+        if copy is not None and same_bytes:
             return copy
         if earlier.upload_id:
             self._store.abort(earlier.key, earlier.upload_id)
