@@ -29,7 +29,7 @@ from botocore.exceptions import (
 )
 from urllib3.exceptions import HTTPError
 
-from core_dump_format.advice import ADVICE
+from core_dump_format.advice import ADVICE, advise
 from core_dump_format.text import printable
 from core_dumps import __version__
 from core_dumps.errors import CliError, UsageError
@@ -84,13 +84,15 @@ def explain(error: Exception, what: str, needed: str = "s3:ListBucket and s3:Get
     if isinstance(error, EndpointConnectionError):
         place = printable(str(error.kwargs["endpoint_url"]).partition("?")[0])
         return CliError(f"{start}{place}: {ADVICE[code]}")
-    if code in ADVICE and code != "AccessDenied":
+    if code in ADVICE:
         return CliError(start + ADVICE[code])
     if isinstance(error, ClientError):
         message = str(error.response.get("Error", {}).get("Message", "")).rstrip(". ")
         said = f"{code}: {message}" if message and message != code else code
-        advice = f"; these credentials need {needed}" if code == "AccessDenied" else ""
-        return CliError(f"{start}the store says {printable(said)}{advice}")
+        advice = advise(code, message)
+        if advice is None and code == "AccessDenied":
+            advice = f"these credentials need {needed}"
+        return CliError(f"{start}the store says {printable(said)}" + (f"; {advice}" if advice else ""))
     return CliError(f"{start}{printable(str(error))}")
 
 

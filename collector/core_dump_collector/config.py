@@ -13,7 +13,7 @@ import re
 import socket
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic import AliasChoices, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core_dump_collector.errors import ConfigError
@@ -73,9 +73,10 @@ class Settings(BaseSettings):
         default=True,
         description="Read each core once for what tells its crash apart from others (at most 2 s a dump).",
     )
-    checksum: Literal["when_supported", "when_required"] = Field(
-        "when_supported",
-        description="`when_required` for S3-compatible stores without checksum trailers (Ceph, Swift).",
+    checksum: Literal["when_supported", "when_required"] | None = Field(
+        None,
+        description="`when_required` for S3-compatible stores that refuse checksums (Backblaze B2, Ceph, Swift). "
+        "Default: `AWS_REQUEST_CHECKSUM_CALCULATION`, else the profile's, else `when_supported`.",
     )
     conditional: Literal["auto", "true", "false"] = Field(
         "auto",
@@ -86,10 +87,18 @@ class Settings(BaseSettings):
         "auto", description="`path` for S3-compatible stores that do not serve bucket host names."
     )
     storage_class: str | None = Field(
-        None, pattern=r"^[A-Z_]{1,32}$", description="S3 storage class, e.g. `STANDARD_IA`."
+        None,
+        pattern=r"^[A-Z_]{1,32}$",
+        description="S3 storage class of dumps, e.g. `STANDARD_IA`; metadata objects stay in `STANDARD`.",
+    )
+    sse: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = Field(
+        None,
+        description="Encryption of each object. Default: `aws:kms` with `KMS_KEY_ID`, else as the bucket says.",
     )
     kms_key_id: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9:/_-]{1,2048}$", description="KMS key (ID, ARN or alias) for SSE-KMS."
+        None,
+        pattern=r"^[A-Za-z0-9:/_-]{1,2048}$",
+        description="KMS key (ID, ARN or alias) for `aws:kms` and `aws:kms:dsse`.",
     )
     expected_bucket_owner: str | None = Field(
         None, pattern=r"^\d{12}$", description="12-digit account that must own the bucket."
@@ -154,6 +163,13 @@ class Settings(BaseSettings):
         parse_location(value)
         return value
 
+    @field_validator("kms_key_id")
+    @classmethod
+    def _check_key(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("sse") == "AES256":
+            raise ValueError("takes a key with SSE=aws:kms or aws:kms:dsse only")
+        return value
+
     @field_validator("key_template")
     @classmethod
     def _check_template(cls, value: str) -> str:
@@ -213,6 +229,10 @@ def _check_environment() -> None:
         region = os.environ.get(name)
         if region and not _REGION.fullmatch(region):
             raise ConfigError(f"{name}={region[:80]!r}: takes the name of a region, e.g. eu-central-1")
+    checksum = os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION") or "when_supported"
+    if checksum.lower() not in {"when_supported", "when_required"}:
+        name = "AWS_REQUEST_CHECKSUM_CALCULATION"
+        raise ConfigError(f"{name}={checksum[:80]!r}: takes when_supported or when_required")
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         try:
             check_endpoint(os.environ.get(name) or "https://s3")

@@ -22,10 +22,11 @@ class UploadOptions:
     upload_sensitive: bool
     metadata: bool
     fingerprint: bool
-    checksum: Literal["when_supported", "when_required"]
+    checksum: Literal["when_supported", "when_required"] | None
     conditional: Literal["auto", "true", "false"]
     addressing_style: str
     storage_class: str | None
+    sse: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None
     kms_key_id: str | None
     expected_bucket_owner: str | None
     part_bytes: int

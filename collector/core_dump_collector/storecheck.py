@@ -58,7 +58,7 @@ def verify_store(options: UploadOptions) -> str:
         except UnprovenError as error:
             raise ConfigError(f"{error}; until then no dump is deleted from the node") from error
         except RetryableError as error:
-            raise ConfigError(f"{error}: {_advice(error)}") from error
+            raise ConfigError(_with_advice(error)) from error
 
 
 def _verify(store: Store, key: str) -> str:
@@ -98,10 +98,10 @@ def _limits(store: Store, key: str) -> str:
     return seen + ("" if store.find_uploads(key) is not None else _NOT_LISTED)
 
 
-def _advice(error: RetryableError) -> str:
-    """Return what to do, by the store's code or botocore's exception where they say more than our reason."""
+def _with_advice(error: RetryableError) -> str:
+    """Return the error and what to do; what the store's words or botocore's exception say goes before our reason."""
     cause = error.__cause__
-    code = classify.code_of(cause) if isinstance(cause, ClientError) else type(cause).__name__
-    return ADVICE.get(code) or _ADVICE.get(
-        error.reason, "try again; if it stays, ask those who run the store"
-    )
+    if isinstance(cause, ClientError) and classify.advice_for(cause) is not None:
+        return str(error)  # it is in there
+    advice = ADVICE.get(type(cause).__name__) or _ADVICE.get(error.reason)
+    return f"{error}: {advice or 'try again; if it stays, ask those who run the store'}"

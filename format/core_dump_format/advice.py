@@ -29,6 +29,18 @@ ADVICE = {
 }
 """By error code of S3 (Amazon S3 API Reference, "Error responses"), else by name of botocore's exception."""
 
+_KMS = re.compile(r"\bkms\b|key management service", re.IGNORECASE)
+_KMS_ADVICE = (
+    "the KMS key decides here: allow kms:GenerateDataKey to upload, kms:Decrypt to read, or take another key"
+)
+
+
+def advise(code: str, message: str) -> str | None:
+    """Return what to do about an error of the store, by its own words and else by its code; None if nobody knows."""
+    if _KMS.search(f"{code} {message}") and "Throttling" not in code:
+        return _KMS_ADVICE
+    return ADVICE.get(code)
+
 
 def check_endpoint(url: str) -> None:
     """Check AWS_ENDPOINT_URL or AWS_ENDPOINT_URL_S3.

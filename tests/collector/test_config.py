@@ -55,6 +55,8 @@ def test_lists_are_comma_separated():
         ({"bucket_name": "dumps", "object_tags": "a=1,a=2"}, "OBJECT_TAGS="),
         ({"bucket_name": "dumps", "object_tags": "novalue"}, "OBJECT_TAGS="),
         ({"bucket_name": "dumps", "checksum": "md5"}, "CHECKSUM='md5'"),
+        ({"bucket_name": "dumps", "sse": "aes"}, "SSE='aes'"),
+        ({"bucket_name": "dumps", "sse": "AES256", "kms_key_id": "alias/a"}, "KMS_KEY_ID='alias/a'"),
         ({"bucket_name": "dumps", "part_bytes": "1000"}, "PART_BYTES='1000'"),
         ({"bucket_name": "dumps", "expected_bucket_owner": "12"}, "EXPECTED_BUCKET_OWNER='12'"),
         ({"bucket_name": "dumps", "no_such": "1"}, "NO_SUCH"),
@@ -111,4 +113,12 @@ def test_a_bad_value_under_an_old_name_is_explained():
 def test_region_that_boto3_would_refuse_is_one_line_that_names_it(monkeypatch, name, region):
     monkeypatch.setenv(name, region)
     with pytest.raises(ConfigError, match=f"^{name}="):
+        config.load({"bucket_name": "dumps"})
+
+
+def test_variable_of_boto3_that_is_wrong_is_one_line_that_names_it(monkeypatch):
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "never")
+    with pytest.raises(
+        ConfigError, match=r"^AWS_REQUEST_CHECKSUM_CALCULATION='never': takes when_supported or"
+    ):
         config.load({"bucket_name": "dumps"})

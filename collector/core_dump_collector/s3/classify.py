@@ -5,6 +5,8 @@ What a store answers is hostile: codes are matched against known ones, texts are
 
 from __future__ import annotations
 
+import re
+
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -23,6 +25,7 @@ from botocore.exceptions import (
 
 from core_dump_collector.jobs import RetryReason
 from core_dump_collector.s3.errors import PermanentError, RetryableError
+from core_dump_format.advice import advise
 from core_dump_format.text import printable
 
 _MOST_DETAIL = 200
@@ -48,6 +51,24 @@ REFUSED_FOR_GOOD = frozenset({"EntityTooLarge", "KeyTooLongError", "MetadataTooL
 
 _NOTHING_STORED = frozenset({"SlowDown", "ServiceUnavailable"})
 """5xx codes by which a store says that it did not even begin."""
+
+_SETTINGS = tuple(
+    (re.compile(pattern, re.IGNORECASE), advice)
+    for pattern, advice in (
+        (
+            r"x-amz-(sdk-)?checksum|x-amz-trailer|aws-chunked",
+            "if the store knows no checksums, set CHECKSUM=when_required",
+        ),
+        (r"storage.?class", "correct STORAGE_CLASS"),
+        (r"tagging|InvalidTag", "correct OBJECT_TAGS, or allow s3:PutObjectTagging (iam/tags.json)"),
+        (r"server-side-encryption", "correct SSE and KMS_KEY_ID"),
+        (
+            r"explicit deny in a resource-based policy",
+            "the bucket's policy denies it; if it requires encryption, set SSE",
+        ),
+    )
+)
+"""What helps if a store's words name a header or a rule that a setting decides about."""
 
 _NO_CREDENTIALS = (
     NoCredentialsError,
@@ -90,10 +111,24 @@ def translate(error: ClientError | BotoCoreError) -> RetryableError | PermanentE
     return RetryableError(RetryReason.SERVER, detail, outcome_unknown=True)
 
 
+def advice_for(error: ClientError) -> str | None:
+    """Return the setting or the permission that helps against a refusal; None if nobody knows."""
+    code = code_of(error)
+    message = str(error.response.get("Error", {}).get("Message", ""))
+    advice = advise(code, message)
+    if advice is None:
+        said = f"{code} {message}"
+        advice = next((text for pattern, text in _SETTINGS if pattern.search(said)), None)
+    return advice
+
+
 def _translate_answer(error: ClientError) -> RetryableError | PermanentError:
     status, code = status_of(error), code_of(error)
     message = error.response.get("Error", {}).get("Message", "")
     detail = _shorten(f"{error.operation_name}: {status} {code}: {message}")
+    advice = advice_for(error)
+    if advice is not None:
+        detail = f"{detail}; {advice}"
     if code in REFUSED_FOR_GOOD:
         return PermanentError(detail)
     reason = REASON_OF_CODE.get(code)

@@ -67,7 +67,7 @@ def make_client(options: UploadOptions) -> S3Client:
     """Return a client. boto3 finds the endpoint and the credentials."""
     session = _WARM.pop() if _WARM else _make_session()
     client = _make_client(session, options, sign_payload=None)
-    if options.checksum == "when_supported" and client.meta.endpoint_url.startswith("https:"):
+    if sends_checksums(client) and client.meta.endpoint_url.startswith("https:"):
         client.close()
         # TLS and a checksum header protect the body: hashing it once more for the signature would double the CPU.
         client = _make_client(session, options, sign_payload=False)
@@ -75,17 +75,26 @@ def make_client(options: UploadOptions) -> S3Client:
     return client
 
 
+def sends_checksums(client: S3Client) -> bool:
+    """Tell whether requests carry checksums, as the setting says, or the sources that boto3 reads."""
+    return bool(client.meta.config.request_checksum_calculation == "when_supported")  # type: ignore[attr-defined]  # dynamic
+
+
 def _make_client(session: boto3.Session, options: UploadOptions, *, sign_payload: bool | None) -> S3Client:
     s3: dict[str, Any] = {"addressing_style": options.addressing_style}
     if sign_payload is not None:
         s3["payload_signing_enabled"] = sign_payload
+    checksums: dict[str, Any] = {}
+    if options.checksum is not None:  # or boto3's own sources decide
+        checksums = dict.fromkeys(
+            ("request_checksum_calculation", "response_checksum_validation"), options.checksum
+        )
     config = Config(
         s3=s3,  # type: ignore[arg-type]  # a typed dict of botocore's stubs
         retries={"total_max_attempts": 1, "mode": "standard"},
         connect_timeout=options.connect_timeout_seconds,
         read_timeout=None,  # `progress` ends what hangs
-        request_checksum_calculation=options.checksum,
-        response_checksum_validation=options.checksum,
+        **checksums,
         max_pool_connections=SENDERS,
         tcp_keepalive=True,
         user_agent_extra=f"core-dump-handler/{__version__}",

@@ -15,6 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from core_dump_collector.jobs import RetryReason
 from core_dump_collector.s3 import classify, tries
+from core_dump_collector.s3.client import sends_checksums
 from core_dump_collector.s3.condition import Condition
 from core_dump_collector.s3.errors import (
     ConditionRefusedError,
@@ -49,24 +50,14 @@ class Store:
         self._client = client
         self._put_small = SmallPut(client)
         self._bucket = options.bucket
-        self.sends_checksums = options.checksum == "when_supported"
+        self.sends_checksums = sends_checksums(client)
         self.condition = Condition(options.conditional)
         self.may_list = True
         """Whether ListMultipartUploads is allowed, as far as this client has seen."""
         owner = options.expected_bucket_owner
         self._owner: dict[str, Any] = {"ExpectedBucketOwner": owner} if owner else {}
-        self._object = self._object_parameters(options)
-
-    @staticmethod
-    def _object_parameters(options: UploadOptions) -> dict[str, Any]:
-        parameters: dict[str, Any] = {}
-        if options.storage_class:
-            parameters["StorageClass"] = options.storage_class
-        if options.kms_key_id:
-            parameters |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": options.kms_key_id}
-        if options.object_tags:
-            parameters["Tagging"] = urllib.parse.urlencode(options.object_tags)
-        return parameters
+        self._object = _object_parameters(options)
+        self._dump = {"StorageClass": options.storage_class} if options.storage_class else {}
 
     def put(
         self, key: str, part: Part, crc32: int, headers: Mapping[str, Any], *, conditional: bool
@@ -86,6 +77,7 @@ class Store:
                 **self._checksum(crc32),
                 **_condition(conditional),
                 **self._object,
+                **self._dump,
                 **headers,
             )
         )
@@ -96,7 +88,7 @@ class Store:
             {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"} if self.sends_checksums else {}
         )
         call = self._client.create_multipart_upload
-        answer = self._call(call, None, Key=key, **checksum, **self._object, **headers)
+        answer = self._call(call, None, Key=key, **checksum, **self._object, **self._dump, **headers)
         upload_id = str(answer.get("UploadId", ""))
         if not _UPLOAD_ID.fullmatch(upload_id):
             raise RetryableError(RetryReason.SERVER, "the store gave a multipart upload an unusable id")
@@ -303,6 +295,18 @@ class Store:
                 return RetryableError(RetryReason.FORBIDDEN, detail)
             return ConditionRefusedError(_shown(error))
         return None
+
+
+def _object_parameters(options: UploadOptions) -> dict[str, Any]:
+    """Return what dumps and documents have in common."""
+    parameters: dict[str, Any] = {}
+    if options.sse or options.kms_key_id:
+        parameters["ServerSideEncryption"] = options.sse or "aws:kms"
+    if options.kms_key_id:
+        parameters["SSEKMSKeyId"] = options.kms_key_id
+    if options.object_tags:
+        parameters["Tagging"] = urllib.parse.urlencode(options.object_tags)
+    return parameters
 
 
 def _found(answer: Mapping[str, Any]) -> Found:
