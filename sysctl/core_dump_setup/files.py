@@ -27,6 +27,15 @@ DIST = ".dist"
 """After a file's name: the version we ship, beside one that was edited."""
 SAVE = ".save"
 """After a file's name: an edited file whose program was removed."""
+UNRECORDED = frozenset(
+    [
+        "2bb7544b95a31d9e5885f2812eb5b7433e4da6113501fb477ffcf16f62968810",  # 69-core-dump.conf
+        "b5c77d366112a650ff32c12461ac3f4c71a45b1972cf29c1d15f30d0930c074f",  # tmpfiles.conf
+        "6181169fe7b6344e67fed9901ce8b90f1ec109c2cf9ca8c73df146c6d5a31c66",  # limits.conf
+        "c4d523352b40a1f7369a53e2913613e5b71dfd4fa618a6753f7e08f413a5438d",  # helper.conf
+    ]
+)
+"""Checksums of the configuration files of release 0.1.0, which recorded none when it installed them."""
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -123,7 +132,7 @@ class Tree:
     def is_edited(self, name: str, shipped: bytes) -> bool:
         """Say whether a configuration file is neither the one we ship nor the one we installed."""
         current = self.read(name)
-        known = (self._records().get(name), _digest(shipped))
+        known = UNRECORDED.union((self._records().get(name), _digest(shipped)))
         return self.exists(name) and (current is None or _digest(current) not in known)
 
     def configure(self, name: str, shipped: bytes) -> None:

@@ -24,6 +24,7 @@ CONFIGURATION = {
     "etc/tmpfiles.d/core-dump-handler.conf": "tmpfiles.conf",
     "etc/security/limits.d/69-core-dump.conf": "limits.conf",
 }
+OLD_RELEASE = deploy.ROOT / "tests/fixtures/release-0.1.0/sysctl"
 SYSTEMD = "kernel.core_pattern=|/usr/lib/systemd/systemd-coredump %P %u %g %s %t %c %h %d %F %I\n"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes owners, needs root: sudo make test")
 
@@ -149,6 +150,15 @@ def test_configuration_that_nobody_edited_is_upgraded(tmp_path, path):
     deploy.succeed(source / "sysctl/install.sh", "--root", root)
     assert (root / path).read_text().endswith("# a later version\n")
     assert not (root / f"{path}.dist").exists()
+
+
+@needs_root
+def test_configuration_of_release_0_1_0_that_nobody_edited_is_upgraded(tmp_path):
+    for path, name in CONFIGURATION.items():
+        write(tmp_path / path, (OLD_RELEASE / name).read_text())
+    assert "edited" not in install(tmp_path)
+    for path, name in CONFIGURATION.items():
+        assert (tmp_path / path).read_text() == (SYSCTL / name).read_text()
 
 
 @needs_root

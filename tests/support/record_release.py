@@ -277,10 +277,13 @@ def stored_parts(server: s3.S3Server) -> list[int]:
 
 
 def save_settings(recorder: Recorder) -> None:
-    """Write the helper.conf that the release ships, its lines in force, and the arguments in its core pattern."""
+    """Write the configuration files of the release, helper.conf once more with its lines in force, the arguments."""
     text = (recorder.tree / "sysctl/helper.conf").read_text()
     (recorder.out / "helper.conf").write_text(re.sub(r"^#([A-Z_]+=)", r"\1", text, flags=re.MULTILINE))
     (recorder.out / "arguments").write_text(arguments_of(recorder.tree) + "\n")
+    (recorder.out / "sysctl").mkdir()
+    for shipped in (recorder.tree / "sysctl").glob("*.conf"):
+        shutil.copy(shipped, recorder.out / "sysctl")
 
 
 def main() -> None:
