@@ -7,15 +7,19 @@ import os
 from unittest import mock
 
 import pytest
-from botocore.loaders import JSONFileLoader
+from botocore.loaders import JSONFileLoader, Loader
 from tests.support import s3
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _models_are_parsed_once():
-    """Keep botocore's service models: parsing them is most of making a client, of which tests make hundreds."""
+    """Keep botocore's service models: finding and parsing them is most of making a client, and tests make hundreds."""
     parsed = functools.cache(JSONFileLoader.load_file)
-    with mock.patch.object(JSONFileLoader, "load_file", lambda self, path: parsed(_LOADER, path)):
+    found = functools.cache(Loader().list_available_services)
+    with (
+        mock.patch.object(JSONFileLoader, "load_file", lambda self, path: parsed(_LOADER, path)),
+        mock.patch.object(Loader, "list_available_services", lambda self, type_name: found(type_name)),
+    ):
         yield
 
 

@@ -52,8 +52,6 @@ _OUTCOME_OF_UNFIT = {
     dumpfile.Unfit.BUSY: Outcome.BUSY,
     dumpfile.Unfit.REFUSED: Outcome.REFUSED,
 }
-_NEW_CLIENT = frozenset({RetryReason.CREDENTIALS, RetryReason.UNPROVEN})
-"""The next job makes a new client, which reads credentials again. A refused HEAD may be due to expired ones."""
 
 
 class Worker:
@@ -110,8 +108,8 @@ class Worker:
     def _explain(self, error: Exception) -> tuple[RetryReason, str]:
         match error:
             case RetryableError():
-                if error.reason in _NEW_CLIENT:
-                    self.close()
+                if error.reason == RetryReason.CREDENTIALS:
+                    self.close()  # the next job makes a new client, which reads credentials again
                 return error.reason, printable(str(error))
             case OSError():
                 return RetryReason.LOCAL_IO, printable(error.strerror or str(error))
