@@ -210,9 +210,25 @@ class Backlog:
         entry = self._entries[name]
         return Sighting(entry.size_bytes, entry.modified_ns, now - entry.unchanged_since)
 
-    def seen_seconds(self, name: str, now: float) -> float:
-        """Return for how long a file has been known."""
-        return now - self._entries[name].seen_at
+    def take_expired(self, now: float, age_seconds: float, *, most: int, untried: bool) -> list[str]:
+        """Mark in flight, and return, at most so many names that failed and have been known for so long.
+
+        Args:
+            now: monotonic seconds.
+            age_seconds: of names to return.
+            most: number of names to return.
+            untried: return names that were not tried as well: nothing can be uploaded at all.
+        """
+        expired = [
+            name
+            for name, entry in self._entries.items()
+            if entry.lane is not _Lane.IN_FLIGHT
+            and now - entry.seen_at >= age_seconds
+            and (untried or entry.attempts)
+        ][:most]
+        for name in expired:
+            self._move(name, self._entries[name], _Lane.IN_FLIGHT)
+        return expired
 
     def oldest_seconds(self, wall_clock: float) -> float:
         """Return the age of the oldest file, in seconds, 0 when empty."""

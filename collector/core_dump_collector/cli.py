@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from core_dump_collector import __version__
 from core_dump_collector.errors import ConfigError
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         match options.command:
             case "run":
-                _run(options)
+                return _run(options)
             case "check":
                 return _check(options)
             case "configure-host":
@@ -97,17 +97,19 @@ def _flags(options: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def _run(options: argparse.Namespace) -> NoReturn:
+def _run(options: argparse.Namespace) -> int:
     from core_dump_collector import config, logs  # noqa: PLC0415  likewise
     from core_dump_collector.daemon import Daemon  # noqa: PLC0415
 
     settings = config.load(_flags(options))
     writer = logs.configure(settings)
     try:
-        Daemon(options.watch_dir, settings, writer).run()
+        clean = Daemon(options.watch_dir, settings, writer).run()
     finally:
         writer.drain()
-    os._exit(OK)  # the interpreter would wait for a worker that a frozen file system holds
+    if not clean:
+        os._exit(OK)  # the interpreter would wait for a worker that a frozen file system holds
+    return OK
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -28,9 +28,15 @@ if TYPE_CHECKING:
 
 MEBIBYTE = 1024 * 1024
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
+_NOT_IN_NODE = re.compile(r"[^A-Za-z0-9._-]+")
 _REGION = re.compile(r"(?![0-9]+$)(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 _TAG = re.compile(r"[\w .:/=+@-]{1,128}")
 MOST_TAGS = 10
+
+
+def usable_name(host_name: str) -> str:
+    """Return a host name without what a key cannot hold: before a host has a name, it is called `(none)`."""
+    return _NOT_IN_NODE.sub("-", host_name).strip("-._")[:253] or "unknown"
 
 
 class Settings(BaseSettings):
@@ -47,7 +53,7 @@ class Settings(BaseSettings):
         "comm, pid, signal, timestamp, date, hour.",
     )
     node_name: str = Field(
-        default_factory=socket.gethostname,
+        default_factory=lambda: usable_name(socket.gethostname()),
         validate_default=True,
         description="This node's name in keys, metadata and logs. Default: the host name.",
     )
@@ -118,6 +124,12 @@ class Settings(BaseSettings):
     )
     retry_seconds: float = Field(
         300, ge=1, le=86400, description="Longest pause between two attempts at one dump."
+    )
+    discard_after_seconds: float = Field(
+        0,
+        ge=0,
+        description="Delete a dump that could not be uploaded so long after the collector first saw it; 0 never does. "
+        "Only for nodes whose disk matters more than the dump.",
     )
     scan_seconds: float = Field(
         300, ge=1, le=86400, description="Pause between two scans of the directory, beside inotify."

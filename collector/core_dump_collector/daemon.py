@@ -12,6 +12,7 @@ import os
 import selectors
 import signal
 import time
+from socket import gethostname
 from typing import TYPE_CHECKING
 
 import structlog
@@ -21,6 +22,7 @@ from core_dump_collector.backlog import Backlog
 from core_dump_collector.breaker import CircuitBreaker
 from core_dump_collector.config import describe
 from core_dump_collector.errors import ConfigError
+from core_dump_collector.executors import choose_temporary_directory
 from core_dump_collector.health import HEARTBEAT_SECONDS, Health, Server
 from core_dump_collector.jobs import Job, Probe, Salvage
 from core_dump_collector.metrics import Metrics, raise_to
@@ -72,6 +74,7 @@ class Daemon:
         self._stop_requests = 0
         self._health = Health(settings.startup_file, self._observer)
         self._server = Server(settings, self._health, self._metrics.registry)
+        choose_temporary_directory(directory)
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._pool = Pool(settings.workers, settings.upload_options(), self._wake)
         self._beat_due = time.monotonic()
@@ -83,18 +86,24 @@ class Daemon:
         """Return the port of /metrics."""
         return self._server.port
 
-    def run(self) -> None:
-        """Collect until SIGTERM or SIGINT, then shut down in order; a second signal ends it at once."""
+    def run(self) -> bool:
+        """Collect until SIGTERM or SIGINT, then shut down in order; a second signal ends it at once.
+
+        Return False if a worker is left that nothing can end.
+        """
         for number in _STOPPING:
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        if not {"node_name"} & self._settings.model_fields_set and self._settings.node_name != gethostname():
+            log.warning("the host name cannot stand in keys; set NODE_NAME", host_name=gethostname())
         log.info("started", directory=self._directory, port=self.port, **describe(self._settings))
         try:
             self._arrivals.attach(self._selector)  # before the first scan, so that nothing falls between
             while not self._stop_requests:
                 self._turn()
         finally:
-            self._shut_down()
+            clean = self._shut_down()
+        return clean
 
     def _turn(self) -> None:
         now = time.monotonic()
@@ -144,6 +153,14 @@ class Daemon:
         if pause is not None:
             self._arrivals.scan_again(pause)
 
+    def _discard(self, now: float) -> None:
+        """Let workers delete what could not be uploaded for DISCARD_AFTER_SECONDS, if that is set."""
+        age, room = self._settings.discard_after_seconds, self._pool.room
+        if age and room:
+            down = self._store.reason is not None
+            for name in self._backlog.take_expired(now, age, most=room, untried=down):
+                self._pool.submit(Job(self._directory, name, self._backlog.sighting(name, now), discard=True))
+
     def _on_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
             numbers = os.read(self._wake_read, 4096)
@@ -163,6 +180,7 @@ class Daemon:
         self._pool.kill_hung(now)
         self._health.beat(stuck=self._pool.is_stuck(now))
         self._arrivals.follow()
+        self._discard(now)
         metrics, look, directory = self._metrics, self._observer.look, self._directory
         metrics.backlog_oldest.set(self._backlog.oldest_seconds(time.time()))
         look(Look.FREE_SPACE, lambda: metrics.observe_disk(directory))
@@ -202,7 +220,7 @@ class Daemon:
 
     # The end
 
-    def _shut_down(self) -> None:
+    def _shut_down(self) -> bool:
         """Stop in stages: no new files, uploads under way until the deadline, workers, files, port."""
         started = time.monotonic()
         deadline = started + self._settings.shutdown_seconds
@@ -220,7 +238,7 @@ class Daemon:
                 self._beat_due = time.monotonic() + HEARTBEAT_SECONDS
         if self._pool.in_flight > self._store.is_probing:
             log.warning("uploads were cut off; their files are on disk", in_flight=self._pool.in_flight)
-        self._pool.kill()
+        clean = self._pool.kill()
         signal.set_wakeup_fd(-1)
         self._selector.close()
         os.close(self._wake_read)
@@ -228,6 +246,7 @@ class Daemon:
         self._health.end()
         self._server.stop()
         log.info("stopped", left=len(self._backlog), seconds=round(time.monotonic() - started, 1))
+        return clean
 
 
 def _require_directory(directory: str) -> None:

@@ -20,6 +20,8 @@ class Outcome(StrEnum):
     """Not ours to touch: a symlink, hard link, FIFO, ...; left where it is."""
     QUARANTINED = "quarantined"
     """S3 refuses it for good; moved to quarantine/."""
+    DISCARDED = "discarded"
+    """Deleted without being stored, because it is older than DISCARD_AFTER_SECONDS."""
     RETRY = "retry"
     """Failed for a reason that can pass; the file is still on disk."""
 
@@ -66,6 +68,8 @@ class Job:
     directory: str
     name: str
     sighting: Sighting | None = None
+    discard: bool = False
+    """Delete the file instead: it is older than DISCARD_AFTER_SECONDS."""
 
 
 @dataclass(frozen=True, slots=True)

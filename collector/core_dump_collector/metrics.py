@@ -56,6 +56,11 @@ class Metrics:
             "core_dump_dump_size_bytes", "Size of a dump on disk.", registry=r, buckets=_BYTES
         )
         self.dumps = Counter("core_dump_dumps", "Dumps stored, by signal.", ["signal"], registry=r)
+        self.discarded = Counter(
+            "core_dump_dumps_discarded",
+            "Dumps deleted by DISCARD_AFTER_SECONDS without being stored.",
+            registry=r,
+        )
         self.truncated = Counter("core_dump_dumps_truncated", "Dumps stored that are not whole.", registry=r)
         self.sensitive = Counter("core_dump_dumps_sensitive", "Dumps stored that are sensitive.", registry=r)
         self.salvaged = Counter(
@@ -138,6 +143,8 @@ class Metrics:
         """Count one result."""
         if result.outcome in _UPLOADS:
             self.uploads.labels(result.outcome).inc()
+        elif result.outcome is Outcome.DISCARDED:
+            self.discarded.inc()
         elif result.outcome in _SKIPPED:
             self.skipped.labels(result.outcome).inc()
         if result.retry_reason is not None:

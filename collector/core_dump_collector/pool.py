@@ -13,12 +13,13 @@ import os
 import queue
 import threading
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core_dump_collector.deadlines import Deadlines, seconds_for
+from core_dump_collector.executors import Starter
 from core_dump_collector.jobs import Job, RetryReason, fail
 
 if TYPE_CHECKING:
@@ -80,25 +81,24 @@ class Pool:
         self._workers = workers
         self._options = options
         self._wake = wake
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOAD)
+        self._starter = Starter(workers, _PRELOAD, _begin_worker, (options,))
         self._done: queue.SimpleQueue[tuple[AnyJob, Future[AnyResult]]] = queue.SimpleQueue()
         self._deadlines: Deadlines[Future[AnyResult]] = Deadlines(workers)
         self._hung: set[Future[AnyResult]] = set()
         self._stopped_since: dict[int, float] = {}
-        self._executor = self._start()
+        self._executor = self._starter.start()
         self.rebuilds = 0
         """How often a worker died and the pool was started anew."""
-
-    def _start(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            self._workers, mp_context=self._context, initializer=_begin_worker, initargs=(self._options,)
-        )
 
     @property
     def has_room(self) -> bool:
         """Tell whether another job should be submitted: two for each worker keep it busy."""
-        return len(self._deadlines) < 2 * self._workers
+        return self.room > 0
+
+    @property
+    def room(self) -> int:
+        """Return how many more jobs should be submitted."""
+        return 2 * self._workers - len(self._deadlines)
 
     @property
     def in_flight(self) -> int:
@@ -128,15 +128,16 @@ class Pool:
             return self._withdraw(error)
         try:
             return self._executor.submit(_process, job)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, RuntimeError) as error:
             return self._withdraw(error)
 
     def _withdraw(self, error: Exception) -> Future[AnyResult]:
         """Return the future of a job that could not be given to a worker; `submit` has queued it before it failed."""
-        executor = self._executor
-        item = executor._pending_work_items.get(executor._queue_count - 1)  # noqa: SLF001  it returns it only if all went well
+        queued: dict[int, Any] = getattr(self._executor, "_pending_work_items", {})
+        item = queued.get(getattr(self._executor, "_queue_count", 0) - 1)
         if item is not None and not item.future.cancel():
-            return item.future
+            running: Future[AnyResult] = item.future
+            return running
         failed: Future[AnyResult] = Future()
         failed.set_exception(OSError(f"no worker process can be started: {error}"))
         return failed
@@ -184,20 +185,26 @@ class Pool:
         return any(since <= now - STOPPED_SECONDS for since in self._stopped_since.values())
 
     def _rebuild(self) -> None:
-        if self._executor._broken:  # noqa: SLF001  a fresh one stays
+        if getattr(self._executor, "_broken", False):  # a fresh one stays
             # The others may wait for ever for a lock that the dead one held, and the executor, politely, for them.
             _kill_all()
             self._executor.shutdown(wait=False)
-            self._executor = self._start()
+            self._executor = self._starter.start()
             self.rebuilds += 1
 
-    def kill(self) -> None:
-        """End every worker at once; what it was doing is on disk for the next start."""
+    def kill(self) -> bool:
+        """End every worker at once; what it was doing is on disk for the next start.
+
+        Return False if one of them does not end: a file system that is frozen holds it.
+        """
         workers = _kill_all()
         deadline = time.monotonic() + _KILL_SECONDS
         for worker in workers:
             worker.join(max(0.0, deadline - time.monotonic()))
         self._executor.shutdown(wait=False, cancel_futures=True)
+        if not self._starter.has_processes:
+            return not self.in_flight
+        return not any(worker.is_alive() for worker in workers)
 
 
 def _kill_all() -> list[BaseProcess]:

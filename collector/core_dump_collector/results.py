@@ -103,6 +103,9 @@ class Results:
             case Outcome.BUSY:
                 self.backlog.postpone(name, now)
                 log.debug(result.outcome.value, **shown)
+            case Outcome.DISCARDED:
+                self.backlog.finish(name)
+                log.error("deleted a dump that could not be uploaded: DISCARD_AFTER_SECONDS", **shown)
             case Outcome.VANISHED:
                 self.backlog.finish(name)
                 log.debug(result.outcome.value, **shown)

@@ -131,6 +131,8 @@ class Worker:
     def _upload(self, job: Job) -> UploadResult:
         try:
             with dumpfile.DumpFile(job.directory, job.name, job.sighting) as dump:
+                if job.discard and dump.unlink():
+                    return UploadResult(job.name, Outcome.DISCARDED)
                 return self._upload_open(dump)
         except dumpfile.UnfitError as unfit:
             return UploadResult(job.name, _OUTCOME_OF_UNFIT[unfit.why], detail=str(unfit))

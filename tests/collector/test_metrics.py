@@ -21,12 +21,15 @@ def test_each_outcome_is_counted_once_where_it_belongs(outcome):
     retried = RetryReason.NETWORK if outcome is Outcome.RETRY else None
     metrics.observe(UploadResult("core-a-1-2-11.gz", outcome, retry_reason=retried))
     counts = ("core_dump_uploads_total", "core_dump_files_skipped_total", "core_dump_retries_total")
+    counts += ("core_dump_dumps_discarded_total",)
     moved = [
         name for name, value in samples(metrics).items() if name.startswith(counts) and before[name] != value
     ]
     expected = f'core_dump_uploads_total{{result="{outcome}"}}'
     if outcome in {Outcome.BUSY, Outcome.VANISHED, Outcome.REFUSED}:
         expected = f'core_dump_files_skipped_total{{reason="{outcome}"}}'
+    if outcome is Outcome.DISCARDED:
+        expected = "core_dump_dumps_discarded_total"
     if outcome is Outcome.RETRY:
         expected = 'core_dump_retries_total{reason="network"}'
     assert moved == [expected]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 
 import pytest
+from tests.support import s3
 from tests.support.collector import COMMAND, Collector, descendants, running, wait_until
 from tests.support.slow import slow_proxy
 
@@ -74,3 +75,35 @@ def test_signal_to_the_whole_process_group_lets_an_upload_end(seaweed, bucket, w
     assert "uploads were cut off; their files are on disk" not in events
     assert "a worker process died; the pool was restarted" not in events
     assert list(watch_dir.iterdir()) == []
+
+
+BARE_HOST = """
+echo -n '(none)' > /proc/sys/kernel/hostname
+mount --bind "$1" "$1"
+for place in /tmp /var/tmp /dev/shm; do
+  mount --rbind $place $place
+  mount -o remount,bind,ro $place
+done
+shift
+cd /proc
+exec "$@"
+"""
+"""Early in boot, or in a container without these: what lies below the first argument stays writable."""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts, sets a host name: needs root: sudo make test")
+def test_host_without_name_temporary_directory_and_shared_memory_is_collected(
+    seaweed, bucket, watch_dir, tmp_path
+):
+    prefix = ("unshare", "-m", "-u", "sh", "-ec", BARE_HOST, "sh", str(tmp_path))
+    environ = seaweed.environ() | {"NODE_NAME": "", "HOME": "/nonexistent"}
+    with running(watch_dir, environ, tmp_path, prefix=prefix) as collector:
+        publish(watch_dir, 3)
+        wait_until(lambda: not list(watch_dir.glob("core*")), 60, "every dump to be uploaded")
+        wait_until(lambda: collector.metric(UPLOADED) == 3, 10)
+        assert collector.stop() == 0
+        told = " ".join(str(e["event"]) for e in collector.log() if e["level"] == "warning")
+    assert "host name" in told
+    assert "no temporary directory" in told
+    assert "no semaphores" in told
+    assert {key.partition("/")[0] for key in s3.keys_in(bucket)} == {"none"}

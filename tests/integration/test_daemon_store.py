@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import urllib.error
 import urllib.request
 
@@ -68,3 +69,35 @@ def test_store_that_comes_back_makes_the_collector_ready(seaweed, bucket, watch_
             partial.write_bytes(gzip.compress(b"dump"))
             partial.rename(partial.with_suffix(""))
             wait_until(lambda: readiness(collector) == (200, "ok\n"), 30)
+
+
+def put_dump(directory, number):
+    partial = directory / f"core-app-1700000000-{number}-11.gz.partial"
+    partial.write_bytes(gzip.compress(b"dump"))
+    partial.rename(partial.with_suffix(""))
+
+
+def test_dump_that_could_not_be_uploaded_is_deleted_only_if_an_age_is_set(
+    seaweed, bucket, watch_dir, tmp_path
+):
+    environ = seaweed.environ() | {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1", "RETRY_SECONDS": "1"}
+    for number in range(1, 7):
+        put_dump(watch_dir, number)
+    with running(watch_dir, environ, tmp_path) as collector:
+        wait_until(lambda: collector.metric('core_dump_retries_total{reason="network"}') >= 2, 30)
+        assert collector.metric("core_dump_dumps_discarded_total") == 0
+    assert len(list(watch_dir.glob("core*"))) == 6
+    with running(watch_dir, environ, tmp_path, "--discard-after-seconds", "2", "--workers", "8") as collector:
+        wait_until(lambda: not list(watch_dir.glob("core*")), 60, "every dump to be deleted")
+        wait_until(lambda: collector.metric("core_dump_dumps_discarded_total") == 6, 10)
+        assert any(e["level"] == "error" and "DISCARD_AFTER_SECONDS" in e["event"] for e in collector.log())
+
+
+def test_age_limit_deletes_nothing_that_can_be_uploaded(seaweed, bucket, watch_dir, tmp_path):
+    old = watch_dir / "core-app-1700000000-1-11.gz"
+    put_dump(watch_dir, 1)
+    os.utime(old, (0, 0))
+    with running(watch_dir, seaweed.environ(), tmp_path, "--discard-after-seconds", "0.001") as collector:
+        wait_until(lambda: not old.exists(), 30)
+        wait_until(lambda: collector.metric('core_dump_uploads_total{result="uploaded"}') == 1, 10)
+    assert f"node-1/{old.name}" in s3.keys_in(bucket)
