@@ -60,3 +60,13 @@ def test_copy_of_a_killed_run_is_removed_and_one_in_use_is_kept(root, monkeypatc
     finally:
         os.close(lock)
     assert os.listdir(root / STATE) == ["install-in-use"]
+
+
+def test_image_carries_what_is_copied_and_its_build_may_read_every_source():
+    lines = (deploy.ROOT / "collector/Dockerfile").read_text().splitlines()
+    copied = [line.split()[1:] for line in lines if line.startswith("COPY ") and "--from" not in line]
+    assert {(name, f"{host.SOURCE}/{name}") for name in host.FOLDERS} <= {tuple(words) for words in copied}
+    allowed = {
+        line[1:] for line in (deploy.ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
+    }
+    assert {source.split("/")[0] for *sources, _ in copied for source in sources} == allowed
