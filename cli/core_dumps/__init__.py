@@ -1,4 +1,4 @@
-"""`core-dumps`: what coredumpctl is for one host, for the bucket of a fleet."""
+"""`core-dumps` finds, downloads and opens the core dumps in a fleet's bucket, as coredumpctl does on one host."""
 
 from importlib.metadata import version
 

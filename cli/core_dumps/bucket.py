@@ -88,8 +88,10 @@ class Bucket:
         self.client.close()
 
     def _count(self, event_name: str, **_: object) -> None:
-        with self._lock:
-            self.requests[event_name.rpartition(".")[2]] += 1
+        operation = event_name.rpartition(".")[2]
+        if operation != "PutObject":  # the client prepares one to find the bucket, and never sends it
+            with self._lock:
+                self.requests[operation] += 1
 
     def find(self, query: Query) -> Iterator[list[Dump]]:
         """Yield the dumps that can match, newest first, without metadata; in groups if keys begin with dates."""

@@ -92,7 +92,7 @@ class Session:
         words += ["-O", "settings set target.load-cwd-lldbinit false"]
         if self.roots:
             words += ["-O", f'platform select --sysroot "{os.path.abspath(self.roots[0])}" host']
-        return words + (["--batch", "-o", f"thread backtrace all -c {MOST_FRAMES}"] if batch else [])
+        return words + (["--batch", "-o", f"thread backtrace -c {MOST_FRAMES} all"] if batch else [])
 
     def _for_gdb(self, *, batch: bool) -> list[str]:
         """Return options that keep gdb from running code of the dump's files; `$sdir` is the system's own libraries."""

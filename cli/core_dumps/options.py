@@ -118,7 +118,8 @@ class Selection:
             bucket.close()
             if bucket.failures:
                 count, reason = len(bucket.failures), bucket.failures[-1]
-                self.note(f"{count} metadata objects could not be read; the last one: {reason}")
+                objects = "object" if count == 1 else "objects"
+                self.note(f"{count} metadata {objects} could not be read; the last one: {reason}")
             if self.verbose:
                 counts = ", ".join(f"{count} {name}" for name, count in sorted(bucket.requests.items()))
                 show.note(f"requests: {counts or 'none'}")

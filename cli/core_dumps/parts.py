@@ -25,7 +25,7 @@ FETCHERS = 8
 BLOCK_BYTES = 1024 * 1024
 PIECE_BYTES = 64 * 1024
 """Length of a read from the network; a slow one is noticed after this much."""
-MOST_CUTS = 8
+MOST_CUTS = 4
 """So many answers in a row may end after less than a piece."""
 _PARTIAL_CONTENT = 206
 
@@ -57,8 +57,6 @@ class Remote:
                     yield piece
             except BODY_ERRORS as error:
                 reason = printable(str(error))
-            except (BotoCoreError, ClientError) as error:
-                raise explain(error, f"downloading {printable(self.dump.key)}") from error
             cuts = 0 if at - before >= PIECE_BYTES else cuts + 1
             if at < end and cuts > MOST_CUTS:
                 raise CliError(f"the store's answers keep ending early ({reason}): run it again to resume")
@@ -69,7 +67,10 @@ class Remote:
         request: dict[str, Any] = {"Range": f"bytes={first}-{end - 1}"}
         if self.etag is not None:
             request["IfMatch"] = self.etag
-        answer = self.bucket.client.get_object(Bucket=self.bucket.name, Key=self.dump.key, **request)
+        try:
+            answer = self.bucket.client.get_object(Bucket=self.bucket.name, Key=self.dump.key, **request)
+        except (BotoCoreError, ClientError) as error:  # botocore has repeated the request
+            raise explain(error, f"downloading {printable(self.dump.key)}") from error
         with contextlib.closing(answer["Body"]) as body:  # `with` alone would give the unchecked stream below
             if first and answer["ResponseMetadata"]["HTTPStatusCode"] != _PARTIAL_CONTENT:
                 raise RefusedError("the store ignores Range, so parts of an object cannot be read")

@@ -114,7 +114,9 @@ def filled(cli, gz):
 def test_filters_and_requests(filled):
     told = filled.run("list", "-v", "--node", "n1", "--no-legend", "-n", "2")
     assert len(told.stdout.splitlines()) == 2
-    assert "2 GetObject, 1 ListObjectsV2" in told.stderr, "one folder, and the metadata that is shown"
+    assert told.stderr == "core-dumps: requests: 2 GetObject, 1 ListObjectsV2\n", (
+        "one folder, and what is shown"
+    )
     told = filled.run("list", "-v", "--no-legend", "-S", "-3h30min")
     assert len(told.stdout.splitlines()) == 9
     assert "9 GetObject, 4 ListObjectsV2" in told.stderr, "the nodes, then each; older metadata is not read"
