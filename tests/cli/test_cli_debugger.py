@@ -11,13 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tests.support.collector import wait_until
 from tests.support.cores import AARCH64, AUXV, PRPSINFO, PRSTATUS, Shape, build
 from tests.support.front import Reply, cut, error, front
 
 from core_dumps import buildid
-from core_dumps.buildid import read_build_id, read_modules
-from core_dumps.neutral import without_controls
+from core_dumps.buildid import CoreFile, read_build_id, read_modules
+from core_dumps.neutral import neutralise, without_controls
 
 NAME = "node-7/core-app-1700000001-1-11.gz"
 PROGRAM = os.path.realpath(sys.executable)
@@ -45,6 +47,25 @@ def test_controls_become_question_marks_and_nothing_moves():
     assert len(changed) == len(STEER) + 2
     assert changed.endswith(b"\0x")
     assert changed.replace(b"\0", b"").decode().isprintable()
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_lying_core_is_not_fatal_and_only_its_controls_change(tmp_path, data):
+    content = bytearray(hostile_core(bytes))
+    for _ in range(data.draw(st.integers(0, 4))):
+        at = data.draw(st.integers(0, 900))
+        content[at : at + 8] = data.draw(
+            st.sampled_from([b"\xff" * 8, bytes(8), b"\x7f" * 8]) | st.binary(min_size=8, max_size=8)
+        )
+    path = tmp_path / "core"
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        neutralise(str(path), CoreFile(file.fileno()))
+    changed = path.read_bytes()
+    assert len(changed) == len(content)
+    assert all(new in {old, ord("?")} for new, old in zip(changed, content, strict=True))
+    read_modules(str(path), None, [], str(tmp_path))
 
 
 @needs_gdb
