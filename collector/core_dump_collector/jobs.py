@@ -11,13 +11,13 @@ class Outcome(StrEnum):
 
     UPLOADED = "uploaded"
     ALREADY_STORED = "already_stored"
-    """S3 had these very bytes under the key: an earlier attempt whose answer was lost."""
+    """S3 already had the same bytes under the key, from an earlier attempt whose response was lost."""
     VANISHED = "vanished"
-    """The file was gone before it was opened: somebody else has dealt with it."""
+    """The file was deleted or moved before the collector opened it."""
     BUSY = "busy"
     """A writer still has it open; its close will be seen by the watch."""
     REFUSED = "refused"
-    """Not ours to touch: a symlink, hard link, FIFO, ...; left where it is."""
+    """The collector does not touch it (a symlink, hard link, FIFO, ...); it stays where it is."""
     QUARANTINED = "quarantined"
     """S3 refuses it for good; moved to quarantine/."""
     DISCARDED = "discarded"
@@ -27,7 +27,7 @@ class Outcome(StrEnum):
 
 
 class RetryReason(StrEnum):
-    """Why an upload is to be tried again; bounded, so it can be a metric label."""
+    """Why an upload will be tried again; bounded, so it can be a metric label."""
 
     NETWORK = "network"
     THROTTLED = "throttled"
@@ -46,7 +46,7 @@ class RetryReason(StrEnum):
 
     @property
     def needs_operator(self) -> bool:
-        """True for what no retry mends until somebody changes a policy: retried slowly."""
+        """Return true if retries fail until somebody changes a policy or a setting: they are slow."""
         return self in {RetryReason.FORBIDDEN, RetryReason.NO_SUCH_BUCKET, RetryReason.UNPROVEN}
 
 

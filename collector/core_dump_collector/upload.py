@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from core_dump_collector.options import UploadOptions
 
 MOST_BYTES = 50 << 40
-"""Length of the longest file taken: S3's largest object (48.8 TiB; Amazon S3 User Guide, "Uploading objects"). A sparse
-file of 8 EiB would keep a worker busy for years."""
+"""Longer files are refused: this is S3's largest object (48.8 TiB; Amazon S3 User Guide, "Uploading objects"), and a
+sparse file of 8 EiB would keep a worker busy for years."""
 _OUTCOME_OF_UNFIT = {
     dumpfile.Unfit.VANISHED: Outcome.VANISHED,
     dumpfile.Unfit.BUSY: Outcome.BUSY,
@@ -55,7 +55,7 @@ _OUTCOME_OF_UNFIT = {
 
 
 class Worker:
-    """What a worker process keeps from one job to the next: the options and one S3 client, made with the first job."""
+    """Processes the jobs of one worker process, with one S3 client that the first job makes."""
 
     def __init__(self, options: UploadOptions) -> None:
         """Remember the options."""
@@ -63,7 +63,7 @@ class Worker:
         self._store: Store | None = None
 
     def process(self, job: AnyJob) -> AnyResult:
-        """Bring one dump to S3 and delete it, salvage a partial, store a record, or probe the store. Never raises."""
+        """Upload and delete a dump, salvage a partial, store a record or probe the store. Never raises."""
         started = time.monotonic()
         try:
             result = self._run(job)
@@ -92,7 +92,7 @@ class Worker:
             self._store = None
 
     def open_store(self) -> Store:
-        """Return the store, connected as the environment says when it is used first.
+        """Return the store; make its client, from the environment, if there is none.
 
         Raises:
             RetryableError: the client cannot be made now.
@@ -119,7 +119,7 @@ class Worker:
                 return RetryReason.INTERNAL, printable(f"{place}: {type(error).__name__}: {error}")
 
     def _store_record(self, document: Document) -> RecordResult:
-        """Store a record without a dump; one that is there already is the same."""
+        """Store a suppressed-crash record. Its key is made of its content, so one that exists is the same record."""
         key = f"{self._options.prefix}{self._options.node_name}/{document.name.rpartition('/')[2]}"
         try:
             rendered = metadata.render_record(document, key, self._options)
@@ -178,7 +178,7 @@ def _delete(dump: DumpFile, facts: Facts, stored: StoredObject, outcome: Outcome
 
 
 def _fingerprint(dump: DumpFile) -> dict[str, str]:
-    """Return what tells this crash apart from others; nothing where the core does not say."""
+    """Return the fingerprint's fields; none if the core does not contain them."""
     try:
         found = fingerprint.fingerprint_of_file(dump.fd)
     except Exception:  # noqa: BLE001  hostile bytes may cost the metadata, never the dump
