@@ -35,6 +35,7 @@ class Handler:
         self.started = time.monotonic()
         self.settings = Settings()
         self.metadata: dict[str, bytes] = {}
+        self.announced = False
         self.warnings: list[str] = []
         """Logged with the crash, so that a refusal which is only counted logs none of them."""
 
@@ -56,6 +57,12 @@ class Handler:
         except Exception:
             self.log_warnings()
             raise
+
+    def announce(self) -> None:
+        """Log that the crash is dumped; from now on, its end is logged too."""
+        self.announced = True
+        self.log_warnings()
+        log(self.crash.sentence() + "; dumping", 6)
 
     def log_warnings(self) -> None:
         """Log the warnings that were collected before it was clear whether the crash is logged."""
@@ -106,9 +113,8 @@ class Handler:
         suffix = "" if self.settings.COMPRESSOR == "none" else ".gz"
         try:
             limits.check(self.started + self.settings.DEADLINE_SECONDS)
-            self.log_warnings()
-            log(self.crash.sentence() + "; dumping", 6)
             dump, name, writer = self.create(directory, suffix)
+            self.announce()
             watch = DiskWatch(dump, limits.disk)
             truncated, expected = self.copy_core(writer, watch)
             if not (writer.size and os.fstat(dump).st_size) and (
@@ -119,6 +125,7 @@ class Handler:
                 raise Refused(reason, "nothing was written: " + truncated)
         except Refused as refused:
             limits.count(refused)
+            refused.repeated = refused.repeated and not self.announced
             raise
         took_ms = int((time.monotonic() - self.started) * 1000)
         self.record_result(dump, writer, truncated, expected, took_ms)

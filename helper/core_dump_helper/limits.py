@@ -31,7 +31,8 @@ HELD_COUNT_SECONDS, IDLE_COUNT_SECONDS = 1, 20
 REFUSAL_SECONDS = 600
 """Window of the records of refusals other than `rate_limit`."""
 ORIGIN_BYTES = 256
-POLL_SECONDS = 0.02
+POLL_SECONDS, LATER_POLL_SECONDS = 0.02, 0.1
+"""Between two looks at the slots, in the first second and after it: hundreds may wait."""
 
 
 class RateLimiter:
@@ -89,10 +90,11 @@ class Slots:
         if self._try(guard):
             return True
         self._memory.join()  # hundreds may wait
+        later = time.monotonic() + 1
         while time.monotonic() < deadline:
             if self._try(guard):
                 return True
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS if time.monotonic() < later else LATER_POLL_SECONDS)
         return False
 
     def _try(self, guard: int) -> bool:

@@ -146,11 +146,13 @@ def test_every_loss_is_counted_when_the_last_block_or_inode_is_used_up(small_dis
     (small_disk.watch_dir / small_disk.names()[0]).unlink()
     use_up(small_disk.watch_dir, what)
     before = set(small_disk.names())
+    logged = ""
     for number in range(1, 9):
-        small_disk.run(
+        logged += small_disk.run(
             CORE, "-P", "-p1", "-t17", "-d1", f"-s{number}", f"-u{number % 3}", name=f"app{number}"
         )
     assert set(small_disk.names()) == before
+    assert logged.count("; dumping") <= logged.count("no dump: ") >= 1
     read = list(drops._read_records(str(small_disk.watch_dir)))
     assert sum(record.suppressed for record in read) == 8
     reasons = {record.reason for record in read if record.suppressed}
