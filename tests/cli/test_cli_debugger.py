@@ -17,8 +17,9 @@ from tests.support.collector import wait_until
 from tests.support.cores import AARCH64, AUXV, PRPSINFO, PRSTATUS, Shape, build
 from tests.support.front import Reply, cut, error, front
 
+from core_dump_format.stream import Seekable
 from core_dumps import buildid
-from core_dumps.buildid import CoreFile, read_build_id, read_modules
+from core_dumps.buildid import read_build_id, read_modules
 from core_dumps.neutral import neutralise, without_controls
 
 NAME = "node-7/core-app-1700000001-1-11.gz"
@@ -61,7 +62,7 @@ def test_lying_core_is_not_fatal_and_only_its_controls_change(tmp_path, data):
     path = tmp_path / "core"
     path.write_bytes(content)
     with path.open("rb") as file:
-        neutralise(str(path), CoreFile(file.fileno()))
+        neutralise(str(path), Seekable(file.fileno()))
     changed = path.read_bytes()
     assert len(changed) == len(content)
     assert all(new in {old, ord("?")} for new, old in zip(changed, content, strict=True))
