@@ -77,14 +77,14 @@ class Record:
         self.last = now
 
     def render(self) -> bytes:
-        """Return the text of the record's file: `key=value` lines, values percent-encoded, padded by empty lines."""
+        """Return the text of the record's file: `key=value` lines, values percent-encoded, and a line of spaces."""
         numbers = {"kept": self.kept, "suppressed": self.suppressed, "first": self.first, "last": self.last,
                    "seconds": self.seconds}  # fmt: skip
         fields = {**self.workload, "origin": self.origin, "reason": self.reason.encode()}
         fields["exe"] = fields["exe"][:MAX_EXE_BYTES]
         fields.update({key: b"%d" % value for key, value in numbers.items()})
         text = "".join("%s=%s\n" % (key, percent(fields[key])) for key in fields).encode()
-        return text[:RECORD_BYTES].ljust(RECORD_BYTES, b"\n")
+        return text[: RECORD_BYTES - 1].ljust(RECORD_BYTES - 1) + b"\n"
 
 
 class Records:
