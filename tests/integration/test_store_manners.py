@@ -12,11 +12,11 @@ from unittest import mock
 import pytest
 from tests.support.collector import running, wait_until
 from tests.support.manners import Manners, Upload, fake_s3, md5
-from tests.support.uploads import KEY, MEBIBYTE, NAME, connected, options, send, worker
+from tests.support.uploads import KEY, MEBIBYTE, NAME, connected, options, send, send_record, worker
 
 from core_dump_collector import storecheck
 from core_dump_collector.errors import ConfigError
-from core_dump_collector.jobs import Outcome, RetryReason
+from core_dump_collector.jobs import Document, Outcome, RetryReason
 from core_dump_collector.s3.condition import Condition
 from core_dump_collector.s3.record import Attempt, State
 from core_dump_collector.s3.store import Store
@@ -272,6 +272,38 @@ def test_a_refusal_that_has_another_cause_leaves_the_condition_on(watch_dir, sta
         store.requests.clear()
         assert send(second).outcome == Outcome.UPLOADED
         assert all(conditional for method, _, conditional in store.requests if method == "PUT")
+
+
+@pytest.mark.parametrize(
+    ("manners", "reason"),
+    [
+        (Manners(), None),
+        (Manners(conditions=501), None),
+        (Manners(checksums="none", head=403), None),
+        (Manners(etags="foreign", checksums="head"), None),
+        (Manners(etags="foreign", checksums="none", head=403), RetryReason.UNPROVEN),
+        (Manners(etags="foreign", checksums="none"), RetryReason.UNPROVEN),
+        (Manners(etags="foreign", checksums="none", stores="nothing"), RetryReason.CHECKSUM),
+        (Manners(etags="foreign", checksums="none", stores="half"), RetryReason.CHECKSUM),
+    ],
+)
+def test_record_of_refused_dumps_counts_as_stored_only_on_proof(manners, reason):
+    record = Document(".helper/storm-0123-1700000000.json", (("reason", "rate_limit"), ("suppressed", 3)))
+    with fake_s3(manners) as store, connected(store.environ()):
+        result = send_record(record)
+        assert (result.stored, result.retry_reason) == (reason is None, reason)
+        if result.stored:
+            assert json.loads(store.objects["node-1/storm-0123-1700000000.json"])["suppressed"] == 3
+
+
+def test_dump_whose_metadata_object_is_not_proven_stays_and_is_not_sent_again(path):
+    path.write_bytes(b"dump")
+    with fake_s3(Manners()) as store:
+        store.refuse_metadata_with = 403
+        assert attempt(store, path).outcome == Outcome.RETRY
+        store.refuse_metadata_with = 0
+        assert attempt(store, path).outcome == Outcome.ALREADY_STORED
+        assert store.asked("PUT", ".gz") - store.asked("PUT", ".json") == 1
 
 
 # The proofs of a multipart upload

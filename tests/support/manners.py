@@ -77,6 +77,8 @@ class FakeS3:
     was_cut: bool = False
     damaged_parts: int = 0
     """So many parts are damaged on their way, and the responses say so."""
+    refuse_metadata_with: int = 0
+    """The status with which each metadata object is refused; 0 for none."""
     refuse_with: int = 501
     refusals: int = 0
     """So many PUT requests are refused with this status, whatever they ask for."""
@@ -162,6 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.hang_up()
             return True
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.key.endswith(".json") and store.refuse_metadata_with:
+            self.refuse(store.refuse_metadata_with, "AccessDenied")
+            return True
         if self.command == "PUT" and store.refusals:
             store.refusals -= 1
             self.refuse(store.refuse_with, "InvalidRequest")
