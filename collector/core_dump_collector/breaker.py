@@ -14,8 +14,9 @@ from core_dump_collector.jobs import RetryReason
 STORE_WIDE = frozenset({RetryReason.NETWORK, RetryReason.CREDENTIALS, RetryReason.NO_SUCH_BUCKET})
 FAILURES_TO_OPEN = 5
 """Consecutive failures after which the circuit opens."""
-FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 30.0
+FIRST_OPEN_SECONDS = 0.5
+"""The first pause of an open circuit; each further failure doubles it."""
+LONGEST_OPEN_SECONDS = 30.0
 
 
 @dataclass(slots=True)
@@ -45,8 +46,8 @@ class CircuitBreaker:
             return
         self._failures += 1
         if self.is_open:
-            pause = FIRST_PAUSE_SECONDS * 2.0 ** min(self._failures - FAILURES_TO_OPEN, 16)
-            self._until = now + min(pause, LONGEST_PAUSE_SECONDS)
+            pause = FIRST_OPEN_SECONDS * 2.0 ** min(self._failures - FAILURES_TO_OPEN, 16)
+            self._until = now + min(pause, LONGEST_OPEN_SECONDS)
 
     def succeed(self) -> None:
         """Close the circuit: the store has accepted a dump."""

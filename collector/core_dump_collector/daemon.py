@@ -27,7 +27,7 @@ from core_dump_collector.health import HEARTBEAT_SECONDS, Health, Server
 from core_dump_collector.jobs import Job, Probe, Salvage
 from core_dump_collector.metrics import Metrics, raise_to
 from core_dump_collector.node import corepattern, scan
-from core_dump_collector.node.drops import DropRecords
+from core_dump_collector.node.suppressed import SuppressedCrashes
 from core_dump_collector.observation import Look, Observer
 from core_dump_collector.pool import Pool
 from core_dump_collector.reachability import Reachability
@@ -59,7 +59,7 @@ class Daemon:
         self._backlog = Backlog(longest_pause_seconds=settings.retry_seconds)
         self._breaker = CircuitBreaker()
         self._store = Reachability()
-        self._records = DropRecords(directory)
+        self._records = SuppressedCrashes(directory)
         self._arrivals = Arrivals(directory, settings, self._backlog, self._observer, self._metrics)
         self._results = Results(
             directory,
@@ -187,7 +187,7 @@ class Daemon:
         look(Look.CORE_PATTERN, lambda: metrics.pattern_ours.set(int(corepattern.leads_to(directory))))
         look(Look.OWNER, lambda: metrics.insecure.set(int(scan.is_insecure(directory))))
         look(Look.QUARANTINE, lambda: metrics.quarantined.set(scan.count_quarantined(directory)))
-        for reason, number in (look(Look.RECORDS, self._records.read_new) or {}).items():
+        for reason, number in (look(Look.RECORDS, self._records.count_new) or {}).items():
             metrics.dropped.labels(reason).inc(number)
 
     def _report_readiness(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 ABANDONED_SECONDS = 10.0
-LONGEST_PAUSE_SECONDS = 60.0
+LONGEST_LOCKED_SECONDS = 60.0
 """Between two attempts at a partial whose helper still holds its lock."""
 MOST_PARTIALS = 1000
 """The helper writes at most 256 at a time; what is left over is found by the next scan."""
@@ -64,7 +64,7 @@ class Partials:
             return
         partial.in_flight = False
         partial.attempts += 1
-        partial.due = now + min(ABANDONED_SECONDS * 2.0 ** min(partial.attempts, 8), LONGEST_PAUSE_SECONDS)
+        partial.due = now + min(ABANDONED_SECONDS * 2.0 ** min(partial.attempts, 8), LONGEST_LOCKED_SECONDS)
 
     def next_due(self) -> float | None:
         """Return when the next attempt is due, or None when none waits."""

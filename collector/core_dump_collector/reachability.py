@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from core_dump_collector.breaker import STORE_WIDE
 from core_dump_collector.jobs import RetryReason
 
-QUIET_SECONDS = 900.0
+SILENCE_SECONDS = 900.0
 """Without a response for so long the store is asked."""
 PROBE_PAUSE_SECONDS = 30.0
 """Between two probes of a store that is not reachable."""
@@ -46,14 +46,14 @@ class Reachability:
         self.is_probing = False
         if reason is not None or now >= self._refused_until:
             self._set(reason)
-        self._probe_due = now + (QUIET_SECONDS if self.reason is None else PROBE_PAUSE_SECONDS)
+        self._probe_due = now + (SILENCE_SECONDS if self.reason is None else PROBE_PAUSE_SECONDS)
 
     def note_upload(self, reason: RetryReason | None, now: float) -> None:
         """Take the result of an upload; None if it succeeded."""
         if reason is None:
             self._set(None)
             self._refused_until = -math.inf
-            self._probe_due = now + QUIET_SECONDS
+            self._probe_due = now + SILENCE_SECONDS
         elif reason in _REFUSALS:
             self._set(reason)
             self._refused_until = now + REFUSED_SECONDS

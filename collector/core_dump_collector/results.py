@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from core_dump_collector.breaker import CircuitBreaker
     from core_dump_collector.jobs import AnyResult, UploadResult
     from core_dump_collector.metrics import Metrics
-    from core_dump_collector.node.drops import DropRecords
+    from core_dump_collector.node.suppressed import SuppressedCrashes
     from core_dump_collector.partials import Partials
     from core_dump_collector.reachability import Reachability
 
@@ -32,7 +32,7 @@ class Results:
     partials: Partials
     breaker: CircuitBreaker
     store: Reachability
-    records: DropRecords
+    records: SuppressedCrashes
     metrics: Metrics
 
     def apply(self, result: AnyResult) -> None:
@@ -51,9 +51,9 @@ class Results:
             log.error("a result for a file that was not being uploaded", file=result.name)
 
     def _apply_record(self, result: RecordResult, now: float) -> None:
-        self.records.settle(result.name, now, stored=result.stored)
+        self.records.finish(result.name, now, stored=result.stored)
         shown = "uploaded" if result.stored else "retry"
-        log.info("record of refused dumps", file=result.name, result=shown, detail=result.detail)
+        log.info("suppressed-crash record", file=result.name, result=shown, detail=result.detail)
 
     def _apply_probe(self, result: ProbeResult, now: float) -> None:
         known, before = self.store.is_known, self.store.reason

@@ -1,4 +1,4 @@
-from core_dump_collector.breaker import FAILURES_TO_OPEN, LONGEST_PAUSE_SECONDS, CircuitBreaker
+from core_dump_collector.breaker import FAILURES_TO_OPEN, LONGEST_OPEN_SECONDS, CircuitBreaker
 from core_dump_collector.jobs import RetryReason
 
 
@@ -26,7 +26,7 @@ def test_pauses_grow_to_a_limit():
         failed(n + 1).until - failed(n).until for n in range(FAILURES_TO_OPEN - 1, FAILURES_TO_OPEN + 12)
     ]
     assert pauses == sorted(pauses)
-    assert 0 < pauses[0] < pauses[1] < pauses[-1] == LONGEST_PAUSE_SECONDS
+    assert 0 < pauses[0] < pauses[1] < pauses[-1] == LONGEST_OPEN_SECONDS
 
 
 def test_attempts_that_started_before_the_pause_do_not_lengthen_it():

@@ -1,4 +1,4 @@
-from core_dump_collector.partials import ABANDONED_SECONDS, LONGEST_PAUSE_SECONDS, MOST_PARTIALS, Partials
+from core_dump_collector.partials import ABANDONED_SECONDS, LONGEST_LOCKED_SECONDS, MOST_PARTIALS, Partials
 
 NAME = "core-a-1700000000-1-11.gz.partial"
 FUTURE = 32_503_680_000.0
@@ -34,7 +34,7 @@ def test_partial_that_was_left_alone_is_tried_ever_more_rarely():
         partials.finish(NAME, now, left=True)
         pauses.append(partials.next_due() - now)
     assert pauses == sorted(pauses)
-    assert pauses[-1] == LONGEST_PAUSE_SECONDS
+    assert pauses[-1] == LONGEST_LOCKED_SECONDS
 
 
 def test_salvaged_partial_is_forgotten_and_their_number_is_bounded():

@@ -3,7 +3,12 @@ import math
 import pytest
 
 from core_dump_collector.jobs import RetryReason
-from core_dump_collector.reachability import PROBE_PAUSE_SECONDS, QUIET_SECONDS, REFUSED_SECONDS, Reachability
+from core_dump_collector.reachability import (
+    PROBE_PAUSE_SECONDS,
+    REFUSED_SECONDS,
+    SILENCE_SECONDS,
+    Reachability,
+)
 
 
 def probed(reason, now=0.0, store=None):
@@ -21,9 +26,9 @@ def test_store_is_asked_at_start_and_after_long_quiet():
     assert store.probe_due == math.inf, "one at a time"
     store.note_probe(None, 10.0)
     assert (store.is_known, store.reason) == (True, None)
-    assert store.probe_due == 10.0 + QUIET_SECONDS
+    assert store.probe_due == 10.0 + SILENCE_SECONDS
     store.note_upload(None, 500.0)
-    assert store.probe_due == 500.0 + QUIET_SECONDS
+    assert store.probe_due == 500.0 + SILENCE_SECONDS
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tests.support.uploads import options
 
 from core_dump_collector import metadata
 from core_dump_collector.metadata import StoredObject
-from core_dump_collector.node import drops
+from core_dump_collector.node import suppressed
 from core_dump_collector.node.dumpfile import DumpFile
 from core_dump_format.attributes import ATTRIBUTE_PREFIX, NUMBERS, TEXTS
 from core_dump_format.names import LEAST_TIMESTAMP, is_candidate, is_partial, parse_name, unpartial
@@ -112,7 +112,7 @@ def test_every_record_of_the_helper_is_read_by_the_collector(watch_dir, exe, thr
         os.close(records.directory)
     finally:
         os.close(directory)
-    (read,) = drops._read_records(str(watch_dir))
+    (read,) = suppressed._read_records(str(watch_dir))
     assert refused == [False, False, True, True][:times]
     assert (read.reason, read.kept, read.suppressed) == ("rate_limit", min(times, 2), max(0, times - 2))
     told = (exe or thread)[:1024].decode("utf-8", "backslashreplace")

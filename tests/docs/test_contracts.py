@@ -9,7 +9,7 @@ from tests.support.pages import ROOT, codes, column, rows, section
 
 from core_dump_collector import metadata
 from core_dump_collector.metrics import DROP_REASONS
-from core_dump_collector.node import drops
+from core_dump_collector.node import suppressed
 from core_dump_format import attributes, names
 from core_dump_helper.records import Record
 
@@ -23,7 +23,7 @@ RECORDS = section(PAGE, "Records of refused dumps")
 def test_names_are_those_that_code_creates_and_recognises():
     listed = [codes(row[0])[0] for row in rows(NAMES, "name")]
     values = {"%e": "app", "%t": "1700000000", "%p": "42", "%s": "11"}
-    state = {f"{drops.STATE}/", f"{names.QUARANTINE}/"}
+    state = {f"{suppressed.STATE}/", f"{names.QUARANTINE}/"}
     assert set(listed) >= state
     for pattern in set(listed) - state - {"core…"}:
         name = re.sub("%.", lambda found: values[found[0]], pattern)
@@ -99,7 +99,7 @@ def test_reasons_for_refusal_are_all_those_of_the_code():
 
 
 def test_key_of_a_record_is_the_one_that_the_collector_writes():
-    record = drops.Record("ab" * 12, "rate_limit", 1, 2, 1700000000, 1700000001, 600, ())
+    record = suppressed.Record("ab" * 12, "rate_limit", 1, 2, 1700000000, 1700000001, 600, ())
     name = record.as_document().name.rpartition("/")[2]
     (pattern,) = [code for code in codes(RECORDS) if "storm-" in code]
     shape = (

@@ -9,7 +9,7 @@ import pytest
 from tests.support.collector import wait_until
 from tests.support.cores import simple as elf
 
-from core_dump_collector.node import drops
+from core_dump_collector.node import suppressed
 from core_dump_helper.core import Memory
 from core_dump_helper.limits import Slots
 from core_dump_helper.records import MAX_FILES, MAX_RECORDS, Record, Records, open_state
@@ -153,7 +153,7 @@ def test_every_loss_is_counted_when_the_last_block_or_inode_is_used_up(small_dis
         )
     assert set(small_disk.names()) == before
     assert logged.count("; dumping") <= logged.count("no dump: ") >= 1
-    read = list(drops._read_records(str(small_disk.watch_dir)))
+    read = list(suppressed._read_records(str(small_disk.watch_dir)))
     assert sum(record.suppressed for record in read) == 8
     reasons = {record.reason for record in read if record.suppressed}
     assert reasons == {"inodes" if what == "inode" else "keep_free" if keep_free else "disk_full"}

@@ -1,4 +1,4 @@
-"""What the helper refused is counted, and each storm is told once in the bucket."""
+"""Crashes that the helper suppressed are counted, and each window of them is stored once in the bucket."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tests.support import s3
 from tests.support.collector import running, wait_until
 
-from core_dump_collector.node import drops
-from core_dump_collector.node.drops import DropRecords
+from core_dump_collector.node import suppressed
+from core_dump_collector.node.suppressed import SuppressedCrashes
 
 HASH = "0123456789abcdef01234567"
 NOW = 1_700_000_000
@@ -40,19 +40,19 @@ def write(state, name=HASH, mode=0o600, **changes):
 
 def test_only_what_is_new_since_the_start_is_counted(watch_dir, state):
     write(state, suppressed=3)
-    drops = DropRecords(str(watch_dir))
-    assert drops.read_new() == {}
+    crashes = SuppressedCrashes(str(watch_dir))
+    assert crashes.count_new() == {}
     write(state, suppressed=5)
     write(state, "f" * 24, reason="keep_free", suppressed=1)
-    assert drops.read_new() == {"rate_limit": 2, "keep_free": 1}
-    assert drops.read_new() == {}
+    assert crashes.count_new() == {"rate_limit": 2, "keep_free": 1}
+    assert crashes.count_new() == {}
     write(state, first=NOW + 60, suppressed=4)
-    assert drops.read_new() == {"rate_limit": 4}, "a new window counts from zero"
+    assert crashes.count_new() == {"rate_limit": 4}, "a new window counts from zero"
 
 
 def test_no_state_is_nothing_refused(watch_dir):
-    assert DropRecords(str(watch_dir)).read_new() == {}
-    assert DropRecords(str(watch_dir / "gone")).read_new() == {}
+    assert SuppressedCrashes(str(watch_dir)).count_new() == {}
+    assert SuppressedCrashes(str(watch_dir / "gone")).count_new() == {}
 
 
 def plant_link(state):
@@ -88,70 +88,70 @@ UNTRUSTED = {
 
 @pytest.mark.parametrize("make", UNTRUSTED.values(), ids=UNTRUSTED.keys())
 def test_what_others_may_have_written_or_is_damaged_is_left_out(watch_dir, state, make):
-    drops = DropRecords(str(watch_dir))
+    crashes = SuppressedCrashes(str(watch_dir))
     make(state)
-    assert drops.read_new() == {}
-    assert drops.next_document(NOW + 1000, 0) is None
+    assert crashes.count_new() == {}
+    assert crashes.next_document(NOW + 1000, 0) is None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user, needs root")
 @pytest.mark.parametrize("what", ["record", "directory", "link"])
 def test_state_of_another_user_is_left_out(watch_dir, state, tmp_path, what):
-    drops = DropRecords(str(watch_dir))
+    crashes = SuppressedCrashes(str(watch_dir))
     write(state)
     if what == "link":
         state.rename(tmp_path / "elsewhere")
         state.symlink_to(tmp_path / "elsewhere")
     else:
         os.chown(state / HASH if what == "record" else state, 12345, 12345)
-    assert drops.read_new() == {}
+    assert crashes.count_new() == {}
 
 
-def test_storm_is_told_once_when_its_window_is_over(watch_dir, state):
+def test_record_is_stored_once_when_its_window_is_over(watch_dir, state):
     write(state)
-    drops = DropRecords(str(watch_dir))
-    assert drops.next_document(NOW + 30, now=0) is None, "it goes on"
-    document = drops.next_document(NOW + 100, now=10)
+    crashes = SuppressedCrashes(str(watch_dir))
+    assert crashes.next_document(NOW + 30, now=0) is None, "it goes on"
+    document = crashes.next_document(NOW + 100, now=10)
     assert document.name == f".helper/storm-{HASH}-{NOW}.json"
     assert dict(document.facts)["suppressed"] == 3
-    assert drops.next_document(NOW + 100, now=10) is None, "one at a time"
-    assert drops.settle(document.name, 10, stored=False)
-    assert drops.next_document(NOW + 100, now=20) is None, "a pause after a failure"
-    assert drops.next_document(NOW + 100, now=100) == document
-    assert drops.settle(document.name, 100, stored=True)
-    drops.read_new()
-    assert drops.next_document(NOW + 100, now=200) is None
-    assert not drops.settle("core-a-1700000000-1-11.gz", 200, stored=True)
+    assert crashes.next_document(NOW + 100, now=10) is None, "one at a time"
+    assert crashes.finish(document.name, 10, stored=False)
+    assert crashes.next_document(NOW + 100, now=20) is None, "a pause after a failure"
+    assert crashes.next_document(NOW + 100, now=100) == document
+    assert crashes.finish(document.name, 100, stored=True)
+    crashes.count_new()
+    assert crashes.next_document(NOW + 100, now=200) is None
+    assert not crashes.finish("core-a-1700000000-1-11.gz", 200, stored=True)
 
 
 def test_window_ends_where_the_clock_has_jumped_back(watch_dir, state):
     write(state, first=NOW + 10**9)
-    drops = DropRecords(str(watch_dir))
-    assert drops.next_document(NOW, now=0) is None
-    assert drops.next_document(NOW, now=60) is None
-    assert drops.next_document(NOW, now=70).name.endswith(f"-{NOW + 10**9}.json")
+    crashes = SuppressedCrashes(str(watch_dir))
+    assert crashes.next_document(NOW, now=0) is None
+    assert crashes.next_document(NOW, now=60) is None
+    assert crashes.next_document(NOW, now=70).name.endswith(f"-{NOW + 10**9}.json")
 
 
-def test_window_that_a_new_one_replaced_is_told_too(watch_dir, state):
+def test_window_that_a_new_one_replaced_is_stored_too(watch_dir, state):
     write(state)
-    drops = DropRecords(str(watch_dir))
+    crashes = SuppressedCrashes(str(watch_dir))
     write(state, first=NOW + 60, suppressed=0)
-    drops.read_new()
-    assert drops.next_document(NOW + 61, now=0).name.endswith(f"-{NOW}.json")
+    crashes.count_new()
+    assert crashes.next_document(NOW + 61, now=0).name.endswith(f"-{NOW}.json")
 
 
-def test_window_in_which_nothing_was_refused_is_not_told(watch_dir, state):
+def test_window_in_which_nothing_was_refused_is_not_stored(watch_dir, state):
     write(state, suppressed=0)
-    assert DropRecords(str(watch_dir)).next_document(NOW + 1000, now=0) is None
+    assert SuppressedCrashes(str(watch_dir)).next_document(NOW + 1000, now=0) is None
 
 
-def test_storm_reaches_the_bucket_once_across_restarts(seaweed, bucket, watch_dir, state, tmp_path):
+def test_record_reaches_the_bucket_once_across_restarts(seaweed, bucket, watch_dir, state, tmp_path):
     first = int(time.time()) - 100
     key = f"node-1/storm-{HASH}-{first}.json"
     write(state, first=first, last=first + 50, exe="/bin/a\n\x1b", container_id="c" * 64)
     for number in range(2):
         with running(watch_dir, seaweed.environ(), tmp_path) as collector:
-            wait_until(lambda: any(e["event"] == "record of refused dumps" for e in collector.log()), 30)
+            wait_until(lambda: any(e["event"] == "suppressed-crash record" for e in collector.log()), 30)
             if not number:
                 body = s3.body_of(bucket, key)
                 write(state, "e" * 24, first=int(time.time()), suppressed=7)
@@ -167,5 +167,5 @@ def test_storm_reaches_the_bucket_once_across_restarts(seaweed, bucket, watch_di
 @limits(deadline=None)
 @given(st.binary(max_size=2000))
 def test_no_bytes_in_a_record_fail(text):
-    record = drops._parse("0" * 24, text)
+    record = suppressed._parse("0" * 24, text)
     assert record is None or record.reason

@@ -1,7 +1,7 @@
-"""Reads the records in `.helper/` of what the helper refused (docs/contracts.md, "Records of refused dumps").
+"""Owns the suppressed-crash records of the helper in `.helper/` (docs/contracts.md, "Records of refused dumps").
 
-Each record counts one window of one workload. What is new in it is counted; once the window is over, one document
-says what was suppressed. Its name comes from the record, so that it is stored once however often we start.
+Each record counts one window of one workload. New crashes in it are added to the metric. Once the window is over, the
+record is stored as one document, named after the record, so that it is stored once however often the daemon starts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ MOST_RECORDS = 2000
 """The helper keeps about 1,000."""
 MOST_BYTES = 16 * 1024
 GRACE_SECONDS = 5
-RETRY_SECONDS = 60.0
+"""After the end of a window, for a helper that is still writing its record."""
+RECORD_PAUSE_SECONDS = 60.0
+"""After a record that could not be stored."""
 _NAME = re.compile(r"[0-9a-f]{24}")
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _COUNTS = ("kept", "suppressed", "first", "last", "seconds")
@@ -35,7 +37,7 @@ _COUNTS = ("kept", "suppressed", "first", "last", "seconds")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One window of one workload: what was kept and what refused, and why."""
+    """One window of one workload: how many dumps were kept, how many refused, and why."""
 
     name: str
     reason: str
@@ -50,7 +52,7 @@ class Record:
     """Executable, container, pod and signal, as far as known."""
 
     def as_document(self) -> Document:
-        """Return what is stored of it. A slash keeps its name apart from every file's."""
+        """Return the document that is stored. A slash in its name keeps it apart from every file's."""
         facts: dict[str, str | int] = {
             "reason": self.reason,
             "kept": self.kept,
@@ -60,11 +62,11 @@ class Record:
         return Document(f"{STATE}/storm-{self.name}-{self.first}.json", (*self.workload, *facts.items()))
 
 
-class DropRecords:
-    """Counts what the helper refused since this daemon started."""
+class SuppressedCrashes:
+    """Counts the dumps that the helper refused since this daemon started."""
 
     def __init__(self, directory: str) -> None:
-        """Take what is there now as counted before."""
+        """Treat the present records as counted before."""
         self._directory = directory
         self._seen = {record.name: record for record in _read_records(directory)}
         self._over: dict[str, Document] = {}
@@ -73,7 +75,7 @@ class DropRecords:
         self._in_flight = ""
         self._due = 0.0
 
-    def read_new(self) -> dict[str, int]:
+    def count_new(self) -> dict[str, int]:
         """Return how many dumps were refused since the last call, by reason."""
         new: dict[str, int] = {}
         records = {record.name: record for record in _read_records(self._directory)}
@@ -81,7 +83,7 @@ class DropRecords:
             before = self._seen.get(name)
             same = before is not None and before.first == record.first
             if before is not None and not same:
-                self._finish(before)
+                self._add(before)
             more = record.suppressed - (before.suppressed if before is not None and same else 0)
             if more > 0:
                 new[record.reason] = new.get(record.reason, 0) + more
@@ -89,7 +91,7 @@ class DropRecords:
         return new
 
     def next_document(self, wall_clock: float, now: float) -> Document | None:
-        """Return a document to store, or None; one at a time, until `settle` tells of it.
+        """Return a document to store, or None. The next one follows once `finish` was called for it.
 
         Args:
             wall_clock: Unix seconds, to tell which windows are over.
@@ -103,19 +105,19 @@ class DropRecords:
         for record in self._seen.values():
             known = now - self._since[record.name, record.first]
             if max(wall_clock - record.first, known) > record.seconds + GRACE_SECONDS:
-                self._finish(record)
+                self._add(record)
         if not self._over:
             self._due = now + GRACE_SECONDS
             return None
         self._in_flight = next(iter(self._over))
         return self._over[self._in_flight]
 
-    def settle(self, name: str, now: float, *, stored: bool) -> bool:
-        """Take a result; False when it is not that of a document."""
+    def finish(self, name: str, now: float, *, stored: bool) -> bool:
+        """Take the result of a document; return False if no such document is being stored."""
         if not name or name != self._in_flight:
             return False
         self._in_flight = ""
-        self._due = now if stored else now + RETRY_SECONDS
+        self._due = now if stored else now + RECORD_PAUSE_SECONDS
         if stored:
             del self._over[name]
             self._done.add(name)
@@ -123,14 +125,14 @@ class DropRecords:
             self._done &= living
         return True
 
-    def _finish(self, record: Record) -> None:
+    def _add(self, record: Record) -> None:
         document = record.as_document()
         if record.suppressed and document.name not in self._done and len(self._over) < MOST_RECORDS:
             self._over[document.name] = document
 
 
 def _read_records(directory: str) -> Iterator[Record]:
-    """Yield the records that only root, or we, can have written; whatever else lies there is left out."""
+    """Yield the records that only root, or this user, can have written; skip everything else."""
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, parent)
