@@ -55,12 +55,12 @@ class Settings(BaseSettings):
     node_name: str = Field(
         default_factory=lambda: usable_name(socket.gethostname()),
         validate_default=True,
-        description="This node's name in keys, metadata and logs. Default: the host name.",
+        description="Name of this node in keys and metadata. Default: the host name.",
     )
-    workers: int = Field(4, ge=1, le=64, description="Processes that upload at the same time, 1 to 64.")
+    workers: int = Field(4, ge=1, le=64, description="Number of processes that upload, 1 to 64.")
     file_patterns: Annotated[tuple[str, ...], NoDecode] = Field(
         ("core*",),
-        description="Names to collect, comma-separated shell patterns, e.g. `core*,*.hprof`.",
+        description="Names of the files to collect: comma-separated shell patterns, e.g. `core*,*.hprof`.",
     )
     compress_raw: bool = Field(
         default=True,
@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     )
     upload_sensitive: bool = Field(
         default=True,
-        description="Upload dumps flagged sensitive (set-uid programs, say); false leaves them on disk.",
+        description="Upload dumps that are flagged sensitive, e.g. of set-uid programs; false leaves them on disk.",
     )
     metadata: bool = Field(
         default=True,
@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     )
     fingerprint: bool = Field(
         default=True,
-        description="Read each core once for what tells its crash apart from others (at most 2 s a dump).",
+        description="Compute a fingerprint of each crash from its core; takes at most 2 s a dump.",
     )
     checksum: Literal["when_supported", "when_required"] | None = Field(
         None,
@@ -110,15 +110,15 @@ class Settings(BaseSettings):
         None, pattern=r"^\d{12}$", description="12-digit account that must own the bucket."
     )
     object_tags: Annotated[dict[str, str], NoDecode] = Field(
-        default_factory=dict, description="Tags of each object, `key=value,key=value`, at most 10."
+        default_factory=dict, description="Tags of each object: `key=value,key=value`, at most 10."
     )
     part_bytes: int = Field(
         16 * MEBIBYTE,
         ge=5 * MEBIBYTE,
         le=1024 * MEBIBYTE,
-        description="Size of a part of a multipart upload; larger for a dump that would need over 10,000.",
+        description="Size of a part of a multipart upload; larger for a dump that would need more than 10,000 parts.",
     )
-    connect_timeout_seconds: float = Field(10, gt=0, le=300, description="To connect to S3.")
+    connect_timeout_seconds: float = Field(10, gt=0, le=300, description="Time to connect to S3.")
     read_timeout_seconds: float = Field(
         60, gt=0, le=3600, description="A request that moves less than 10 kB a second for this long is ended."
     )
@@ -132,26 +132,36 @@ class Settings(BaseSettings):
         "Only for nodes whose disk matters more than the dump.",
     )
     scan_seconds: float = Field(
-        300, ge=1, le=86400, description="Pause between two scans of the directory, beside inotify."
+        300,
+        ge=1,
+        le=86400,
+        description="Pause between two scans of the directory, which find what inotify missed.",
     )
     shutdown_seconds: float = Field(
-        60, ge=0, le=86400, description="Time for uploads under way after SIGTERM; the rest waits on disk."
+        60,
+        ge=0,
+        le=86400,
+        description="Time that running uploads get after SIGTERM; all other dumps wait on disk.",
     )
     metrics_address: str = Field(
         "::",  # Prometheus scrapes from another host
         description="Address that serves /metrics, /livez and /readyz; `::` is every address, IPv6 and IPv4.",
     )
-    metrics_port: int = Field(9412, ge=0, le=65535, description="Its port; 0 takes any free one.")
+    metrics_port: int = Field(9412, ge=0, le=65535, description="Port of that address; 0 takes any free one.")
     startup_file: str | None = Field(
         None,
-        description="Written when ready, touched every 5 s (heartbeat), says `dead` at the end.",
+        description="File with the state in one word: `starting`, `ready` once the directory is "
+        "collected, `dead` at the end. Written again every 5 s as a heartbeat.",
     )
     pod_logs_directory: str | None = Field(
-        None, description="The kubelet's `/var/log/pods`, read-only: gives a dump its pod's name."
+        None,
+        description="The kubelet's `/var/log/pods`, mounted read-only, from which the name of a dump's pod is read.",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Lowest level that is logged."
+    )
     log_format: Literal["auto", "json", "text"] = Field(
-        "auto", description="`auto`: text on a terminal, else JSON."
+        "auto", description="Format of log lines; `auto` is text on a terminal, else JSON."
     )
 
     @property

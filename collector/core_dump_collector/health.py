@@ -1,7 +1,7 @@
-"""Owns what others are told of the daemon's health: /livez, /readyz and /metrics.
+"""Owns the HTTP server for /livez, /readyz and /metrics, and the state that they show.
 
-The server holds many idle or slow connections without refusing a scrape: each has a deadline, and when
-too many are open the oldest is cut.
+Many idle or slow connections do not keep a scrape out: each connection has a deadline, and when too many are open
+the oldest is closed.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base class's name
-        """Say nothing: what a stranger sends does not belong in our log."""
+        """Log nothing: requests of strangers do not belong in the log."""
 
 
 class Server(ThreadingHTTPServer):
@@ -169,7 +169,7 @@ class Server(ThreadingHTTPServer):
         super().server_bind()
 
     def process_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
-        """Serve in a thread; cut the oldest connection when too many are open."""
+        """Serve in a thread; close the oldest connection if too many are open."""
         request.settimeout(_REQUEST_SECONDS)
         with self._lock:
             self._open[request] = time.monotonic()
@@ -186,7 +186,7 @@ class Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing: a broken request is its sender's business."""
+        """Log nothing: a broken request is the client's problem."""
 
     def stop(self) -> None:
         """Stop serving and free the port."""

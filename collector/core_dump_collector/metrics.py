@@ -64,14 +64,16 @@ class Metrics:
         self.truncated = Counter("core_dump_dumps_truncated", "Dumps stored that are not whole.", registry=r)
         self.sensitive = Counter("core_dump_dumps_sensitive", "Dumps stored that are sensitive.", registry=r)
         self.salvaged = Counter(
-            "core_dump_partials_salvaged", "Abandoned partial dumps taken over.", registry=r
+            "core_dump_partials_salvaged", "Abandoned partial dumps that were salvaged.", registry=r
         )
         self.dropped = Counter(
             "core_dump_dumps_dropped", "Dumps the helper refused, by reason.", ["reason"], registry=r
         )
         self.retries = Counter("core_dump_retries", "Failed attempts, by reason.", ["reason"], registry=r)
         self.overflows = Counter(
-            "core_dump_inotify_overflows", "Times the kernel dropped events; a scan followed.", registry=r
+            "core_dump_inotify_overflows",
+            "Times the kernel dropped events, so that the directory was scanned.",
+            registry=r,
         )
         self.rebuilds = Counter(
             "core_dump_pool_rebuilds", "Times a worker died and the pool was restarted.", registry=r
@@ -102,7 +104,7 @@ class Metrics:
         self.backlog_files = Gauge("core_dump_backlog_files", "Dumps that wait on disk.", registry=r)
         self.backlog_bytes = Gauge("core_dump_backlog_bytes", "Their size on disk.", registry=r)
         self.backlog_oldest = Gauge(
-            "core_dump_backlog_oldest_seconds", "Age of the oldest dump that waits.", registry=r
+            "core_dump_backlog_oldest_seconds", "Age of the oldest waiting dump.", registry=r
         )
         self.store_reachable = Gauge(
             "core_dump_store_reachable",
@@ -125,11 +127,15 @@ class Metrics:
             registry=r,
         )
         self.insecure = Gauge(
-            "core_dump_watch_directory_insecure", "1 when others than root may write to it.", registry=r
+            "core_dump_watch_directory_insecure", "1 if users other than root may write to it.", registry=r
         )
-        self.quarantined = Gauge("core_dump_quarantined_files", "Dumps that S3 refused for good.", registry=r)
+        self.quarantined = Gauge(
+            "core_dump_quarantined_files",
+            "Dumps in quarantine/: the store refused them for good.",
+            registry=r,
+        )
         self.pattern_ours = Gauge(
-            "core_dump_core_pattern_ours", "1 when the node's core_pattern leads to us.", registry=r
+            "core_dump_core_pattern_ours", "1 if a crash on the node leads to this directory.", registry=r
         )
         self.build_info = Gauge(
             "core_dump_build_info",

@@ -1,6 +1,6 @@
-"""Owns the file on disk: open it without being fooled, salvage, delete or quarantine exactly that file.
+"""Owns the dump on disk: opens it safely, and salvages, deletes or quarantines exactly the file that was opened.
 
-Everything goes through a directory file descriptor, follows no symlink and never waits for a FIFO or a writer.
+Every call goes through a directory descriptor, follows no symlink, and never waits for a FIFO or a writer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QUIET_SECONDS = 60.0
 it unchanged for so long. Its own time is not compared with the clock: clocks jump, and a server has its own."""
 
 _SALVAGED_FLAGS = {SALVAGED: b"1", ATTRIBUTE_PREFIX + "truncated": b"salvaged"}
-"""Where they cannot be set, the sticky bit stands for them, which means nothing else on a file."""
+"""The sticky bit replaces them where they cannot be set; it has no other meaning on a file."""
 _OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NO_LEASE_HERE = frozenset({errno.EACCES, errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
@@ -47,7 +47,7 @@ class Unfit(StrEnum):
 
 
 class UnfitError(Exception):
-    """The file is not one to upload now."""
+    """The file is not to be uploaded now."""
 
     def __init__(self, why: Unfit, detail: str) -> None:
         """Keep the bounded reason beside the text."""
@@ -57,7 +57,7 @@ class UnfitError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What must not change between reading a file and deleting it."""
+    """The properties of a file that must not change between reading and deleting it."""
 
     device: int
     inode: int
@@ -74,12 +74,12 @@ class DumpFile:
     """An open dump that nobody writes to; a context manager.
 
     Raises:
-        UnfitError: it is gone, still being written, or nothing the collector may touch.
+        UnfitError: the file is gone, is being written, or must not be touched.
         OSError: the directory or the file cannot be read.
     """
 
     def __init__(self, directory: str, name: str, sighting: Sighting | None = None) -> None:
-        """Open and check; `sighting` is what the loop knows of the file."""
+        """Open and check the file; `sighting` is what the loop has seen of it."""
         if name in {"", ".", ".."} or "/" in name or "\0" in name:
             raise UnfitError(Unfit.REFUSED, "not a file name")
         self.name = name
@@ -111,7 +111,7 @@ class DumpFile:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes that the file system holds for it; less than the length when it has holes."""
+        """Bytes that the file system has allocated for the file; fewer than its length if it has holes."""
         return min(self._status.st_blocks * 512, self.size_bytes)
 
     @property
@@ -121,15 +121,14 @@ class DumpFile:
 
     @property
     def is_trusted(self) -> bool:
-        """Tell whether only root, or we, can have written the file and its attributes."""
+        """Tell whether only root, or this user, can have written the file and its attributes."""
         return is_trusted(self._status)
 
     def require_deletable(self) -> None:
-        """Make sure, before it is uploaded, that it can be deleted afterwards.
+        """Check, before the upload, that the file can be deleted afterwards: it would be sent again and again.
 
         Raises:
-            OSError: the file system is read-only, or the directory not ours to change. Without this check a dump
-                would be uploaded again and again.
+            OSError: the file system is read-only, or this user may not change the directory.
         """
         if os.fstatvfs(self._directory).f_flag & os.ST_RDONLY:
             raise OSError(errno.EROFS, "the watch directory is read-only: the dump could not be deleted")
@@ -137,9 +136,9 @@ class DumpFile:
             raise OSError(errno.EACCES, "this user may not delete from the watch directory")
 
     def attributes(self) -> dict[str, bytes]:
-        """Return the `user.coredump.*` attributes; empty where the file system has none.
+        """Return the `user.coredump.*` attributes; none if the file system has no attributes.
 
-        Of a file that others can change only the record of our own attempt, which is to be judged with that in mind.
+        Return only the upload record for a file that other users can change; `record.read` then distrusts it.
         """
         known = ATTRIBUTE_NAMES if self.is_trusted else {UPLOAD_RECORD}
         found = dict(_SALVAGED_FLAGS) if self.is_trusted and self._status.st_mode & stat.S_ISVTX else {}
@@ -148,16 +147,16 @@ class DumpFile:
         return found
 
     def set_attribute(self, name: str, value: bytes) -> bool:
-        """Set an attribute; False where the file system, or its space, does not allow it."""
+        """Set an attribute; return False if the file system does not support it or is full."""
         return _set_attribute(self.fd, name, value)
 
     def remove_attribute(self, name: str) -> None:
-        """Remove an attribute if it is there and can be removed."""
+        """Remove an attribute, if it exists and can be removed."""
         with contextlib.suppress(OSError):
             os.removexattr(self.fd, name)
 
     def is_unchanged(self) -> bool:
-        """Tell whether the file has the length and time it had when it was opened, and no writer."""
+        """Tell whether the file still has the length and time that it had when it was opened, and no writer."""
         if Identity.of(os.fstat(self.fd)) != self.identity:
             return False
         try:
@@ -167,14 +166,14 @@ class DumpFile:
         return True
 
     def unlink(self) -> bool:
-        """Delete it; False when the name belongs to another file by now, which is left alone."""
+        """Delete the file; return False, and delete nothing, if its name belongs to another file by now."""
         if not _is_at(self._directory, self.name, self.identity):
             return False
         os.unlink(self.name, dir_fd=self._directory)
         return True
 
     def quarantine(self) -> str:
-        """Move it to quarantine/ and return its name there.
+        """Move the file to quarantine/ and return its name there.
 
         Raises:
             UnfitError: the name belongs to another file by now.
@@ -218,7 +217,7 @@ def salvage(directory: str, name: str) -> str | None:
 
 
 def _publish(parent: int, fd: int, name: str) -> str | None:
-    """Rename a locked partial; its helper is dead, or has renamed it a moment ago."""
+    """Rename a locked partial, unless its helper has renamed it a moment ago."""
     identity = Identity.of(os.fstat(fd))
     if not _is_at(parent, name, identity):
         return None
@@ -247,7 +246,7 @@ def _open_directory(directory: str) -> int:
 
 
 def _open_regular(parent: int, name: str) -> tuple[int, os.stat_result]:
-    """Open a regular file with one link; what it is gets looked at before, so no device or FIFO is opened."""
+    """Open a regular file with one link. Its type is checked first, so that no device or FIFO is opened."""
     try:
         before = os.stat(name, dir_fd=parent, follow_symlinks=False)
         _require_regular(before)
@@ -317,9 +316,10 @@ def _require_quiet(status: os.stat_result, sighting: Sighting | None) -> None:
 
 
 def _take_lease(fd: int) -> None:
-    """Take a read lease. A writer that comes while we hold it gets us a signal.
+    """Take a read lease.
 
-    By default that is SIGIO, which ends the process; SIGURG is ignored by default.
+    The kernel sends a signal if somebody opens the file for writing in the meantime: SIGURG, which is ignored, instead
+    of SIGIO, which would end the process.
     """
     fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)

@@ -1,4 +1,4 @@
-"""Owns the way from a dump's cgroup to its pod's name, without asking the API server.
+"""Owns finding the name of a dump's pod from its cgroup, without the API server.
 
 The kubelet keeps a directory `NAMESPACE_POD_UID` for each pod, with one for each container in it, and beside them, in
 `../containers`, a link `POD_NAMESPACE_CONTAINER-ID.log` for each container (kubernetes/kubernetes, pkg/kubelet/
@@ -22,7 +22,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class PodIdentity:
-    """Where in Kubernetes a process ran."""
+    """The pod, and the container if known, in which a process ran."""
 
     namespace: str
     pod: str
@@ -30,9 +30,9 @@ class PodIdentity:
 
 
 def identify(pod_uid: str, container_id: str, pod_logs_directory: str) -> PodIdentity | None:
-    """Return the pod with this UID, and its container where the names tell; None for a pod that is not known.
+    """Return the pod with this UID, and its container if it can be told; None if the pod is not known.
 
-    A pod that was deleted has no directory any more. Nothing is raised: a dump goes up without its pod's name.
+    The directory of a deleted pod is gone. Nothing is raised: the dump is uploaded without its pod's name.
     """
     if not _UID.fullmatch(pod_uid):
         return None
@@ -47,7 +47,7 @@ def identify(pod_uid: str, container_id: str, pod_logs_directory: str) -> PodIde
 
 
 def _by_id(prefix: str, container_id: str, pod_logs_directory: str) -> str | None:
-    """Return the container that the kubelet's link with this ID names."""
+    """Return the container that is named by the kubelet's link with this ID."""
     if not _CONTAINER_ID.fullmatch(container_id):
         return None
     suffix = f"-{container_id}.log"
@@ -59,13 +59,13 @@ def _by_id(prefix: str, container_id: str, pod_logs_directory: str) -> str | Non
 
 
 def _only_one(pod_logs_directory: str, pod: str) -> str | None:
-    """Return the container of a pod that has one only."""
+    """Return the container of a pod that has only one."""
     names = _names(pod_logs_directory, pod)
     return names[0] if len(names) == 1 and _LABEL.fullmatch(names[0]) else None
 
 
 def _names(path: str, below: str = "") -> list[str]:
-    """Return the names in a directory, or in one in it; none where it is a link, no directory, or not to be read."""
+    """Return the names in a directory, or in one below it; none if it is a link or cannot be read."""
     try:
         with contextlib.ExitStack() as stack:
             descriptor = os.open(path, _DIRECTORY)

@@ -1,4 +1,4 @@
-"""Owns renaming without replacing: two dumps of one name both survive."""
+"""Owns renaming that never replaces a file, so that two dumps of one name both survive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def move(parent: int, name: str, target: int, wanted: str) -> str:
-    """Rename without replacing: a taken name gets `-1`, `-2`, ..."""
+    """Rename a file without replacing another, and return its new name: `-1`, `-2`, ... is added to a taken name."""
     for copy in range(MOST_COPIES):
         candidate = with_copy(wanted, copy)
         with contextlib.suppress(FileExistsError):
@@ -25,7 +25,7 @@ def move(parent: int, name: str, target: int, wanted: str) -> str:
 
 
 def _rename_new(parent: int, name: str, target: int, new_name: str) -> None:
-    """Rename unless the new name exists (renameat2(2), RENAME_NOREPLACE; link and unlink where it is unknown)."""
+    """Rename unless the new name exists (renameat2(2), RENAME_NOREPLACE; link and unlink if it is not supported)."""
     if _LIBC.renameat2(parent, os.fsencode(name), target, os.fsencode(new_name), _RENAME_NOREPLACE) == 0:
         return
     code = ctypes.get_errno()

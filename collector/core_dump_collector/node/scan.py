@@ -1,6 +1,6 @@
-"""Owns the look at the directory itself: at start, after lost events, and every SCAN_SECONDS.
+"""Owns reading the watch directory: at start, after lost events, and every SCAN_SECONDS.
 
-Events only say what changed; the disk is the queue, so a scan is what makes sure.
+Events are hints; the disk is the queue, so only a scan is complete.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_QUARANTINED = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One name that concerns us."""
+    """One file of the directory that the collector may have to upload or salvage."""
 
     name: str
     size_bytes: int
@@ -38,7 +38,7 @@ class Found:
 
 
 def look(directory: str, name: str, *, patterns: tuple[str, ...]) -> Found | None:
-    """Return what a name is, or None when it does not concern us or is gone. Never opens it."""
+    """Return the properties of a file without opening it; None if it is gone or not to be collected."""
     partial = is_partial(name)
     if not is_candidate(unpartial(name) if partial else name, patterns):
         return None
@@ -52,7 +52,7 @@ def look(directory: str, name: str, *, patterns: tuple[str, ...]) -> Found | Non
 
 
 def scan(directory: str, patterns: tuple[str, ...]) -> Iterator[Found]:
-    """Yield every file of the directory that concerns us, in the order of the directory.
+    """Yield every file that is to be collected, in the order of the directory.
 
     Raises:
         OSError: the directory cannot be read.
