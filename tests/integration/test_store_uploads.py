@@ -228,6 +228,8 @@ def test_a_file_that_grows_meanwhile_stays_and_goes_up_whole_the_next_time(
     assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.LOCAL_IO)
     whole = path.read_bytes()
     assert whole.endswith(b"more")
+    if moment == "while it is read":
+        assert s3.keys_in(bucket) == {}, "a mixture of old and new bytes is not stored"
     assert s3.unfinished_multiparts(bucket) == []
     assert send(path).outcome == Outcome.UPLOADED
     assert whole in [s3.body_of(bucket, key) for key in s3.keys_in(bucket)]
