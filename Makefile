@@ -46,7 +46,7 @@ LARGE_GIB ?= 10
 torture: $(READY) packages ## ROUNDS=n SEED=s: crash, kill and fail at random, then count
 	$(BIN)/python -m tests.torture --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
 
-mutants: $(READY) packages ## ONLY=text: change one line that decides about a loss at a time; do the tests notice? minutes
+mutants: $(READY) packages ## ONLY=regex: change one line that decides about a loss at a time; do the tests notice? minutes
 	$(BIN)/python -m tests.support.mutate --only '$(ONLY)'
 
 test-swift: $(READY) packages ## a store without checksums and conditions; needs Debian's swift-* and memcached

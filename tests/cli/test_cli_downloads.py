@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from tests.support.collector import wait_until
@@ -20,6 +21,7 @@ from tests.support.uploads import connected, send
 
 from core_dumps import parts
 from core_dumps.sparse import write_sparse
+from core_dumps.workfile import Work
 
 NAME = "node-7/core-app-1700000001-1-11.gz"
 PART = parts.PART_BYTES
@@ -140,6 +142,64 @@ def test_leftovers_of_a_replaced_object_are_removed(cli, noisy, tmp_path):
     cli.run("get", "1", "-o", "out")
     assert (tmp_path / "out").read_bytes() == other
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_object_that_is_replaced_during_a_download_is_not_mixed_with_its_successor(cli, noisy, tmp_path):
+    other = noisy[1][:-1] + b"x"
+
+    def before(request):
+        if is_part(request) and request.first_byte == PART:
+            cli.put_raw(NAME, other)
+
+    with front(cli.server.endpoint, before) as endpoint:
+        cli.environ["AWS_ENDPOINT_URL_S3"] = endpoint
+        assert "was replaced" in cli.run("get", "1", "-o", "out", code=1).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_object_that_is_replaced_between_listing_and_download_is_refused(cli, noisy, tmp_path):
+    def before(request):
+        if request.method == "HEAD":
+            cli.put_raw(NAME, b"short")
+
+    with front(cli.server.endpoint, before) as endpoint:
+        cli.environ["AWS_ENDPOINT_URL_S3"] = endpoint
+        assert "size changed" in cli.run("get", "1", "-o", "out", code=1).stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_store_that_ignores_ranges_is_named(cli, noisy, tmp_path):
+    def after(request, reply):
+        return replace(reply, status=200, body=noisy[1]) if is_part(request) else reply
+
+    with front(cli.server.endpoint, after=after) as endpoint:
+        cli.environ["AWS_ENDPOINT_URL_S3"] = endpoint
+        assert "ignores Range" in cli.run("get", "1", "-o", "out", code=1).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_notes_on_a_file_of_another_length_are_not_believed(tmp_path):
+    dump = SimpleNamespace(key="key")
+    remote = SimpleNamespace(bucket=SimpleNamespace(name="bucket"), dump=dump, etag="etag")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for size, believed in ((5000, {0: 4000}), (3000, {})):
+        with Work(folder, "out", remote) as work:
+            work.received(5000)
+            work.write(b"x" * 4000, 0)
+            work.note(0, 4000)
+            os.ftruncate(work.file, size)
+        with Work(folder, "out", remote) as work:
+            assert work.received(5000) == believed
+            work.remove()
+    os.close(folder)
+
+
+def test_disk_that_takes_a_part_of_a_write_gets_the_rest_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at, pwrite=os.pwrite: pwrite(file, data[:1000], at))
+    content = os.urandom(70_000)
+    with open(tmp_path / "core", "w+b") as file:
+        assert write_sparse(file.fileno(), iter([content])) == len(content)
+        assert file.read() == content
 
 
 @pytest.fixture

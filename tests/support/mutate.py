@@ -111,12 +111,12 @@ def run(tree: Path, original: Path, tests: Sequence[str]) -> str:
 
 
 def main() -> int:
-    """Try every mutant, or those whose name holds the given text."""
+    """Try every mutant, or those whose name matches."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="mutants whose name holds this text")
+    parser.add_argument("--only", default="", help="mutants whose name matches this regular expression")
     parser.add_argument("--check", action="store_true", help="check the list, run nothing")
     options = parser.parse_args()
-    mutants = [mutant for mutant in load() if options.only in mutant.name]
+    mutants = [mutant for mutant in load() if re.search(options.only, mutant.name)]
     texts, stale = changed_texts(mutants)
     if stale:
         sys.stdout.write("".join(f"STALE: {line}\n" for line in stale))
