@@ -216,6 +216,16 @@ def test_a_damaged_record_costs_nothing(seaweed, bucket, path, record):
     assert s3.body_of(bucket, KEY) == b"dump"
 
 
+@pytest.mark.parametrize("state", ["stored", "unproven", "sent"])
+def test_a_record_about_older_content_deletes_nothing(seaweed, bucket, path, state):
+    path.write_bytes(b"written to since")
+    record = {"state": state, "key": KEY, "modified_ns": path.stat().st_mtime_ns - 1, "size": 4, "crc32": 1}
+    os.setxattr(path, "user.coredump.upload", json.dumps(record).encode())
+    with connected(seaweed.environ()):
+        assert send(path).outcome == Outcome.UPLOADED
+    assert s3.body_of(bucket, KEY) == b"written to since"
+
+
 def test_a_record_for_another_key_does_not_choose_the_key(seaweed, bucket, path):
     path.write_bytes(b"dump")
     record = {
