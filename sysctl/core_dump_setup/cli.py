@@ -42,6 +42,7 @@ OPTIONS = {
 FILES = (
     *commands.CONFIGURATION,
     boot.FILE,
+    boot.MASKED,
     boot.SHARE + "/" + boot.NAME,
     cgroup.UNIT,
     kernel.SAVED,

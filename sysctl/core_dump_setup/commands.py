@@ -134,7 +134,9 @@ class Setup:
             say("replacing " + kernel.describe(now))
 
     def _calibrate(self) -> None:
-        """Let the helper measure which compressor is fastest here."""
+        """Let the helper measure which compressor is fastest here, if it may choose one."""
+        if directory.settings(self.tree).COMPRESSOR != "auto":
+            return
         if self.tree.dry_run:
             say("would run " + release.HELPER + " --calibrate")
             return

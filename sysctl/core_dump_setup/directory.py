@@ -45,17 +45,25 @@ def _refuse(problem: str) -> None:
     raise SetupError(problem)
 
 
+def settings(tree: Tree) -> Settings:
+    """Return the settings exactly as the helper reads them.
+
+    Raises:
+        SetupError: helper.conf holds something that the helper would ignore.
+    """
+    found = Settings()
+    if tree.read(CONFIG) is not None:
+        found.load(tree.path(CONFIG), _refuse)
+    return found
+
+
 def watch_directory(tree: Tree) -> str:
-    """Return WATCH_DIR exactly as the helper reads it.
+    """Return WATCH_DIR.
 
     Raises:
         SetupError: a setting is wrong, or the directory cannot be one for dumps.
     """
-    name = Settings.WATCH_DIR
-    if tree.read(CONFIG) is not None:
-        settings = Settings()
-        settings.load(tree.path(CONFIG), _refuse)
-        name = settings.WATCH_DIR
+    name = settings(tree).WATCH_DIR
     parts = name.split("/")
     if ".." in parts or not name.startswith("/"):
         raise SetupError("helper.conf: WATCH_DIR=%s: must be an absolute path without '..'" % name)

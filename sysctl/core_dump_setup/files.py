@@ -261,8 +261,9 @@ class Tree:
             return
         for name in names:
             directory = self.path(os.path.dirname(name) + "/")
+            base = os.path.basename(name)
             for entry in _entries(directory):
-                if entry.startswith(os.path.basename(name) + NEW):
+                if entry.startswith(base) and NEW in entry[len(base) :]:
                     remove_any(os.path.join(directory, entry))
 
 
@@ -314,7 +315,6 @@ def _remove_empty(path: str) -> None:
 def _write(path: str, data: bytes, mode: int, owner: tuple[int, int]) -> None:
     """Write a file beside its name, to the disk, and rename it: a reader sees the old file or the new one."""
     new = path + NEW + str(os.getpid())
-    _unlink(new)
     with os.fdopen(os.open(new, NEW_FILE, 0o600), "wb") as file:
         file.write(data)
         file.flush()

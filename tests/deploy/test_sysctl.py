@@ -413,7 +413,7 @@ def test_leftovers_of_a_killed_run_are_removed_by_the_next(tmp_path):
     for leftover in (
         folder / "core-dump-helper.new.17",
         folder / "coretest-0a1b2c",
-        *(tmp_path / f"{path}.new.17" for path in CONFIGURATION),
+        *(tmp_path / f"{path}{suffix}.new.17" for path in CONFIGURATION for suffix in ("", ".dist", ".save")),
         tmp_path / "usr/share/core-dump-handler/69-core-dump.conf.new.17",
         tmp_path / "var/lib/core-dump-handler/previous-core-pattern.new.17",
         tmp_path / "var/lib/core-dump-handler/installed-files.new.17",

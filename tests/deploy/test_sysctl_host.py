@@ -168,6 +168,15 @@ def test_pattern_that_somebody_set_after_us_is_left_alone(host):
     assert pattern() == "/var/crash/core.%p"
 
 
+def test_compressors_are_measured_only_where_the_helper_may_choose(host):
+    deploy.succeed(INSTALL, "--no-test")
+    assert (STATE / "compressor").exists()
+    deploy.succeed(UNINSTALL)
+    CONF.write_text("COMPRESSOR=gzip\n")
+    deploy.succeed(INSTALL, "--no-test")
+    assert not (STATE / "compressor").exists()
+
+
 def test_dry_run_touches_nothing(host):
     said = deploy.succeed(INSTALL, "--dry-run")
     assert f"would set kernel.core_pattern={OURS}" in said
@@ -314,6 +323,12 @@ def test_dump_that_a_collector_takes_at_once_is_proof_enough(host, source):
         thread.join()
 
 
+def configure_quick_runs():
+    """Let installations measure no compressor."""
+    CONF.parent.mkdir()
+    CONF.write_text("COMPRESSOR=gzip\n")
+
+
 def assert_consistent():
     """The kernel names a foreign pattern, or a helper that can run: a crash leaves its dump."""
     assert pattern() in ("core", OURS)
@@ -323,6 +338,7 @@ def assert_consistent():
 
 
 def test_installation_and_removal_at_once_leave_one_of_both(host):
+    configure_quick_runs()
     for _ in range(4):
         with contextlib.ExitStack() as stack:
             for command in ([INSTALL, "--no-test"], [UNINSTALL], [INSTALL, "--no-test"], [UNINSTALL]):
@@ -334,6 +350,7 @@ def test_installation_and_removal_at_once_leave_one_of_both(host):
 
 @pytest.mark.parametrize("script", ["install.sh", "uninstall.sh"])
 def test_run_that_is_killed_at_any_step_leaves_no_absent_program_and_is_finished_by_the_next(host, script):
+    configure_quick_runs()
     options = ["--no-test"] if script == "install.sh" else []
     if script == "uninstall.sh":
         deploy.succeed(INSTALL, "--no-test")
