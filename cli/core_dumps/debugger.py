@@ -100,10 +100,22 @@ class Session:
         settings.append("set debuginfod enabled " + ("on" if os.environ.get("DEBUGINFOD_URLS") else "off"))
         if self.roots:
             settings.append(f"set sysroot {os.path.abspath(self.roots[0])}")
+        if directories := self._other_directories():
+            settings.append(f"set solib-search-path {':'.join(directories)}")
         words = [word for setting in settings for word in ("-iex", setting)]
         return words + (
             ["-nx", "-batch", "-ex", f"thread apply all -ascending bt {MOST_FRAMES}"] if batch else []
         )
+
+    def _other_directories(self) -> list[str]:
+        """Return the directories of libraries that were found below the second root and further ones.
+
+        gdb takes one sysroot. Paths from an image may hold anything, so only those that gdb cannot misread are given.
+        """
+        found = (module.found for module in self.modules.libraries if module.found is not None)
+        tops = tuple(os.path.join(root, "") for root in self.roots[1:])
+        paths = (os.path.abspath(os.path.dirname(path)) for path in found if path.startswith(tops))
+        return [path for path in dict.fromkeys(paths) if path.isprintable() and ":" not in path]
 
 
 def prepare(program: str, core: str, dump: Dump, roots: Sequence[str], executable: str | None) -> Session:

@@ -461,6 +461,7 @@ def test_manual_page_is_the_one_of_this_code(cli):
 
 
 def test_completion_knows_commands_and_options(cli):
+    cli.environ["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"  # whichever shell runs the tests
     assert "_CORE_DUMPS_COMPLETE=complete_bash" in cli.run("--show-completion", "bash").stdout
     for words, expected in (("core-dumps l", "list"), ("core-dumps list --nam", "--namespace")):
         cli.environ |= {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import struct
@@ -143,6 +144,30 @@ def test_program_that_was_replaced_is_found_below_a_sysroot(tmp_path):
     (tmp_path / "root" / "real").write_bytes(Path(PROGRAM).read_bytes())
     found = read_modules(str(core), None, [str(tmp_path / "root")], str(tmp_path))
     assert found.executable.found == str(tmp_path / "root" / "real")
+
+
+@needs_gdb
+def test_every_sysroot_reaches_gdb(cli, gz, tmp_path):
+    build_directory = tmp_path / "built"
+    build_directory.mkdir()
+    (build_directory / "lib.c").write_text("void die(volatile int *at) { *at = 1; }\n")
+    (build_directory / "main.c").write_text("void die(volatile int *);\nint main() { die(0); }\n")
+    compile_ = ["gcc", "-g", "-O0", "-o"]
+    library, program = build_directory / "libdie.so", build_directory / "app"
+    subprocess.run([*compile_, library, build_directory / "lib.c", "-shared", "-fPIC"], check=True)
+    link = [program, build_directory / "main.c", library, f"-Wl,-rpath,{build_directory}"]
+    subprocess.run([*compile_, *link], check=True)
+    core = tmp_path / "core"
+    script = ["-ex", "set debuginfod enabled off", "-ex", "run", "-ex", f"generate-core-file {core}"]
+    subprocess.run(["gdb", "-nx", "-batch", *script, program], check=True, capture_output=True)
+    cli.put(NAME, gz(core.read_bytes()), {"bytes": core.stat().st_size})
+    for root, file in (("one", program), ("two", library)):
+        place = tmp_path / root / str(file).lstrip("/")
+        place.parent.mkdir(parents=True)
+        file.rename(place)
+    done = cli.run("bt", "--sysroot", tmp_path / "one", "--sysroot", tmp_path / "two")
+    assert re.search(r"#0 .* die .*lib\.c:1", done.stdout)
+    assert re.search(r"#1 .* main .*main\.c:2", done.stdout)
 
 
 def fake(directory, name, frame):
