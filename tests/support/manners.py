@@ -258,7 +258,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif body is None:
             self.answer(404)
         else:
-            checksum = {} if manners.checksums == "none" else {"x_amz_checksum_crc32": crc32(body)}
+            shown = manners.checksums != "none" and self.headers.get("x-amz-checksum-mode") == "ENABLED"
+            checksum = {"x_amz_checksum_crc32": crc32(body)} if shown else {}
             etag = f'"{self.store.etags.get(self.key, "none")}"'
             self.answer(200, ETag=etag, Content_Length=str(len(body)), **checksum)
 
