@@ -348,39 +348,27 @@ def test_installation_and_removal_at_once_leave_one_of_both(host):
         assert leftovers() == []
 
 
-@pytest.mark.parametrize("script", ["install.sh", "uninstall.sh"])
-def test_run_that_is_killed_at_any_step_leaves_no_absent_program_and_is_finished_by_the_next(host, script):
+@pytest.mark.parametrize(
+    ("killed", "changes"),
+    [(["install", "--no-test"], "rename,symlink"), (["uninstall"], "unlink")],
+    ids=["install", "uninstall"],
+)
+def test_run_that_is_killed_at_any_step_leaves_no_absent_program_and_is_finished_by_the_next(
+    host, killed, changes
+):
     configure_quick_runs()
-    options = ["--no-test"] if script == "install.sh" else []
-    if script == "uninstall.sh":
-        deploy.succeed(INSTALL, "--no-test")
-    step, killed = 1, True
-    while killed:
-        inject = f"inject=rename,unlink,mkdir,chown,?openat2:signal=KILL:when={step}"
-        command = [
-            "strace",
-            "-qq",
-            "-f",
-            "--seccomp-bpf",
-            "-o",
-            "/dev/null",
-            "-e",
-            inject,
-            "/usr/bin/python3",
-            "-IS",
-        ]
-        done = deploy.run(*command, SYSCTL / "core-dump-setup", script.removesuffix(".sh"), *options)
-        killed = done.returncode == -signal.SIGKILL
-        assert_consistent()
-        if script == "uninstall.sh":
+    step, code = 0, -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        if killed[0] == "uninstall":
             deploy.succeed(INSTALL, "--no-test")
-            assert leftovers() == []
         step += 1
-    assert done.returncode == 0
-    assert step > 12, "each step was tried"
-    assert leftovers() == []
-    deploy.succeed(UNINSTALL)
-    assert pattern() == "core"
+        kill = ["-e", f"inject={changes}:signal=KILL:when={step}"]
+        trace = ["strace", "-qq", "-f", "--seccomp-bpf", "-o", "/dev/null", *kill]
+        code = deploy.run(*trace, "/usr/bin/python3", "-IS", SYSCTL / "core-dump-setup", *killed).returncode
+        assert_consistent()
+        deploy.succeed(UNINSTALL)
+        assert (pattern(), leftovers(), PROGRAM.parent.exists()) == ("core", [], False)
+    assert (code, step > 10) == (0, True), "each change of a name was tried"
 
 
 def test_configure_host_keeps_what_an_operator_edited_and_fails_when_the_proof_does(host, capfd):
