@@ -315,7 +315,7 @@ def test_command_without_its_words_is_two_lines_and_help_shows_every_default():
     assert ended.returncode == 2
     assert len(ended.stderr.splitlines()) == 2
     shown = " ".join(run_badly("run", "--help").stdout.split())
-    assert "--workers VALUE Processes that upload at the same time, 1 to 64. [4]" in shown
+    assert "--workers VALUE Number of processes that upload, 1 to 64. [4]" in shown
     assert "--fingerprint VALUE" in shown
 
 
