@@ -1,8 +1,8 @@
-"""Owns what waits, what is in flight and when to try again: a pure state machine, no clock, no I/O.
+"""Owns the order of the uploads: waiting files, files in flight, pauses. A pure state machine, no clock, no I/O.
 
 The disk is the queue; this is a bounded view of it. New dumps go before old ones, files not tried yet before files
 that failed, and each owner of files gets its turn. When the backlog is full, a file that failed gives way to one that
-was not tried; what is turned away is found again by a scan.
+was not tried. A scan finds the files again that were turned away.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class Backlog:
         return self._pauses[0][0] if self._pauses else None
 
     def sighting(self, name: str, now: float) -> Sighting:
-        """Return what is known of a file without opening it."""
+        """Return the properties of a file as the loop has seen them."""
         entry = self._entries[name]
         return Sighting(entry.size_bytes, entry.modified_ns, now - entry.unchanged_since)
 

@@ -12,7 +12,7 @@ ABANDONED_SECONDS = 10.0
 LONGEST_LOCKED_SECONDS = 60.0
 """Between two attempts at a partial whose helper still holds its lock."""
 MOST_PARTIALS = 1000
-"""The helper writes at most 256 at a time; what is left over is found by the next scan."""
+"""The helper writes at most 256 at a time; the next scan finds any others."""
 
 
 @dataclass(slots=True)

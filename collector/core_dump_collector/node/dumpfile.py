@@ -50,7 +50,7 @@ class UnfitError(Exception):
     """The file is not to be uploaded now."""
 
     def __init__(self, why: Unfit, detail: str) -> None:
-        """Keep the bounded reason beside the text."""
+        """Store the reason, which is bounded, and the text."""
         super().__init__(detail)
         self.why = why
 
