@@ -36,10 +36,13 @@ MOST_FRAMES = 256
 _MULTIARCH = "gdb-multiarch"
 _READS = {"x86_64": {"x86-64", "i386"}, "aarch64": {"aarch64", "arm"}}
 """Cores that gdb reads on a machine, by the machine's name in uname(2)."""
-_RESOLVED = re.compile(r" *#\d+ +(?:0x[0-9a-f]+ in )?(?!0x|\?\?)\S| *(?:\* )?frame #\d+: .*`")
+_RESOLVED = re.compile(
+    r" *#\d+ +(?:(?:0x[0-9a-f]+|<unavailable>) in )?(?!0x|\?\?|<unavailable>|<signal handler)\S"
+    r"| *(?:\* )?frame #\d+: .*`"
+)
 """A frame of gdb or lldb with a function."""
-_BEGINNING = re.compile(r"Thread \d|#0 |\* thread #| *thread #")
-"""The first line of a backtrace of gdb or lldb."""
+_BEGINNING = re.compile(r"Thread \d|[* ] thread #")
+"""The first line of a backtrace of gdb or lldb: the heading of a thread."""
 
 
 def check(program: str, roots: Sequence[str], executable: str | None) -> None:
@@ -192,7 +195,7 @@ def _lines(output: IO[bytes] | None) -> Iterator[bytes]:
 
 
 class Backtrace:
-    """The output of a debugger, from its first thread or frame on; what precedes it is progress and repeats `info`."""
+    """The output of a debugger from its first thread on; the lines before it are progress, and repeat `info`."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         """Write lines with `write`."""

@@ -146,9 +146,10 @@ def test_kept_compressed_object_is_the_one_in_the_bucket(fleet, tmp_path):
 
 
 def gdb_trace(program, core):
-    """Return gdb's own backtrace, without what names the core or differs by nature."""
+    """Return gdb's own backtrace from the first thread on."""
     command = ["gdb", "-nx", "-q", "-batch", "-ex", "thread apply all -ascending bt", program, core]
-    return frames(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    found = frames(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return found[found.index(next(line for line in found if line.startswith("Thread "))) :]
 
 
 def frames(text):
