@@ -48,9 +48,9 @@ TABLE = {
     (Answer.TAKEN, Seen.REFUSED):   (COLLISION, COLLISION,   UNDECIDABLE, UNDECIDABLE, UNDECIDABLE, UNDECIDABLE),
     (Answer.GONE, Seen.SAME):       (UPLOADED,) * 6,
     (Answer.GONE, Seen.OTHER):      (RETRY,) * 6,
-    (Answer.GONE, Seen.SILENT):     (RETRY,) * 6,
+    (Answer.GONE, Seen.SILENT):     (RETRY, RETRY,           UNDECIDABLE, UNDECIDABLE, UNDECIDABLE, UNDECIDABLE),
     (Answer.GONE, Seen.ABSENT):     (RETRY,) * 6,
-    (Answer.GONE, Seen.REFUSED):    (RETRY,) * 6,
+    (Answer.GONE, Seen.REFUSED):    (RETRY, RETRY,           UNDECIDABLE, UNDECIDABLE, UNDECIDABLE, UNDECIDABLE),
 }  # fmt: skip
 COLUMNS = list(itertools.product((NEVER, UNKNOWN, ACKNOWLEDGED), (True, False)))
 

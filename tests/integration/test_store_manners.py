@@ -140,6 +140,23 @@ def test_dump_that_is_not_proven_is_sent_once(path, size, head):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("head", [403, 200])
+def test_parts_are_not_sent_again_while_their_upload_may_have_become_the_object(path, head):
+    """The completion was carried out, its response was lost, and the worker was killed."""
+    content = os.urandom(SIZES["multipart"])
+    path.write_bytes(content)
+    with fake_s3(Manners(head=head)) as store:
+        begin_an_upload(store, path, {})
+        real = Store.complete
+        with mock.patch.object(Store, "complete", lambda *a, **b: kill(real(*a, **b))), pytest.raises(Killed):
+            attempt(store, path)
+        result = attempt(store, path)
+        assert store.asked("PUT", "partNumber") == 2
+        assert path.exists() == (head == 403)
+        assert result.retry_reason == (RetryReason.UNPROVEN if head == 403 else None)
+        assert dumps_in(store) == {KEY: content}
+
+
 @pytest.mark.parametrize(("size", "requests"), [("small", 4), ("multipart", 8)])
 def test_dump_whose_keys_nobody_can_look_at_is_not_sent_again_and_again(path, size, requests):
     """412 and HEAD refused: three keys and the dump's own are tried once."""
@@ -374,16 +391,16 @@ class Killed(BaseException):
     pass
 
 
+def kill(*_):
+    """End the attempt as SIGKILL would: nothing is cleaned up."""
+    raise Killed
+
+
 @contextlib.contextmanager
 def killed_after_creation():
     """End the attempt when the store has created the upload and the record has no id yet, as SIGKILL would."""
     real = Store.create_multipart
-
-    def kill(*arguments):
-        real(*arguments)
-        raise Killed
-
-    with mock.patch.object(Store, "create_multipart", kill), pytest.raises(Killed):
+    with mock.patch.object(Store, "create_multipart", lambda *a: kill(real(*a))), pytest.raises(Killed):
         yield
 
 

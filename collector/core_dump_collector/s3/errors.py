@@ -81,9 +81,10 @@ class ConditionRefusedError(StoreError):
 class GoneError(StoreError):
     """The multipart upload does not exist any more: completed, aborted or expired."""
 
-    def __init__(self) -> None:
-        """Say so."""
+    def __init__(self, *, by_us: bool = False) -> None:
+        """Say whether an earlier request of the same call, with unknown outcome, may have completed it."""
         super().__init__("the multipart upload is gone")
+        self.by_us = by_us
 
 
 class HeadRefusedError(StoreError):

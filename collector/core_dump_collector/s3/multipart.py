@@ -16,7 +16,7 @@ from isal import isal_zlib
 from core_dump_collector.jobs import RetryReason
 from core_dump_collector.s3 import tries
 from core_dump_collector.s3.client import SENDERS
-from core_dump_collector.s3.errors import ConflictError, RetryableError, TakenError
+from core_dump_collector.s3.errors import ConflictError, GoneError, RetryableError, TakenError
 from core_dump_collector.s3.verdict import Content, Found, Seen, compare
 from core_dump_format.crc32 import encode_crc32
 
@@ -178,8 +178,8 @@ def complete(store: Store, key: str, upload_id: str, whole: Whole, *, conditiona
     gone or the key taken.
 
     Raises:
-        TakenError: `by_us` when an earlier request of this call may have done it.
-        GoneError, ConflictError, ConditionRefusedError, RetryableError, PermanentError
+        TakenError, GoneError: `by_us` if an earlier request of this call may have done it.
+        ConflictError, ConditionRefusedError, RetryableError, PermanentError
     """
     listed, content = whole.listed(with_checksums=store.sends_checksums), whole.content
     unknown = False
@@ -188,8 +188,8 @@ def complete(store: Store, key: str, upload_id: str, whole: Whole, *, conditiona
             return store.complete(key, upload_id, listed, content, conditional=conditional)
         except ConflictError:
             raise
-        except TakenError as error:
-            raise TakenError(by_us=unknown) from error
+        except (TakenError, GoneError) as error:
+            raise type(error)(by_us=unknown) from error
         except RetryableError as error:
             unknown = unknown or error.outcome_unknown
             if error.reason not in tries.TRANSIENT or number == tries.TRIES - 1:

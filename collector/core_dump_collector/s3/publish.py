@@ -69,6 +69,17 @@ class Publisher:
         guarded = self._own_key or self._store.condition.is_used
         return self._look_first(stored, content, self._record.tried(stored), guarded=guarded)
 
+    def require_not_completed(self, stored: StoredObject, content: Content) -> None:
+        """Make sure that an upload that is gone has not become the object.
+
+        Raises:
+            UnprovenError, RetryableError
+        """
+        seen = self._look(stored.key, content)
+        verdict = judge(Answer.GONE, seen, self._record.tried(stored), guarded=True)
+        if verdict is Verdict.UNDECIDABLE:
+            self._apply(verdict, Answer.GONE, seen, stored)
+
     def publish(self, candidate: Candidate) -> Outcome:
         """Send the request and return its outcome.
 
@@ -134,8 +145,8 @@ class Publisher:
                 return Answer.TAKEN, Tried.UNKNOWN
             self._take_back(candidate)
             return Answer.TAKEN, Tried.NEVER
-        except GoneError:
-            return Answer.GONE, tried
+        except GoneError as error:
+            return Answer.GONE, Tried.UNKNOWN if error.by_us and tried is Tried.NEVER else tried
         except (RetryableError, PermanentError) as error:
             unknown = isinstance(error, RetryableError) and error.outcome_unknown
             if not unknown and tried is Tried.NEVER:

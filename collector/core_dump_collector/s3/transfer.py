@@ -173,7 +173,7 @@ class Transfer:
     def _put_parts(
         self, publisher: Publisher, key: str, parts: Iterator[Part]
     ) -> tuple[StoredObject, Outcome]:
-        upload_id, have = self._begin(key)
+        upload_id, have = self._begin(publisher, key)
         recorded = self._record_begun(key, upload_id)
         try:
             whole = multipart.send_parts(self._store, key, upload_id, parts, have)
@@ -192,7 +192,7 @@ class Transfer:
                 self._store.abort(key, upload_id)
             raise
 
-    def _begin(self, key: str) -> tuple[str, dict[int, Found]]:
+    def _begin(self, publisher: Publisher, key: str) -> tuple[str, dict[int, Found]]:
         """Return the id of a multipart upload and the parts that it has: an unfinished one, or a new one."""
         earlier = self._record.at(key)
         if earlier is not None and earlier.upload_id:
@@ -201,6 +201,9 @@ class Transfer:
             )
             if have is not None:
                 return earlier.upload_id, have
+            if earlier.tried is Tried.UNKNOWN:
+                stored = StoredObject(key, earlier.size, earlier.crc32)
+                publisher.require_not_completed(stored, self._content_of(earlier))
         recorded = self._record_begun(key, "")
         if not recorded or (earlier is not None and not earlier.upload_id):
             # A collector that was killed may have created an upload whose id it could not record.
@@ -272,9 +275,13 @@ class Transfer:
             raise OSError("the file was written to while it was read")
 
     def _give_up(self, key: str, upload_id: str) -> None:
-        """Abort and forget: the next attempt starts again."""
+        """Abort the upload and forget it, but not what is known of an earlier attempt's outcome."""
         self._store.abort(key, upload_id)
-        self._record.clear()
+        earlier = self._record.at(key)
+        if earlier is None or earlier.tried is Tried.NEVER:
+            self._record.clear()
+        else:
+            self._record_begun(key, "")
 
 
 def _own_copy(crc32: int) -> int:

@@ -142,7 +142,7 @@ def judge(answer: Answer, seen: Seen | None, tried: Tried, *, guarded: bool) -> 
             return Verdict.SEND
         case _, Seen.OTHER:
             return Verdict.COLLISION
-        case Answer.GONE, _:
+        case Answer.GONE, _ if tried is Tried.NEVER:
             return Verdict.RETRY
         case Answer.NONE, Seen.REFUSED if tried is not Tried.ACKNOWLEDGED:
             return Verdict.SEND if guarded else Verdict.OWN_KEY
