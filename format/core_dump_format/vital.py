@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from struct import Struct
 
-from core_dump_format.state import AARCH64, AT_PHDR, AT_PHNUM, AT_SYSINFO_EHDR, REGISTERS, X86_64
+from core_dump_format.state import AARCH64, AT_BASE, AT_PHDR, AT_PHNUM, AT_SYSINFO_EHDR, REGISTERS, X86_64
 
 TYPE_CHECKING = False  # `typing` costs 7 ms
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class Selection:
             self.take(vdso, 0, VDSO_BYTES, always=True)
             self._take_threads(state.threads[1:])
             self._take_modules(state)
+            self._take_ended(state)
             self._take_pointed(state.threads)
         self.is_whole = not self._lacks and bool(self.pieces)
 
@@ -270,6 +271,23 @@ class Selection:
         room = min(DATA_BYTES, self.left // 2)
         for segment in sorted(data, key=data.__getitem__):
             room -= self.take(front.addresses[segment], 0, data[segment], room)
+
+    def _take_ended(self, state: State) -> None:
+        """Copy what the loader's data point to: among it the control block of a main thread that has ended.
+
+        libthread_db finds no thread at all without it, and the core has no registers of such a thread.
+        """
+        front, room = self.front, min(POINTED_BYTES, self.left)
+        base = state.auxv.get(AT_BASE, 0)
+        loader = next((name for start, _, name in state.files if start == base), None)
+        for start, _, name in state.files:
+            segment = front.find(start)
+            if name != loader or not segment or not front.flags[segment] & PF_W:
+                continue
+            data = self.memory.read(start, min(front.sizes[segment], POINTING_BYTES))
+            for address in dict.fromkeys(front.layout.cast(data).tolist()):
+                if room > 0:
+                    room -= self.take(address, 0, self.memory.page, room)
 
     def _take_pointed(self, threads: list[Thread]) -> None:
         """Copy the pages that registers and newest frames point to: they hold what arguments of functions point to."""

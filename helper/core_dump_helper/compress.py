@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 PIGZ = ("/usr/bin/pigz", "/usr/local/bin/pigz")
 COMPRESSORS = ("pigz", "isal", "gzip")
 """In the order in which they are tried."""
+IN_PROCESS = ("isal", "gzip")
+"""Those that this process runs itself, so that it knows when a gzip member has ended."""
 MAX_ISAL_LEVEL = 3
 MAX_PATIENCE_SECONDS = 60
 GZIP_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
@@ -69,7 +71,7 @@ class SparseWriter:
 
 
 class GzipWriter:
-    """Compresses in this process, with isal or zlib.
+    """Compresses one gzip member in this process, with isal or zlib.
 
     Each piece is flushed to a whole byte, so that a dump which is cut short can always be ended properly.
     """
@@ -78,11 +80,11 @@ class GzipWriter:
     parallel = False
     """Set while the crashed process waits for the compressor: half of each piece then goes to a second thread."""
 
-    def __init__(self, dump: int, name: str, settings: Settings) -> None:
-        """Store the descriptor `dump` and the compressor's name, `isal` or `gzip`."""
-        self.name, self.size = name, 0
-        self._dump, self._settings, self._level = dump, settings, settings.LEVEL
-        self._crc, self._end = 0, len(GZIP_HEADER)
+    def __init__(self, dump: int, name: str, settings: Settings, before: int = 0) -> None:
+        """Store the descriptor `dump`, the name, `isal` or `gzip`, and the core's bytes in earlier members."""
+        self.name, self.size = name, before
+        self._dump, self._settings, self._level, self._before = dump, settings, settings.LEVEL, before
+        self._crc, self._end = 0, 0
         self._codec: Any = None
         self._deflate: Any = None
         self._may_start, self._started = True, False
@@ -104,6 +106,7 @@ class GzipWriter:
         self._codec = codec
         self._deflate = self._new_deflate()
         self._may_start = len(os.sched_getaffinity(0)) > 1
+        self._end = os.lseek(self._dump, 0, os.SEEK_CUR) + len(GZIP_HEADER)
         write_all(self._dump, GZIP_HEADER)
 
     def _new_deflate(self) -> Any:  # noqa: ANN401 - zlib and isal share no type
@@ -155,7 +158,9 @@ class GzipWriter:
         """End the file after the last whole piece: an empty last block, CRC-32 and length (RFC 1952)."""
         os.ftruncate(self._dump, self._end)
         os.lseek(self._dump, self._end, os.SEEK_SET)
-        write_all(self._dump, EMPTY_LAST_BLOCK + pack("<II", self._crc, self.size & 0xFFFFFFFF))
+        write_all(
+            self._dump, EMPTY_LAST_BLOCK + pack("<II", self._crc, self.size - self._before & 0xFFFFFFFF)
+        )
         return ""
 
 
@@ -166,9 +171,9 @@ class PigzWriter:
     parallel = False
     """Has no effect: pigz always uses every CPU."""
 
-    def __init__(self, dump: int, settings: Settings) -> None:
-        """Store the descriptor `dump`."""
-        self.size, self.priority = 0, (os.PRIO_PROCESS, 0)
+    def __init__(self, dump: int, settings: Settings, before: int = 0) -> None:
+        """Store the descriptor `dump`, and the core's bytes in earlier members."""
+        self.size, self.priority = before, (os.PRIO_PROCESS, 0)
         self._dump, self._level = dump, settings.LEVEL
         self._patience = min(MAX_PATIENCE_SECONDS, settings.DEADLINE_SECONDS)
         self._pid = self._pipe = -1
@@ -230,20 +235,26 @@ class PigzWriter:
             pause = min(0.05, pause * 2)
 
 
-def make_writer(name: str, dump: int, settings: Settings) -> SparseWriter | GzipWriter | PigzWriter:
-    """Return the writer of a compressor, not started."""
+def make_writer(
+    name: str, dump: int, settings: Settings, before: int = 0
+) -> SparseWriter | GzipWriter | PigzWriter:
+    """Return the writer of a compressor, not started; `before` bytes of the core are in earlier members."""
     if name == "none":
         return SparseWriter(dump)
-    return PigzWriter(dump, settings) if name == "pigz" else GzipWriter(dump, name, settings)
+    return PigzWriter(dump, settings, before) if name == "pigz" else GzipWriter(dump, name, settings, before)
 
 
-def start_writer(dump: int, settings: Settings, config: str) -> SparseWriter | GzipWriter | PigzWriter:
-    """Start the configured compressor, or the next one that works; raises Refused if none does."""
+def start_writer(
+    dump: int, settings: Settings, config: str, before: int = 0, only: tuple[str, ...] = COMPRESSORS
+) -> SparseWriter | GzipWriter | PigzWriter:
+    """Start the configured compressor, or the next one of `only` that works; raises Refused if none does."""
     choice = settings.COMPRESSOR if settings.COMPRESSOR != "auto" else fastest_compressor(config)
-    others = [name for name in COMPRESSORS if name != choice]
+    names = [name for name in only if name != choice]
+    if choice in (*only, "none"):
+        names.insert(0, choice)
     reason = "directory"
-    for name in [choice, *others] if choice else others:
-        writer = make_writer(name, dump, settings)
+    for name in names:
+        writer = make_writer(name, dump, settings, before)
         try:
             writer.start()
         except (OSError, ImportError) as error:

@@ -14,18 +14,24 @@ from core_dump_helper.system import CHUNK, enlarge_pipe, log, read_fields, read_
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from core_dump_helper.settings import Settings
+    from core_dump_helper.vitalpart import VitalPart
+
+    Prepare = Callable[[bytearray, Callable[[int], bool]], VitalPart | None]
 
 MIN_BUFFERS = 4
 """Buffers that every dump may use, however little memory there is."""
 GROWTH_BUFFERS = 64
 CACHED = (b"inactive_file ", b"active_file ")
+LARGE_BYTES = 8 << 20
+"""From this length on, the vital part of a core comes first."""
 MAP_POPULATE = 0x8000  # a third less time for a new buffer than a page fault for each of its pages
 IDENT_BYTES = 64
 """Bytes that hold the ELF header of either class: elf(5)."""
-HEADER_LIMIT = 16 << 20
+HEADER_LIMIT = 64 << 20
+"""More than a million program headers."""
 PN_XNUM = 0xFFFF
 """Number of segments in the ELF header when the real number does not fit."""
 
@@ -83,22 +89,22 @@ def elf_length(head: bytes | bytearray) -> tuple[int, int]:
     if len(head) < end:
         return end, 0
     rows = iter_unpack(header.row, head[header.table : end])
-    length = max([offset + held for offset, held in rows], default=0)
+    length = max((offset + held for offset, held in rows), default=0)
     return end, max(length, end, header.sections_end())
 
 
 class LengthCheck:
     """Learns from the first pieces of a core how long the whole core must be."""
 
-    def __init__(self) -> None:
-        """Start without a byte."""
-        self.expected = 0
+    def __init__(self, expected: int = 0) -> None:
+        """Start without a byte, or with a known length."""
+        self.expected = expected
         """Bytes that the headers promise; 0 while unknown."""
         self._head, self._needed = bytearray(), IDENT_BYTES
 
     def feed(self, piece: memoryview) -> None:
         """Look at the next piece."""
-        if len(self._head) < self._needed:
+        if not self.expected and len(self._head) < self._needed:
             self._head += piece
             self._needed, self.expected = elf_length(self._head)
 
@@ -150,23 +156,84 @@ class Memory:
         return read_file(self._cgroup + "/" + name, 16384).strip()
 
 
+class Source:
+    """The core as it comes out of the kernel's pipe; bytes can be put back, and ranges left out."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Store the descriptor of the pipe."""
+        self._descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLIN)
+        self._back = memoryview(b"")
+        self._runs = [[sys.maxsize, 1]]
+        self._scratch = memoryview(b"")
+
+    def put_back(self, data: bytearray, runs: list[list[int]]) -> None:
+        """Read `data` again before the pipe; of both together, keep only the ranges that `runs` marks as kept.
+
+        Args:
+            data: everything that was read so far.
+            runs: [length, is kept] of successive ranges; an empty list keeps everything.
+        """
+        self._back = memoryview(data)
+        if runs:
+            self._runs = runs[::-1]
+            self._scratch = memoryview(bytearray(CHUNK))
+
+    def read(self, buffer: memoryview) -> int:
+        """Read into a buffer; return the number of bytes, 0 at the end, or -1 if nothing came for half a second."""
+        while True:
+            run = self._runs[-1]
+            target = buffer[: run[0]] if run[1] else self._scratch[: run[0]]
+            if self._back:
+                count = min(len(target), len(self._back))
+                target[:count] = self._back[:count]
+                self._back = self._back[count:]
+            elif self._poll.poll(500):
+                count = os.readv(self._descriptor, [target])
+            else:
+                return -1
+            run[0] -= count
+            if not run[0]:
+                self._runs.pop()
+            if run[1] or not count:
+                return count
+
+
 class Reader:
     """Reads the core in its own thread, ahead of the compressor, so that the crashed process is released early."""
 
-    def __init__(self, descriptor: int, settings: Settings, memory: Memory, deadline: float) -> None:
-        """Store the descriptor, which is closed at the end of the core, at a limit, or at `deadline` (monotonic)."""
-        self.reason, self.size, self.ended = "", 0, False
-        self._descriptor, self._deadline = descriptor, deadline
+    def __init__(
+        self,
+        descriptor: int,
+        settings: Settings,
+        memory: Memory,
+        deadline: float,
+        prepare: Prepare | None = None,
+    ) -> None:
+        """Store the descriptor, which is closed at the end of the core, at a limit, or at `deadline` (monotonic).
+
+        `prepare` is called for a large core, with its first bytes and a function that adds more of them; without it,
+        every core comes in the kernel's order.
+        """
+        self.reason, self.size, self.ended, self.is_large = "", 0, False, False
+        self._descriptor, self._deadline, self._prepare = descriptor, deadline, prepare
         self._limit = settings.MAX_DUMP_BYTES or sys.maxsize
         self._memory, self._max_buffers = memory, settings.BUFFER_BYTES // CHUNK
         self._allowed, self._allocated = MIN_BUFFERS, 0
+        self._source = Source(descriptor)
+        self._vital: SimpleQueue[VitalPart | None] = SimpleQueue()
         self._full: SimpleQueue[tuple[memoryview, int]] = SimpleQueue()
         self._free: SimpleQueue[memoryview] = SimpleQueue()
 
-    def chunks(self) -> Iterator[memoryview]:
-        """Start reading; yield the core piece by piece. A piece is valid until the next one is requested."""
+    def start(self) -> VitalPart | None:
+        """Start reading; return what comes before the chunks, or None if the core comes in the kernel's order."""
         enlarge_pipe(self._descriptor)
         start_new_thread(self._read, ())
+        return self._vital.get()
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the core piece by piece. A piece is valid until the next one is requested."""
         while True:
             buffer, size = self._full.get()
             if not size:
@@ -184,35 +251,67 @@ class Reader:
         self.reason = self.reason or reason
 
     def _read(self) -> None:
-        poll = select.poll()
-        poll.register(self._descriptor, select.POLLIN)
         try:
-            while not self.reason and self._fill(poll):
-                pass
+            more = self._begin()
+            while more and not self.reason:
+                buffer = self._buffer()
+                size, more = self._fill(buffer)
+                self._hand_over(buffer, size)
         except (OSError, MemoryError) as error:
             log("cannot read the core: %s" % error)
             self.stop("read_error")
         finally:
             os.close(self._descriptor)
             self.ended = True
+            self._vital.put(None)  # nobody waits for it any more, unless reading failed
             self._full.put((memoryview(b""), 0))
 
-    def _fill(self, poll: select.poll) -> bool:
-        """Fill one buffer and hand it over; return False at the end of the core."""
-        buffer, size, count = self._buffer(), 0, 1
-        room = min(CHUNK, self._limit - self.size)
-        if not room:
-            self.stop("max_dump_bytes")
-        while size < room and count and not self.reason:
-            if poll.poll(500):
-                count = os.readv(self._descriptor, [buffer[size:room]])
-                size += count
-            if time.monotonic() > self._deadline:
-                self.stop("deadline")
+    def _begin(self) -> bool:
+        """Read the first piece, and prepare the vital part of a large core; return False at the end of the core."""
+        buffer = self._buffer()
+        size, more = self._fill(buffer)
+        needed, length = elf_length(bytes(buffer)) if size == CHUNK else (0, 0)
+        self.is_large = length >= LARGE_BYTES or needed > size
+        if self.is_large and self._prepare:
+            head = bytearray(buffer[:size])
+            vital = self._prepare(head, lambda count: self._extend(head, count))
+            self._source.put_back(head, vital.runs if vital else [])
+            self._free.put(buffer)
+            self.size = vital.cut(self._limit) if vital else 0
+            self._vital.put(vital)
+            return True
+        self._vital.put(None)
+        self._hand_over(buffer, size)
+        return more
+
+    def _extend(self, head: bytearray, count: int) -> bool:
+        """Append the next bytes of the core; return False if it ends before, or at the deadline."""
+        buffer = memoryview(bytearray(min(count, CHUNK)))
+        while count and not self.reason:
+            size, _ = self._fill(buffer[:count])
+            if not size:
+                return False
+            head += buffer[:size]
+            count -= size
+        return not count
+
+    def _hand_over(self, buffer: memoryview, size: int) -> None:
         self.size += size
         if size:
             self._full.put((buffer, size))
-        return count > 0
+
+    def _fill(self, buffer: memoryview) -> tuple[int, bool]:
+        """Fill a buffer as far as MAX_DUMP_BYTES allows; return the number of bytes, and False at the end."""
+        size, count = 0, 1
+        room = min(len(buffer), self._limit - self.size)
+        if room <= 0:
+            self.stop("max_dump_bytes")
+        while size < room and count and not self.reason:
+            count = self._source.read(buffer[size:room])
+            size += max(0, count)
+            if time.monotonic() > self._deadline:
+                self.stop("deadline")
+        return size, count != 0
 
     def _buffer(self) -> memoryview:
         """Return a used buffer, else a new one while memory allows, else wait for a used one."""

@@ -1,13 +1,11 @@
-"""Owns one crash from the kernel's arguments to the published dump: configuration, metadata, limits, copying."""
+"""Owns one crash from the kernel's arguments to the published dump: configuration, metadata, limits."""
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # `signal` builds enums: 2 ms
 import os
 import time
 
-from core_dump_helper.compress import start_writer
-from core_dump_helper.core import LengthCheck, Memory, Reader
+from core_dump_helper.corecopy import CoreCopy, set_alarm
 from core_dump_helper.crash import read_metadata
 from core_dump_helper.dumpfile import RESULT_SPACE, create_partial, publish, set_attributes
 from core_dump_helper.limits import DiskWatch, Limits
@@ -16,14 +14,7 @@ from core_dump_helper.system import CHUNK, DIRECTORY, DISK_FULL, Refused, log
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
-    from core_dump_helper.compress import GzipWriter, PigzWriter, SparseWriter
     from core_dump_helper.crash import Crash
-
-    Writer = GzipWriter | PigzWriter | SparseWriter
-
-ALARM_SECONDS = 30
-"""Beyond DEADLINE_SECONDS: then SIGALRM ends a helper that hangs, even in a read of /proc."""
-NICE = 9
 
 
 class Handler:
@@ -82,11 +73,7 @@ class Handler:
     def load_settings(self) -> None:
         """Read helper.conf."""
         self.settings.load(self.crash.config or CONFIG, self.warnings.append)
-        self.set_alarm()
-
-    def set_alarm(self) -> None:
-        """Let this process live for DEADLINE_SECONDS and a little longer from now on."""
-        _signal.alarm(self.settings.DEADLINE_SECONDS + ALARM_SECONDS)
+        set_alarm(self.settings)
 
     def keep_pidfd(self) -> None:
         """Keep the kernel's pidfd from the compressor."""
@@ -113,10 +100,15 @@ class Handler:
         suffix = "" if self.settings.COMPRESSOR == "none" else ".gz"
         try:
             limits.check(self.started + self.settings.DEADLINE_SECONDS)
-            dump, name, writer = self.create(directory, suffix)
-            self.announce()
+            dump, name = self.create(directory, suffix)
             watch = DiskWatch(dump, limits.disk)
-            truncated, expected = self.copy_core(writer, watch)
+            copy = CoreCopy(self.crash, self.core, self.settings, dump)
+            try:
+                truncated = copy.run(watch, self.owns_proc(), self.announce)
+            except Refused:
+                os.unlink(name + ".partial", dir_fd=directory)
+                raise
+            writer = copy.writer
             if not (writer.size and os.fstat(dump).st_size) and (
                 truncated != "compressor_failed" or is_full(dump)
             ):
@@ -128,7 +120,7 @@ class Handler:
             refused.repeated = refused.repeated and not self.announced
             raise
         took_ms = int((time.monotonic() - self.started) * 1000)
-        self.record_result(dump, writer, truncated, expected, took_ms)
+        self.record_result(dump, copy, truncated, took_ms)
         if truncated == "compressor_failed":
             raise Refused("", "%s failed; %s.partial holds what it wrote" % (writer.name, name))
         name = publish(directory, dump, name, self.crash, suffix)
@@ -137,72 +129,29 @@ class Handler:
         log("%s: %s is %s: %d bytes by %s in %d ms" % result, 6)
         watch.finish()
 
-    def create(self, directory: int, suffix: str) -> tuple[int, str, Writer]:
-        """Return the dump's descriptor, its name and its writer; raises Refused if it cannot be created."""
+    def create(self, directory: int, suffix: str) -> tuple[int, str]:
+        """Return the dump's descriptor and its name; raises Refused if it cannot be created."""
         try:
             dump, name = create_partial(directory, self.crash, suffix)
             set_attributes(dump, self.metadata)
         except OSError as error:
             reason = "disk_full" if error.errno in DISK_FULL else "directory"
             raise Refused(reason, "cannot create the dump: %s" % error.strerror) from error
-        try:
-            return dump, name, start_writer(dump, self.settings, self.crash.config or CONFIG)
-        except Refused:
-            os.unlink(name + ".partial", dir_fd=directory)
-            raise
+        return dump, name
 
-    def copy_core(self, writer: Writer, watch: DiskWatch) -> tuple[str, int]:
-        """Copy the core from the kernel to the writer.
+    def owns_proc(self) -> bool:
+        """Return whether /proc/PID is known to belong to the process that crashed."""
+        return bool(self.crash.pid) and self.metadata.get("sensitive") != b"identity"
 
-        Returns:
-            Why the dump is truncated, or an empty string; the number of bytes that a whole core has, or 0.
-        """
-        deadline = time.monotonic() + self.settings.DEADLINE_SECONDS
-        reader = Reader(self.core, self.settings, Memory(self.settings.CGROUP), deadline)
-        self.set_alarm()  # the wait for a slot must not shorten the dump
-        length, failure, released = LengthCheck(), "", False
-        for piece in reader.chunks():
-            if reader.ended and not released:  # the crashed process waits for nothing more
-                released = True
-                os.setpriority(*writer.priority, NICE)
-            if failure:
-                continue
-            length.feed(piece)
-            writer.parallel = reader.is_full
-            failure = self.write(writer, piece) or watch.check(writer.size)
-            if failure:
-                reader.stop(failure)
-        self.set_alarm()
-        failed = self.close(writer)
-        incomplete = length.verdict(writer.size)
-        return failed or (incomplete and (failure or reader.reason or incomplete)), length.expected
-
-    def write(self, writer: Writer, piece: memoryview) -> str:
-        """Write a piece; return the reason if it cannot be written."""
-        try:
-            writer.write(piece)
-        except OSError as error:
-            log("%s: cannot write with %s: %s" % (self.crash, writer.name, error))
-            return "disk_full"
-        return ""
-
-    def close(self, writer: Writer) -> str:
-        """End the file; return the reason if that fails, for example because its last bytes do not fit."""
-        try:
-            return writer.close()
-        except OSError as error:
-            log("%s: cannot end the dump with %s: %s" % (self.crash, writer.name, error))
-            return "compressor_failed"
-
-    def record_result(self, dump: int, writer: Writer, truncated: str, expected: int, took_ms: int) -> None:
+    def record_result(self, dump: int, copy: CoreCopy, truncated: str, took_ms: int) -> None:
         """Set the attributes that are known only now; mark a truncated dump even where it has no attributes."""
         from core_dump_helper import VERSION
 
         result = {
-            "bytes": str(writer.size),
-            "expected_bytes": str(expected or ""),
+            "bytes": str(copy.writer.size),
+            "expected_bytes": str(copy.expected or ""),
             "truncated": truncated,
-            "compressor": writer.name,
+            "compressor": copy.writer.name,
             "duration_ms": str(took_ms),
             "helper_version": VERSION,
         }

@@ -18,6 +18,7 @@ BOUNDS = {
     "KEEP_FREE_PERCENT": (0, 99),
     "DEADLINE_SECONDS": (1, 86400),
     "MAX_CONCURRENT": (0, 256),
+    "VITAL_BYTES": (0, 256 << 20),
 }
 
 
@@ -55,6 +56,7 @@ class Settings:
     RATE_LIMIT = "5/600"
     MAX_CONCURRENT = 8
     BUFFER_BYTES = 1 << 30
+    VITAL_BYTES = 32 << 20
     IGNORE_SIGNALS = ""
     RESPECT_RLIMIT = "no"
     CGROUP = ""

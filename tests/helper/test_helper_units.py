@@ -12,7 +12,7 @@ from tests.support import cores
 from tests.support.cores import Shape
 from tests.support.cores import simple as elf
 
-from core_dump_helper.core import HEADER_LIMIT, Reader, elf_length
+from core_dump_helper.core import HEADER_LIMIT, Memory, Reader, elf_length
 from core_dump_helper.crash import parse_arguments
 from core_dump_helper.dumpfile import create_partial, file_name, publish
 from core_dump_helper.records import percent
@@ -102,7 +102,8 @@ def test_read_that_fails_ends_the_dump_and_says_so(monkeypatch):
         return readv(descriptor, buffers)
 
     monkeypatch.setattr(os, "readv", read)
-    reader = Reader(source, Settings(), 1 << 20, time.monotonic() + 10)
+    reader = Reader(source, Settings(), Memory(""), time.monotonic() + 10)
+    assert reader.start() is None
     pieces = [bytes(piece) for piece in reader.chunks()]
     assert (reader.reason, pieces) == ("read_error", [])
     assert seen == [source, source]

@@ -20,6 +20,7 @@ from typing import Any
 from tests.support.cleanup import guardian
 
 HELPER = Path(__file__).parents[2] / "helper" / "core-dump-helper"
+FORMAT = Path(__file__).parents[2] / "format" / "core_dump_format"
 CRASHER = Path(__file__).with_name("crash.c")
 KERNEL = Path("/proc/sys/kernel")
 PATTERN = KERNEL / "core_pattern"
@@ -137,8 +138,9 @@ def install_helper(
     """
     config = write_config(directory / "helper.conf", settings)
     package = directory / "core_dump_helper"
-    shutil.rmtree(package, ignore_errors=True)
-    shutil.copytree(source.with_name(package.name), package, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (source.with_name(package.name), FORMAT):
+        shutil.rmtree(directory / folder.name, ignore_errors=True)
+        shutil.copytree(folder, directory / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     replace(
         package / "settings.py", 'CONFIG = "/etc/core-dump-handler/helper.conf"', f"CONFIG = {str(config)!r}"
     )

@@ -1,0 +1,147 @@
+"""Owns copying one core from the kernel's pipe into the dump: the vital part of a large core first, then the rest."""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]  # `signal` builds enums: 2 ms
+import os
+import time
+
+from core_dump_helper.compress import COMPRESSORS, IN_PROCESS, start_writer
+from core_dump_helper.core import LengthCheck, Memory, Reader
+from core_dump_helper.dumpfile import RESULT_SPACE, set_attributes
+from core_dump_helper.settings import CONFIG
+from core_dump_helper.system import Refused, log
+
+TYPE_CHECKING = False  # `typing` costs 3 ms
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from core_dump_helper.compress import GzipWriter, PigzWriter, SparseWriter
+    from core_dump_helper.crash import Crash
+    from core_dump_helper.limits import DiskWatch
+    from core_dump_helper.settings import Settings
+    from core_dump_helper.vitalpart import VitalPart
+
+    Writer = GzipWriter | PigzWriter | SparseWriter
+
+ALARM_SECONDS = 30
+"""Beyond DEADLINE_SECONDS: then SIGALRM ends a helper that hangs, even in a read of /proc."""
+NICE = 9
+MIN_VITAL_BYTES = 4 << 20
+"""Allowed for the vital part, however little memory is available."""
+
+
+def set_alarm(settings: Settings) -> None:
+    """Let this process live for DEADLINE_SECONDS and a little longer from now on."""
+    _signal.alarm(settings.DEADLINE_SECONDS + ALARM_SECONDS)
+
+
+class CoreCopy:
+    """Copies one core into a dump."""
+
+    def __init__(self, crash: Crash, core: int, settings: Settings, dump: int) -> None:
+        """Store the descriptors `core` to read from and `dump` to write to."""
+        self.crash, self.core, self.settings, self.dump = crash, core, settings, dump
+        self.expected = 0
+        """Bytes that a whole core has; 0 if unknown."""
+        self.writer: Writer
+        self._failure = ""
+
+    def run(self, watch: DiskWatch, may_read_memory: bool, announce: Callable[[], None]) -> str:
+        """Copy the core; return why the dump is truncated, or an empty string.
+
+        Args:
+            watch: looks at the disk.
+            may_read_memory: whether /proc/PID belongs to the process that crashed.
+            announce: called as soon as a compressor writes.
+
+        Raises:
+            Refused: no compressor can write.
+        """
+        deadline = time.monotonic() + self.settings.DEADLINE_SECONDS
+        prepare = self._prepare if may_read_memory and self.settings.VITAL_BYTES else None
+        reader = Reader(self.core, self.settings, Memory(self.settings.CGROUP), deadline, prepare)
+        set_alarm(self.settings)  # the wait for a slot must not shorten the dump
+        vital = reader.start()
+        self.writer = self._start_writer(0, IN_PROCESS if vital else COMPRESSORS)
+        announce()
+        if vital:
+            self._write_vital(vital)
+        if reader.is_large and not vital:
+            set_attributes(self.dump, {"vital": b"none"}, RESULT_SPACE)
+        length = LengthCheck(vital.length if vital else 0)
+        self._copy(reader, watch, length)
+        set_alarm(self.settings)
+        failed = self._close()
+        self.expected = length.expected
+        incomplete = length.verdict(self.writer.size)
+        return failed or (incomplete and (self._failure or reader.reason or incomplete))
+
+    def _copy(self, reader: Reader, watch: DiskWatch, length: LengthCheck) -> None:
+        """Copy what comes from the reader, until a failure."""
+        writer, released = self.writer, False
+        for piece in reader.chunks():
+            if reader.ended and not released:  # the crashed process waits for nothing more
+                released = True
+                os.setpriority(*writer.priority, NICE)
+            if not self._failure:
+                length.feed(piece)
+                writer.parallel = reader.is_full
+                self._failure = self._write(piece) or watch.check(writer.size)
+            if self._failure:
+                reader.stop(self._failure)
+
+    def _prepare(self, head: bytearray, read: Callable[[int], bool]) -> VitalPart | None:
+        """Return the vital part of a large core, or None if it does not come first."""
+        try:
+            from core_dump_helper.vitalpart import prepare
+        except ImportError as error:
+            log("%s: its vital part does not come first: %s" % (self.crash, error))
+            return None
+        share = max(MIN_VITAL_BYTES, Memory(self.settings.CGROUP).available() // 4)
+        return prepare(head, read, self.crash, min(self.settings.VITAL_BYTES, share))
+
+    def _write_vital(self, vital: VitalPart) -> None:
+        """Write the vital part as a gzip member of its own, and start the writer of everything else.
+
+        pigz writes what comes later: it cannot tell when a member has ended.
+        """
+        from core_dump_helper.vitalpart import file_crc32
+
+        for piece in vital.pieces:
+            self._failure = self._write(piece)
+            if self._failure:
+                return
+        attributes = {"vital": vital.state}
+        if self.writer.name != "none":
+            self._failure = self._close()
+            if self._failure:
+                return
+            size = os.lseek(self.dump, 0, os.SEEK_CUR)
+            attributes.update(vital_bytes=str(size), vital_crc32=str(file_crc32(self.dump, size)))
+        set_attributes(self.dump, {name: value.encode() for name, value in attributes.items()}, RESULT_SPACE)
+        if self.writer.name != "none":
+            try:
+                self.writer = self._start_writer(self.writer.size)
+            except Refused as refused:
+                self._failure = refused.reason
+
+    def _start_writer(self, before: int, only: tuple[str, ...] = COMPRESSORS) -> Writer:
+        return start_writer(self.dump, self.settings, self.crash.config or CONFIG, before, only)
+
+    def _write(self, piece: memoryview) -> str:
+        """Write a piece; return the reason if it cannot be written."""
+        try:
+            self.writer.write(piece)
+        except OSError as error:
+            log("%s: cannot write with %s: %s" % (self.crash, self.writer.name, error))
+            return "disk_full"
+        return ""
+
+    def _close(self) -> str:
+        """End the gzip member; return the reason if that fails, for example because its last bytes do not fit."""
+        try:
+            return self.writer.close()
+        except OSError as error:
+            log("%s: cannot end the dump with %s: %s" % (self.crash, self.writer.name, error))
+            return "compressor_failed"

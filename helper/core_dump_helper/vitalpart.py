@@ -1,0 +1,142 @@
+"""Owns putting the vital part of a large core first (docs/contracts.md). A small core never gets here.
+
+Whatever fails here costs the order, never the dump: the caller then passes on the core as the kernel writes it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from _queue import Empty, SimpleQueue
+from _thread import start_new_thread
+
+from core_dump_format.front import UnsupportedError, front_bytes, read_front
+from core_dump_format.reorder import Reordered
+from core_dump_format.state import State
+from core_dump_format.vital import AbandonedError, Selection, is_known
+from core_dump_helper.memory import open_memory
+from core_dump_helper.system import CHUNK, log
+
+TYPE_CHECKING = False  # `typing` costs 7 ms
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from core_dump_format.front import Front
+    from core_dump_helper.crash import Crash
+
+PREPARE_SECONDS = 3
+"""Reading memory may wait for a file server or for a swap device; the process is held for no longer than this."""
+
+
+class VitalPart:
+    """The new front of a dump, and what of the kernel's stream follows it."""
+
+    def __init__(self, order: Reordered, pieces: list[memoryview], runs: list[list[int]], state: str) -> None:
+        """Store what `prepare` found; `state` is `whole` or `partial`."""
+        self.length, self.end, self.state = order.length, order.vital_end, state
+        self.pieces, self.runs = pieces, runs
+
+    def cut(self, limit: int) -> int:
+        """Cut the pieces to `limit` bytes in all; return how many bytes they are now."""
+        if self.end > limit:
+            self.state = "partial"
+        left = limit
+        for number, piece in enumerate(self.pieces):
+            self.pieces[number] = piece[:left]
+            left -= len(self.pieces[number])
+        return limit - left
+
+
+def prepare(head: bytearray, read: Callable[[int], bool], crash: Crash, limit: int) -> VitalPart | None:
+    """Return the front of the reordered dump, or None if its order cannot be changed.
+
+    Args:
+        head: the bytes read so far, from the first one on.
+        read: appends up to so many bytes to `head`; returns False at the end of the core or a deadline.
+        crash: the crash.
+        limit: bytes of memory that the vital part may hold.
+    """
+    started = time.monotonic()
+    try:
+        front = _read_front(head, read)
+        if front is None or not is_known(front):
+            return None
+        selection = _select(front, crash, limit)
+        pieces = list(selection.pieces)
+        if not pieces:
+            raise UnsupportedError("none of its memory could be read")
+        order = Reordered(front, pieces, selection.memory.page)
+        state = "whole" if selection.is_whole and len(pieces) == len(selection.pieces) else "partial"
+        vital = VitalPart(order, _chunks(order.head, pieces), order.runs(), state)
+        took_ms = (time.monotonic() - started) * 1000
+        log("%s: vital part of %d bytes, %s, prepared in %.1f ms" % (crash, vital.end, state, took_ms), 6)
+        return vital
+    except Exception as error:  # noqa: BLE001 - hostile input must not cost the dump
+        log("%s: its vital part does not come first: %s: %s" % (crash, type(error).__name__, error))
+        return None
+
+
+def _read_front(head: bytearray, read: Callable[[int], bool]) -> Front | None:
+    """Read header, program headers and notes; return None if the core ends before."""
+    needed = front_bytes(head)
+    while needed > len(head):
+        if not read(needed - len(head)):
+            return None
+        needed = max(needed, front_bytes(head))
+    return read_front(head)
+
+
+def _select(front: Front, crash: Crash, limit: int) -> Selection:
+    """Copy the vital memory in a thread of its own; return what it has after PREPARE_SECONDS at the latest."""
+    state = State(front)
+    selection = Selection(front, open_memory(crash, state.raw_auxv), limit)
+    done: SimpleQueue[str] = SimpleQueue()
+    start_new_thread(_run, (selection, state, done))
+    try:
+        failure = done.get(True, PREPARE_SECONDS)
+    except Empty:
+        failure = "reading its memory took longer than %d s" % PREPARE_SECONDS
+    selection.is_abandoned = True
+    if failure:
+        log("%s: its vital part is not whole: %s" % (crash, failure))
+    return selection
+
+
+def _run(selection: Selection, state: State, done: SimpleQueue[str]) -> None:
+    try:
+        selection.run(state)
+        done.put("")
+    except AbandonedError:
+        pass
+    except Exception as error:  # noqa: BLE001 - whatever was copied is of use
+        done.put("%s: %s" % (type(error).__name__, error))
+
+
+def _chunks(head: bytes, pieces: list[tuple[int, int, bytes]]) -> list[memoryview]:
+    """Return head and memory in chunks, because the compressor flushes after each."""
+    view = memoryview(head)
+    chunks = [view[start : start + CHUNK] for start in range(0, len(head), CHUNK)]
+    pending: list[bytes | memoryview] = [chunks.pop()]
+    size = len(pending[0])
+    for _, _, content in pieces:
+        if size + len(content) > CHUNK:
+            chunks.append(memoryview(b"".join(pending)))
+            pending, size = [], 0
+        pending.append(content)
+        size += len(content)
+    chunks.append(memoryview(b"".join(pending)))
+    return chunks
+
+
+def file_crc32(descriptor: int, size: int) -> int:
+    """Return the CRC-32 of the first `size` bytes of a file."""
+    from zlib import crc32
+
+    crc = at = 0
+    while at < size:
+        block = os.pread(descriptor, min(CHUNK, size - at), at)
+        if not block:
+            raise EOFError("the dump is shorter than what was written")
+        crc = crc32(block, crc)
+        at += len(block)
+    return crc

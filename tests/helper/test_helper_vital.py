@@ -1,0 +1,173 @@
+"""What happens around the vital part when memory does not answer, packages are missing or the pipe is cut."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.format.test_vital import SPANS, Held, auxv, kernel_core, note, status
+
+from core_dump_format.front import read_front
+from core_dump_format.vital import Pages
+from core_dump_helper import vitalpart
+from core_dump_helper.core import LARGE_BYTES, Memory, Reader, Source
+from core_dump_helper.crash import parse_arguments
+from core_dump_helper.memory import open_memory
+from core_dump_helper.settings import Settings
+
+CRASH = parse_arguments([f"-P{os.getpid()}", "--", "app"])
+PAGE = 4096
+
+
+def spans_of(size):
+    return [(0x10000, size, size, 6)]
+
+
+def prepared(core, pages, monkeypatch, limit=32 << 20):
+    """Prepare the vital part of a core whose process has these pages."""
+    monkeypatch.setattr(vitalpart, "open_memory", lambda crash, vector: pages)
+    return vitalpart.prepare(bytearray(core), lambda count: False, CRASH, limit)
+
+
+class Blocking(Held):
+    """Memory of which the second read waits for a file server that never answers."""
+
+    def __init__(self, spans):
+        super().__init__(spans)
+        self.released = threading.Event()
+
+    def read(self, address, size):
+        if self.reads:
+            self.released.wait()
+        return super().read(address, size)
+
+
+def test_memory_that_blocks_holds_the_process_until_the_deadline_only(monkeypatch, capfd):
+    monkeypatch.setattr(vitalpart, "PREPARE_SECONDS", 0.2)
+    pages = Blocking(SPANS)
+    core = kernel_core(SPANS, status(SPANS[3][0] + 0x2010) + status(SPANS[1][0] + 0x100))
+    started = time.monotonic()
+    try:
+        vital = prepared(core, pages, monkeypatch)
+    finally:
+        pages.released.set()
+    assert time.monotonic() - started < 5
+    assert vital.state == "partial"
+    assert "took longer" in capfd.readouterr().err
+
+
+class Failing(Pages):
+    def read(self, address, size):
+        raise MemoryError
+
+    def resident(self, start, end):
+        yield start, end
+
+
+@pytest.mark.parametrize("pages", [Failing(), Held([])])
+def test_memory_that_cannot_be_read_leaves_the_kernels_order(monkeypatch, capfd, pages):
+    core = kernel_core(SPANS, status(SPANS[3][0] + 0x2010))
+    assert prepared(core, pages, monkeypatch) is None
+    assert "does not come first" in capfd.readouterr().err
+
+
+def test_vital_part_longer_than_the_limit_of_the_dump_is_cut_and_partial(monkeypatch):
+    core = kernel_core(SPANS, status(SPANS[3][0] + 0x2010))
+    vital = prepared(core, Held(SPANS), monkeypatch)
+    assert vital.cut(10_000) == 10_000
+    assert vital.state == "partial"
+    assert sum(map(len, vital.pieces)) == 10_000
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 3000), st.booleans()), max_size=20),
+    st.integers(0, 4000),
+    st.integers(1, 700),
+)
+def test_source_passes_on_what_is_kept_and_nothing_else(runs, known, step):
+    data = os.urandom(20_000)
+    source, sink = os.pipe()
+    os.write(sink, data[known:])
+    os.close(sink)
+    reader = Source(source)
+    rows = [[length, int(kept)] for length, kept in runs] + [[1 << 62, 1]]
+    expected, at = b"", 0
+    for length, kept in rows:
+        expected += data[at : at + length] if kept else b""
+        at += length
+    reader.put_back(bytearray(data[:known]), rows)
+    found, buffer = b"", memoryview(bytearray(step))
+    while size := reader.read(buffer):
+        found += bytes(buffer[:size])
+    os.close(source)
+    assert found == expected
+
+
+@pytest.mark.parametrize("failure", [None, "end"])
+def test_core_that_is_not_reordered_passes_byte_for_byte(failure):
+    spans = spans_of(LARGE_BYTES)
+    core = kernel_core(spans, status(0x10100) + note(99, bytes(3 << 20)))
+    if failure:
+        core = core[: 2 << 20]  # the process was killed while its notes were written
+    source, sink = os.pipe()
+    threading.Thread(target=lambda: (os.write(sink, core), os.close(sink))).start()
+
+    def prepare(head, read):
+        assert read(4 << 20) == (not failure)
+
+    reader = Reader(source, Settings(), Memory(""), time.monotonic() + 30, prepare)
+    assert reader.start() is None
+    assert b"".join(bytes(piece) for piece in reader.chunks()) == core
+    assert reader.is_large
+
+
+def test_memory_of_another_process_is_refused():
+    command = [sys.executable, "-c", "print(flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"\n"
+        crash = parse_arguments([f"-P{other.pid}", "--", "app"])
+        with open(f"/proc/{other.pid}/auxv", "rb") as file:
+            vector = file.read()
+        open_memory(crash, vector).close()
+        with pytest.raises(ValueError, match="another process"):
+            open_memory(crash, vector[:40] + b"\xff" * 8 + vector[48:])
+        with pytest.raises(ValueError, match="another process"):
+            open_memory(crash, b"")
+        mismatch = parse_arguments([f"-P{other.pid}", "-u4242", "--", "app"])
+        with pytest.raises(ValueError, match="another process"):
+            open_memory(mismatch, vector)
+        other.communicate(b"\n")
+
+
+def test_memory_is_read_up_to_the_first_page_that_cannot_be():
+    with open("/proc/self/auxv", "rb") as file:
+        memory = open_memory(parse_arguments([f"-P{os.getpid()}", "--", "app"]), file.read())
+    data = bytearray(os.urandom(8 * PAGE))
+    import ctypes
+
+    address = ctypes.addressof((ctypes.c_char * len(data)).from_buffer(data))
+    start = -(-address // PAGE) * PAGE
+    assert memory.read(start, 4 * PAGE) == bytes(data[start - address :][: 4 * PAGE])
+    assert list(memory.resident(start, start + 4 * PAGE)) == [(start, start + 4 * PAGE)]
+    for impossible in (0, 2**63, 2**64 - PAGE):
+        assert memory.read(impossible, PAGE) == b""
+    assert list(memory.resident(2**63, 2**63 + PAGE)) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=600), st.integers(0, 2**64 - 1))
+def test_prepare_never_raises_whatever_the_notes_say(content, address):
+    core = kernel_core(
+        SPANS, status(SPANS[0][0] + 0x100) + auxv(phdr=address, phnum=9, vdso=address) + content
+    )
+    pages = Held(SPANS, words={address // 8 * 8: address})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        vital = prepared(core, pages, monkeypatch)
+    assert vital is not None
+    assert vital.end + sum(length for length, kept in vital.runs[:-1] if kept) == vital.length
+    assert read_front(core).length == len(core)

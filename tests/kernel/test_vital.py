@@ -1,0 +1,194 @@
+"""Large dumps through the real kernel: the vital part first, everything else behind it, nothing else changed."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import zlib
+from pathlib import Path
+
+import pytest
+from tests.kernel.conftest import attributes, core_of
+from tests.support import kernel
+from tests.support.collector import wait_until
+from tests.support.corepair import CoreFile, assert_same_memory
+
+from core_dump_format.gzip import inflate_until_damage
+
+SOURCE = Path(__file__).parents[1] / "support" / "vital.c"
+THREADS = 8
+
+
+def install_tee(node):
+    """Keep the kernel's own bytes in the file `copy` while they go to the helper."""
+    installed = kernel.PATTERN.read_text().split()[0][1:]
+    tee = node.directory / "tee"
+    tee.write_text(
+        textwrap.dedent(f"""\
+        #!{sys.executable} -IS
+        import os, subprocess, sys
+        null = os.open("/dev/null", os.O_RDWR)
+        os.dup2(null, 1), os.dup2(null, 2)
+        helper = subprocess.Popen([{installed!r}, *sys.argv[1:]], stdin=subprocess.PIPE, pass_fds=[3])
+        with open({str(node.directory / "copy")!r}, "wb") as copy:
+            while data := os.read(0, 1 << 16):
+                copy.write(data)
+                helper.stdin.write(data)
+        helper.stdin.close()
+        helper.wait()
+        """)
+    )
+    tee.chmod(0o755)
+    kernel.PATTERN.write_text(f"|{tee} {kernel.ARGUMENTS}\n")
+
+
+def backtraces(program, core):
+    """Return gdb's backtrace of every thread; its remarks about the file itself go elsewhere."""
+    command = ["gdb", "-nx", "--batch", "-ex", "thread apply all bt", program, core]
+    done = subprocess.run(command, capture_output=True, timeout=100, check=True)
+    return done.stdout.decode(errors="replace")
+
+
+def vital_core(path):
+    """Return the core in the first gzip member of a dump, after verifying its attributes."""
+    found, content = attributes(path), path.read_bytes()
+    member = content[: int(found["vital_bytes"])]
+    assert zlib.crc32(member) == int(found["vital_crc32"])
+    stream = zlib.decompressobj(31)
+    core = stream.decompress(member)
+    assert stream.eof
+    assert stream.unused_data == b""
+    return core
+
+
+def assert_every_cut_gives_the_backtraces(node, program, read=backtraces):
+    """Compare the backtraces of the whole dump with those of its vital part alone and of its half; return them."""
+    whole, vital = core_of(node.dump()), vital_core(node.dump())
+    assert whole.startswith(vital)
+    core = node.directory / "core"
+    core.write_bytes(whole)
+    assert CoreFile(core).vital_end() == len(vital)
+    told = read(program, core)
+    try:
+        for size in (len(whole) // 2, len(vital)):
+            os.truncate(core, size)
+            assert read(program, core) == told
+    finally:
+        core.write_bytes(whole)
+    return told
+
+
+@pytest.fixture
+def program(node):
+    return kernel.build(SOURCE, node.directory / "vital", "-pthread")
+
+
+def die(node, program, *arguments):
+    """Run the program to its end, and wait until its dump is published."""
+    process = node.start(program, *arguments, name=b"vital")
+    process.wait(timeout=60)
+    wait_until(lambda: any(not name.endswith(".partial") for name in node.names()), 60, "the dump")
+    node.settle()
+
+
+def test_every_thread_has_its_backtrace_wherever_the_dump_is_cut(node, program):
+    with node.installed():
+        install_tee(node)
+        die(node, program, "24", str(THREADS))
+    found = attributes(node.dump())
+    assert found["vital"] == b"whole"
+    assert found["bytes"] == found["expected_bytes"]
+    assert "truncated" not in found
+    told = assert_every_cut_gives_the_backtraces(node, program)
+    assert told.count("die_here (") > 20
+    assert told.count("wait_for_ever (") >= THREADS
+    assert_same_memory(node.directory / "copy", node.directory / "core")
+
+
+@pytest.mark.parametrize("compressor", ["pigz", "isal", "gzip", "none"])
+def test_each_compressor_writes_the_same_memory(node, program, compressor):
+    pytest.importorskip("isal")
+    path = Path(sys.modules["isal"].__file__).parents[1]
+    with node.installed(COMPRESSOR=compressor, PYTHON_PATH=path):
+        install_tee(node)
+        die(node, program, "24", "2")
+    found, core = attributes(node.dump()), node.directory / "core"
+    content = node.dump().read_bytes() if compressor == "none" else core_of(node.dump())
+    core.write_bytes(content)
+    assert found["vital"] == b"whole"
+    assert found["compressor"].decode() == compressor
+    assert ("vital_bytes" in found) == (compressor != "none")
+    assert len(content) == int(found["bytes"]) == int(found["expected_bytes"])
+    assert_same_memory(node.directory / "copy", core)
+
+
+@pytest.mark.parametrize("hostile", ["leader", "pages", "nowhere", "libraries"])
+def test_hostile_process_is_dumped_whole(node, program, hostile):
+    with node.installed(COMPRESSOR="gzip"):
+        install_tee(node)
+        die(node, program, "12", "3", hostile)
+    found, core = attributes(node.dump()), node.directory / "core"
+    core.write_bytes(core_of(node.dump()))
+    assert found["vital"] == b"whole"
+    assert found["bytes"] == found["expected_bytes"]
+    assert_same_memory(node.directory / "copy", core)
+    vital = vital_core(node.dump())
+    assert b"u" * 4096 not in vital
+    if hostile != "nowhere":
+        told = assert_every_cut_gives_the_backtraces(node, program)
+        assert told.count("die_here (") > 20
+
+
+def test_process_in_its_own_namespaces_has_its_vital_part(node, program):
+    inside = ("unshare", "--pid", "--mount", "--uts", "--fork", "sh", "-c", '"$@"; :', "sh")
+    with node.installed(COMPRESSOR="gzip"):
+        node.expect(b"vital", 2)
+        subprocess.run([*inside, program, "12", "3"], check=False, timeout=60)
+        node.settle()
+    assert attributes(node.dump())["vital"] == b"whole"
+    assert assert_every_cut_gives_the_backtraces(node, program).count("die_here (") > 20
+
+
+def test_dump_cut_by_a_limit_has_every_backtrace(node, program):
+    with node.installed(COMPRESSOR="gzip", MAX_DUMP_BYTES=4 << 20):
+        die(node, program, "24", str(THREADS))
+    found = attributes(node.dump())
+    assert (found["truncated"], found["vital"], found["bytes"]) == (b"max_dump_bytes", b"whole", b"4194304")
+    core = node.directory / "core"
+    core.write_bytes(core_of(node.dump()))
+    told = backtraces(program, core)
+    assert told.count("die_here (") > 20
+    assert told.count("wait_for_ever (") >= THREADS
+
+
+def test_helper_killed_half_way_leaves_a_partial_with_its_vital_part(node, program):
+    with node.installed(COMPRESSOR="gzip", LEVEL=9, BUFFER_BYTES=0):
+        process = node.start(program, "200", str(THREADS), name=b"vital")
+        wait_until(lambda: node.names() and "vital_bytes" in attributes(node.dump()), 60, "the vital part")
+        wait_until(lambda: node.dump().stat().st_size > 4 << 20, 60, "some of the rest")
+        for helper in node.helpers():
+            os.kill(helper, signal.SIGKILL)
+        process.wait(timeout=60)
+        node.settle()
+    assert node.dump().name.endswith(".partial")
+    assert attributes(node.dump())["vital"] == b"whole"
+    vital = vital_core(node.dump())
+    salvaged = b"".join(inflate_until_damage([node.dump().read_bytes()]))
+    assert salvaged.startswith(vital)
+    assert len(salvaged) > len(vital)
+    core = node.directory / "core"
+    core.write_bytes(vital)
+    told = backtraces(program, core)
+    assert told.count("die_here (") > 20
+    assert told.count("wait_for_ever (") >= THREADS
+
+
+def test_without_a_vital_part_the_core_is_byte_for_byte_the_kernels(node, program):
+    with node.installed(COMPRESSOR="gzip", VITAL_BYTES=0):
+        install_tee(node)
+        die(node, program, "12", "1")
+    found = attributes(node.dump())
+    assert found["vital"] == b"none"
+    assert "vital_bytes" not in found
+    assert core_of(node.dump()) == (node.directory / "copy").read_bytes()
