@@ -5,6 +5,7 @@ An upload that was cut short is resumed if its record, or the store's list of un
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from itertools import chain
@@ -196,14 +197,16 @@ class Transfer:
         """Return the id of a multipart upload and the parts that it has: an unfinished one, or a new one."""
         earlier = self._record.at(key)
         if earlier is not None and earlier.upload_id:
-            have = self._resume(
-                key, earlier.upload_id, same_parts=earlier.part_bytes == self._source.part_bytes
-            )
+            same_parts = earlier.part_bytes == self._source.part_bytes
+            try:
+                have = self._resume(key, earlier.upload_id, same_parts=same_parts)
+            except GoneError:
+                have = None
+                if earlier.tried is Tried.UNKNOWN:
+                    stored = StoredObject(key, earlier.size, earlier.crc32)
+                    publisher.require_not_completed(stored, self._content_of(earlier))
             if have is not None:
                 return earlier.upload_id, have
-            if earlier.tried is Tried.UNKNOWN:
-                stored = StoredObject(key, earlier.size, earlier.crc32)
-                publisher.require_not_completed(stored, self._content_of(earlier))
         recorded = self._record_begun(key, "")
         if not recorded or (earlier is not None and not earlier.upload_id):
             # A collector that was killed may have created an upload whose id it could not record.
@@ -224,11 +227,13 @@ class Transfer:
         return self._record.write(State.SENDING, StoredObject(key, 0, 0), upload_id)
 
     def _resume(self, key: str, upload_id: str, *, same_parts: bool) -> dict[int, Found] | None:
-        """Return the parts of an unfinished upload; None if it cannot be resumed."""
+        """Return the parts of an unfinished upload; abort it and return None if it cannot be resumed.
+
+        Raises:
+            GoneError: it is finished.
+        """
         try:
             have = self._store.list_parts(key, upload_id) if same_parts else None
-        except GoneError:
-            return None
         except RetryableError as error:
             if error.reason != RetryReason.FORBIDDEN:
                 raise
@@ -243,9 +248,10 @@ class Transfer:
         for upload_id in uploads[1:]:
             self._store.abort(key, upload_id)
         for upload_id in uploads[:1]:
-            have = self._resume(key, upload_id, same_parts=True)
-            if have is not None:
-                return upload_id, have
+            with contextlib.suppress(GoneError):
+                have = self._resume(key, upload_id, same_parts=True)
+                if have is not None:
+                    return upload_id, have
         return None
 
     def _complete(
