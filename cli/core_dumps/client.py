@@ -217,9 +217,11 @@ class QuickReader:
         if answer.status_code == _OK:
             self._accepted = True
             return None if len(body) < min(most_bytes, _length(answer.headers)) else body
+        if self._accepted:
+            return None  # the place is right, so the answer is about this object
         if answer.status_code in _ELSEWHERE:
             self._moved = True
-        elif not self._accepted and answer.status_code not in _PASSING:
+        elif answer.status_code not in _PASSING:
             self._place = None
         return None
 

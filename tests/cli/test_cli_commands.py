@@ -250,22 +250,26 @@ def test_output_never_fails_on_a_character(cli, gz):
 
 
 def test_unreadable_metadata_affects_its_own_row_alone(filled):
+    refused = {
+        "-101-7.gz.json": error(403, "InvalidObjectState", "The object is archived."),
+        "-103-7.gz.json": error(400, "InvalidRequest", "The object has a key of its own."),
+    }
+
     def before(request):
-        if request.path.endswith("-101-7.gz.json"):
-            return error(403, "InvalidObjectState", "The object is archived.")
-        return None
+        return next((reply for end, reply in refused.items() if request.path.endswith(end)), None)
 
     def after(request, reply):
         return cut(reply, 20) if request.path.endswith("-102-7.gz.json") else reply
 
     with front(filled.server.endpoint, before, after) as endpoint:
         filled.environ |= {"AWS_ENDPOINT_URL_S3": endpoint, "AWS_MAX_ATTEMPTS": "1"}
-        done = filled.run("list", "--json=short")
+        done = filled.run("list", "--json=short", "-v")
     states = {row["pid"]: row["corefile"] for row in json.loads(done.stdout)}
     assert len(states) == 12
-    assert {pid for pid, state in states.items() if state != "present"} == {101, 102}
-    assert states[101] == "unreadable"
-    assert "2 metadata objects could not be read" in done.stderr, done.stdout
+    assert {pid for pid, state in states.items() if state == "unreadable"} == {101, 102, 103}
+    assert {state for pid, state in states.items() if pid not in {101, 102, 103}} == {"present"}
+    assert "3 metadata objects could not be read" in done.stderr
+    assert "requests: 15 GetObject," in done.stderr, "the others are still read in the quick way"
 
 
 def test_rm_reports_each_dump_and_leaves_no_half_of_a_pair(filled):
