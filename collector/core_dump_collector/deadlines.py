@@ -38,7 +38,7 @@ class Deadlines(Generic[J]):
     """The jobs in flight, oldest first."""
 
     def __init__(self, workers: int) -> None:
-        """Start with none."""
+        """Start without jobs."""
         self._workers = workers
         self._flights: dict[J, _Flight] = {}
 

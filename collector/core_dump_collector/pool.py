@@ -1,8 +1,8 @@
 """Owns the worker processes: start, submit, kill when one hangs, rebuild when one dies, drain.
 
-`ProcessPoolExecutor` and not `multiprocessing.Pool`: the latter's join hangs for ever when a worker was
-SIGKILLed. Workers come from a fork server that has imported boto3 once, so they share its memory. The executor does not
-tell which worker has which job, and replaces all of them when one dies: a job that hangs costs the others a retry.
+Uses `ProcessPoolExecutor` because the join of `multiprocessing.Pool` never returns after a worker was SIGKILLed.
+Workers come from a fork server that has imported boto3 once, so they share its memory. The executor does not tell which
+worker has which job, and replaces all workers when one dies: a job that hangs costs the others a retry.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Pool:
         self._stopped_since: dict[int, float] = {}
         self._executor = self._starter.start()
         self.rebuilds = 0
-        """How often a worker died and the pool was started anew."""
+        """How often the pool was restarted because a worker died."""
 
     @property
     def has_room(self) -> bool:
@@ -186,7 +186,7 @@ class Pool:
 
     def _rebuild(self) -> None:
         if getattr(self._executor, "_broken", False):  # a fresh one stays
-            # The others may wait for ever for a lock that the dead one held, and the executor, politely, for them.
+            # The dead worker may have held a lock that the others wait for, and the executor waits for them.
             _kill_all()
             self._executor.shutdown(wait=False)
             self._executor = self._starter.start()

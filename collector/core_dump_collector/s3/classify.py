@@ -1,6 +1,6 @@
-"""Owns what an error of boto3 means: retry and why, or never; and what may be said of it in a log.
+"""Owns the classification of boto3's errors: whether and why to retry, and the text for the log.
 
-What a store answers is hostile: codes are matched against known ones, texts are bounded and made printable.
+A store's answers are hostile: codes are matched against known ones, texts are bounded and made printable.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BY_CODE = {
     "RequestThrottled BandwidthLimitExceeded KMS.ThrottlingException",
     RetryReason.CREDENTIALS: "ExpiredToken ExpiredTokenException TokenRefreshRequired InvalidToken RequestExpired "
     "InvalidAccessKeyId SignatureDoesNotMatch InvalidClientTokenId IDPCommunicationError InvalidIdentityToken "
-    # The clock, ours or theirs, is wrong by more than 15 minutes: like an expired credential it passes once mended.
+    # One of the clocks is wrong by more than 15 minutes. Like an expired credential, somebody corrects it.
     "RequestTimeTooSkewed",
     RetryReason.NO_SUCH_BUCKET: "NoSuchBucket PermanentRedirect AuthorizationHeaderMalformed InvalidBucketName",
     RetryReason.CHECKSUM: "BadDigest InvalidDigest XAmzContentSHA256Mismatch XAmzContentChecksumMismatch",
@@ -47,10 +47,10 @@ REASON_OF_CODE = {code: reason for reason, codes in _BY_CODE.items() for code in
 """Amazon S3 API Reference, "Error responses"."""
 
 REFUSED_FOR_GOOD = frozenset({"EntityTooLarge", "KeyTooLongError", "MetadataTooLarge"})
-"""About this object and not about the configuration: no retry and no operator mends it."""
+"""These errors are about the object and not about the configuration: neither a retry nor an operator can help."""
 
 _NOTHING_STORED = frozenset({"SlowDown", "ServiceUnavailable"})
-"""5xx codes by which a store says that it did not even begin."""
+"""5xx codes of a store that did not begin to process the request."""
 
 _SETTINGS = tuple(
     (re.compile(pattern, re.IGNORECASE), advice)
@@ -81,7 +81,7 @@ _NO_CREDENTIALS = (
 
 
 def status_of(error: ClientError) -> int:
-    """Return the HTTP status, 0 when there is none."""
+    """Return the HTTP status; 0 if the error has none."""
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return status if isinstance(status, int) else 0
 
@@ -97,7 +97,7 @@ def is_known(code: str) -> bool:
 
 
 def translate(error: ClientError | BotoCoreError) -> RetryableError | PermanentError:
-    """Return what an error means for the dump."""
+    """Return the exception by which the dump is retried, or given up."""
     if isinstance(error, ClientError):
         return _translate_answer(error)
     detail = _shorten(str(error))
@@ -107,7 +107,7 @@ def translate(error: ClientError | BotoCoreError) -> RetryableError | PermanentE
         return RetryableError(RetryReason.NETWORK, detail)
     if isinstance(error, HTTPClientError | ConnectionError):
         return RetryableError(RetryReason.NETWORK, detail, outcome_unknown=True)
-    # An answer that cannot be parsed, a parameter that boto3 refuses, ...
+    # For example an answer that cannot be parsed, or a parameter that boto3 refuses.
     return RetryableError(RetryReason.SERVER, detail, outcome_unknown=True)
 
 

@@ -28,7 +28,7 @@ as many parts want to stay in the page cache: with two, a limit of 128 MiB of me
 
 
 class _WarmError(Exception):
-    """A request was made ready, which is all that was wanted."""
+    """Stops a request that was prepared only for what that loads."""
 
 
 def _stop(**_: object) -> None:
@@ -36,20 +36,20 @@ def _stop(**_: object) -> None:
 
 
 def _warm() -> list[boto3.Session]:
-    """Go the way of a request up to its sending, once: workers forked from this process share what that loads."""
+    """Prepare a request up to its sending: workers forked from this process share everything that it loads."""
     try:
         session = _make_session()
         client = session.client(
             "s3",
             region_name="us-east-1",
-            aws_access_key_id="none",  # or credentials would be looked for
+            aws_access_key_id="none",  # so that boto3 does not look for credentials
             aws_secret_access_key="none",  # noqa: S106
         )
         client.meta.events.register("before-send.s3.PutObject", _stop)
         client.put_object(Bucket="bucket", Key="key", Body=b"")
     except _WarmError:
         return [session]
-    except (BotoCoreError, ValueError):  # a profile that does not exist, say: the first job will tell
+    except (BotoCoreError, ValueError):  # e.g. a profile that does not exist: the first job reports it
         return []
     raise AssertionError("a request was sent")
 
@@ -60,7 +60,7 @@ def _make_session() -> boto3.Session:
 
 
 _WARM = _warm()
-"""A session for the first client; later ones read credentials and profiles anew."""
+"""A session for the first client; later clients read credentials and profiles again."""
 
 
 def make_client(options: UploadOptions) -> S3Client:

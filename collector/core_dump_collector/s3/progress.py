@@ -1,9 +1,9 @@
 """Owns the end of a request that makes no progress; one that does lives as long as it needs.
 
 A timeout for each read and write cannot tell a thin uplink from a store that hangs. The kernel takes megabytes into its
-send buffer and needs minutes to send them, in which no answer can come; and a store that sends a byte a second meets
-any such timeout for ever. So a connected socket has no timeout here. A thread reads the kernel's counters of every
-connection in use and shuts down one that moved too few bytes over the window: sent and acknowledged, or received.
+send buffer and needs minutes to send them, during which no answer can come. And no such timeout ends a store that sends
+a byte a second. So a connected socket has no timeout here. Instead a thread reads the kernel's counters of every
+connection in use, and shuts down one that moved too few bytes over the window: sent and acknowledged, or received.
 
 CompleteMultipartUpload is the exception: S3 may work on it for minutes, silent or sending white space (Amazon S3 API
 Reference, "CompleteMultipartUpload"). It has a longer window, in which one byte suffices, and an end of its own.
@@ -67,6 +67,12 @@ class Patience:
     least_bytes: int
     """It has to move this many bytes in each window."""
     most_seconds: float = math.inf
+
+    def error(self, request: AWSPreparedRequest) -> StalledError:
+        """Return the error of a request that was given up."""
+        return StalledError(
+            least_bytes=self.least_bytes, seconds=self.window_seconds, endpoint_url=request.url
+        )
 
 
 class _Watch:
@@ -197,7 +203,7 @@ class _WatchedConnection:
         return super().getresponse(*args, **kwargs)  # type: ignore[misc]
 
     def _consume_headers(self, file: Any) -> None:  # noqa: ANN401  a raw file
-        """Skip the headers of a `100 Continue`; botocore would read for ever where the connection has ended."""
+        """Skip the headers of a `100 Continue`; botocore would never stop reading from a connection that has ended."""
         for _ in range(_MOST_INTERIM_HEADERS):
             if file.readline(_LONGEST_HEADER_BYTES) in {b"\r\n", b"\n", b""}:
                 return
@@ -236,6 +242,7 @@ class ProgressSession:
         pools.update(http=_Pool, https=_TLSPool)
         self._session = session
         self._monitor = ProgressMonitor(window_seconds)
+        self._patience = Patience(window_seconds, math.ceil(window_seconds * MIN_BYTES_PER_SECOND))
         self._asks_first = True
 
     def send(self, request: AWSPreparedRequest) -> AWSResponse:
@@ -255,26 +262,22 @@ class ProgressSession:
         return answer
 
     def _send(self, request: AWSPreparedRequest) -> AWSResponse:
-        patience = self._patience_with(request)
-        stalled = StalledError(
-            least_bytes=patience.least_bytes, seconds=patience.window_seconds, endpoint_url=request.url
-        )
-        with self._monitor.watch(patience) as watch:
+        with self._monitor.watch(self._patience_with(request)) as watch:
             try:
                 answer = self._session.send(request)
             except BotoCoreError as error:
                 if watch.stalled:
-                    raise stalled from error
+                    raise watch.patience.error(request) from error
                 raise
             if watch.stalled:  # the answer may have been cut off
-                raise stalled
+                raise watch.patience.error(request)
             return answer
 
     def _patience_with(self, request: AWSPreparedRequest) -> Patience:
-        window_seconds = self._monitor.window_seconds
         if request.method == "POST" and "uploadId=" in str(request.url):
-            return Patience(COMPLETE_WINDOWS * window_seconds, 1, MOST_COMPLETE_WINDOWS * window_seconds)
-        return Patience(window_seconds, math.ceil(window_seconds * MIN_BYTES_PER_SECOND))
+            seconds = self._monitor.window_seconds
+            return Patience(COMPLETE_WINDOWS * seconds, 1, MOST_COMPLETE_WINDOWS * seconds)
+        return self._patience
 
     def close(self) -> None:
         """Close the connections."""
