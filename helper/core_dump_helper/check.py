@@ -84,7 +84,7 @@ def _inspect_disk(directory: int, settings: Settings) -> tuple[str, str]:
         advice = {
             "keep_free": "%d %% are free; free some space, or lower KEEP_FREE_PERCENT=%d"
             % (free, settings.KEEP_FREE_PERCENT),
-            "max_total_bytes": "the dumps in it exceed MAX_TOTAL_BYTES=%d; see why none is uploaded"
+            "max_total_bytes": "the dumps in it exceed MAX_TOTAL_BYTES=%s; see why none is uploaded"
             % settings.MAX_TOTAL_BYTES,
             "inodes": "%d inodes are free; delete some files" % space.f_favail,
         }

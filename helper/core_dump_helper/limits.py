@@ -11,6 +11,7 @@ import time
 
 from core_dump_helper.core import Memory
 from core_dump_helper.records import Record, Records, open_state
+from core_dump_helper.settings import HALF
 from core_dump_helper.system import Refused, lock, log
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
@@ -144,13 +145,14 @@ class DiskLimits:
         if room < 0:
             return "keep_free"
         used = (space.f_blocks - space.f_bfree) * space.f_frsize
-        if not self._settings.MAX_TOTAL_BYTES and used <= DISK_SHARE * room:
-            return ""  # nobody can hold more than a share
+        limit = self._max_total(space.f_blocks * space.f_frsize)
+        if used <= DISK_SHARE * min(room, limit - used if limit else room):
+            return ""  # even if everything on the disk were this origin's dumps
         usage = self._load_usage()
-        reason = self._judge(usage, room)
+        reason = self._judge(usage, room, limit)
         if reason and usage.refresh(0, REFUSAL_PATIENCE, HELD_COUNT_SECONDS):
             self._added = self._own
-            reason = self._judge(usage, room)
+            reason = self._judge(usage, room, limit)
         return reason
 
     def check(self) -> None:
@@ -186,8 +188,12 @@ class DiskLimits:
             self.grow(self._own)
         return self._usage
 
-    def _judge(self, usage: Usage, room: float) -> str:
+    def _max_total(self, size: int) -> int:
+        """Return MAX_TOTAL_BYTES of a file system of `size` bytes; 0 means no limit."""
         limit = self._settings.MAX_TOTAL_BYTES
+        return size // 2 if limit == HALF else int(limit)
+
+    def _judge(self, usage: Usage, room: float, limit: int) -> str:
         left = limit - usage.total if limit else room
         if left < 0:
             return "max_total_bytes"

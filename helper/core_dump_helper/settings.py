@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 CONFIG = "/etc/core-dump-handler/helper.conf"
 CALIBRATION = "/var/lib/core-dump-handler/compressor"
+HALF = "half"
+"""Value of MAX_TOTAL_BYTES: half of the file system."""
 COMPRESSORS = ("auto", "pigz", "isal", "gzip", "none")
 BOUNDS = {
     "LEVEL": (1, 9),
@@ -37,6 +39,10 @@ TEXTS: dict[str, tuple[Callable[[str], bool], str]] = {
     "COMPRESSOR": (lambda text: text in COMPRESSORS, "one of " + ", ".join(COMPRESSORS)),
     "RESPECT_RLIMIT": (lambda text: text in ("yes", "no"), "yes or no"),
     "RATE_LIMIT": (is_rate, "dumps/seconds like 5/600, or 0"),
+    "MAX_TOTAL_BYTES": (
+        lambda text: text == HALF or (text != "" and are_numbers([text], 18)),
+        "half (of the file system), or a whole number of bytes, or 0",
+    ),
     "IGNORE_SIGNALS": (lambda text: are_numbers(text.replace(",", " ").split()), "signal numbers like 3,24"),
 }
 """For each setting that is neither a number nor a path: what it accepts, in code and in words."""
@@ -50,8 +56,8 @@ class Settings:
     COMPRESSOR = "auto"
     LEVEL = 1
     MAX_DUMP_BYTES = 0
-    MAX_TOTAL_BYTES = 0
-    KEEP_FREE_PERCENT = 15
+    MAX_TOTAL_BYTES = HALF
+    KEEP_FREE_PERCENT = 25
     DEADLINE_SECONDS = 300
     RATE_LIMIT = "5/600"
     MAX_CONCURRENT = 8

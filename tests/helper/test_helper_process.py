@@ -268,7 +268,7 @@ def test_quota_that_is_met_leaves_a_shorter_valid_dump(station, tmp_path):
 
 @needs_root
 def test_dump_that_would_leave_too_little_room_is_cut_or_refused(small_disk):
-    small_disk.settings = {"KEEP_FREE_PERCENT": 50, "COMPRESSOR": "none"}
+    small_disk.settings = {"KEEP_FREE_PERCENT": 50, "MAX_TOTAL_BYTES": 0, "COMPRESSOR": "none"}
     zeros = elf(bytes(40 * MIB) + NOISE[: MIB + 99] + bytes(40 * MIB))
     small_disk.run(zeros)
     assert small_disk.attributes()["truncated"] == "keep_free"

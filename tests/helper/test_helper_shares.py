@@ -141,7 +141,7 @@ def use_up(directory, what):
 @pytest.mark.parametrize("what", ["block", "inode"])
 @pytest.mark.parametrize("keep_free", [0, 15])
 def test_every_loss_is_counted_when_the_last_block_or_inode_is_used_up(small_disk, what, keep_free):
-    small_disk.settings = {"KEEP_FREE_PERCENT": keep_free}
+    small_disk.settings = {"KEEP_FREE_PERCENT": keep_free, "MAX_TOTAL_BYTES": 0}
     small_disk.run(CORE)
     (small_disk.watch_dir / small_disk.names()[0]).unlink()
     use_up(small_disk.watch_dir, what)

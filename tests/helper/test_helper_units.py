@@ -142,6 +142,8 @@ def test_any_header_is_survived(rest, kind):
         ("LEVEL", "0", "from 1 to 9"),
         ("LEVEL", "ten", "from 1 to 9"),
         ("KEEP_FREE_PERCENT", "100", "from 0 to 99"),
+        ("MAX_TOTAL_BYTES", "most", "half"),
+        ("MAX_TOTAL_BYTES", "-1", "half"),
         ("DEADLINE_SECONDS", "-1", "from 1 to"),
         ("RATE_LIMIT", "5", "5/600"),
         ("RATE_LIMIT", "5/x", "5/600"),

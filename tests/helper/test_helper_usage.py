@@ -31,10 +31,12 @@ def records(directory):
 
 
 @pytest.fixture
-def settings():
-    """MAX_TOTAL_BYTES alone limits the disk."""
+def settings(directory):
+    """MAX_TOTAL_BYTES alone limits the disk; it is more than the dumps of a test, and less than what is in use."""
+    space = os.fstatvfs(directory)
     made = Settings()
-    made.KEEP_FREE_PERCENT, made.MAX_TOTAL_BYTES = 0, 1 << 40
+    made.KEEP_FREE_PERCENT = 0
+    made.MAX_TOTAL_BYTES = max(64 * MIB, (space.f_blocks - space.f_bfree) * space.f_frsize)
     return made
 
 
@@ -126,14 +128,16 @@ def test_damaged_count_is_replaced_by_a_new_one(watch_dir, directory, records, s
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts, needs root: sudo make test")
-@pytest.mark.parametrize("limit", ["KEEP_FREE_PERCENT", "MAX_TOTAL_BYTES"])
+@pytest.mark.parametrize("limit", ["KEEP_FREE_PERCENT", "MAX_TOTAL_BYTES", "half"])
 def test_dumps_of_one_user_leave_room_on_the_disk_for_others(station, limit):
-    size = 24 if limit == "KEEP_FREE_PERCENT" else 64
+    size = {"KEEP_FREE_PERCENT": 24, "MAX_TOTAL_BYTES": 64, "half": 32}[limit]
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "none", station.watch_dir], check=True)
     try:
         station.watch_dir.chmod(0o700)
-        station.settings = {"COMPRESSOR": "none", "MAX_CONCURRENT": 0}
-        station.settings[limit] = 33 if limit == "KEEP_FREE_PERCENT" else 16 * MIB
+        station.settings = {"COMPRESSOR": "none", "MAX_CONCURRENT": 0, "MAX_TOTAL_BYTES": 0}
+        values = {"KEEP_FREE_PERCENT": 33, "MAX_TOTAL_BYTES": 16 * MIB, "half": "half"}
+        limit, value = limit.replace("half", "MAX_TOTAL_BYTES"), values[limit]
+        station.settings[limit] = value
         core = elf(os.urandom(2 * MIB - 4096))
         logs = [station.run(core, "-u1000", "-s11", "-t17", "-d1", name="greedy") for _ in range(9)]
         kept = [name for name in station.names() if "greedy" in name]
