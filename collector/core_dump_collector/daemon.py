@@ -203,7 +203,8 @@ class Daemon:
         if (collecting, obstacle) != (self._health.is_collecting, self._health.obstacle):
             self._health.set_state(collecting=collecting, obstacle=obstacle)
             if obstacle:
-                log.warning("not ready", why=obstacle)
+                write = log.warning if store.is_known else log.info
+                write("not ready", why=obstacle)
             else:
                 log.info("ready", waiting=len(self._backlog))
         if store.is_known:

@@ -37,8 +37,8 @@ def rename_into(directory, elsewhere):
 
 
 def rename_within(directory, elsewhere):
-    (directory / "core-old").mkdir()
-    (directory / "core-old").rename(directory / "core-other")
+    (directory / "core-first").mkdir()
+    (directory / "core-first").rename(directory / "core-other")
 
 
 def rename_away(directory, elsewhere):
@@ -56,17 +56,16 @@ def rename_a_partial(directory, elsewhere):
     (directory / f"{NAME}.partial").rename(directory / "core-x.gz.partial")
 
 
-@pytest.mark.parametrize(
-    "change", [rename_into, rename_within, rename_away, make_and_remove, rename_a_partial]
-)
 def test_directories_that_come_and_go_in_the_watch_directory_end_nothing(
-    seaweed, bucket, watch_dir, tmp_path, change
+    seaweed, bucket, watch_dir, tmp_path
 ):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    changes = [rename_into, rename_within, rename_away, make_and_remove, rename_a_partial]
     with running(watch_dir, seaweed.environ(), tmp_path) as collector:
-        change(watch_dir, elsewhere)
-        wait_collected(collector, watch_dir)
+        for number, change in enumerate(changes, 1):
+            elsewhere = tmp_path / f"elsewhere-{number}"
+            elsewhere.mkdir()
+            change(watch_dir, elsewhere)
+            wait_collected(collector, watch_dir, number)
 
 
 @pytest.fixture
