@@ -3,6 +3,7 @@ import http.client
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -149,6 +150,30 @@ def test_startup_file_has_no_heartbeat_while_the_loop_stands_still(tmp_path, mon
     health.end()
 
 
+FILL = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)
+print("filling", flush=True)
+while True:
+    try:
+        os.write(fd, bytes(4096))
+    except OSError:
+        pass
+"""
+
+
+@contextlib.contextmanager
+def filled_at_once(path):
+    """Let a process take every block of the file system that becomes free."""
+    command = [sys.executable, "-c", FILL, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as filler:
+        try:
+            assert filler.stdout.readline() == b"filling\n"
+            yield
+        finally:
+            filler.kill()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, needs root: sudo make test")
 def test_full_disk_keeps_the_word_and_is_told_when_it_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(health_module, "HEARTBEAT_SECONDS", 0.05)
@@ -162,6 +187,11 @@ def test_full_disk_keeps_the_word_and_is_told_when_it_cannot_be_written(tmp_path
                 pass
         health.set_state(collecting=True)
         wait_word(disk / "startup", "ready")
+        with filled_at_once(disk / "greedy"):
+            for _ in range(40):
+                health.beat()
+                assert not threading.Event().wait(0.02)
+        assert (disk / "startup").read_text() == "ready\n"
         (disk / "startup").unlink()
         with contextlib.suppress(OSError), (disk / "more").open("wb", buffering=0) as filler:
             filler.write(bytes(4096))

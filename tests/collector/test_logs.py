@@ -1,4 +1,5 @@
 import json
+import threading
 
 import pytest
 import structlog
@@ -29,3 +30,39 @@ def test_json_lines_parse_and_hold_the_escaped_name(capsys):
     event = json.loads(capsys.readouterr().err)
     assert event["event"] == "uploaded"
     assert event["file"] == 'core-"},{\\n\\udcff'
+
+
+class Stalled:
+    """A stream whose reader has stopped: `write` waits until it goes on."""
+
+    def __init__(self):
+        self.goes_on = threading.Event()
+        self.written = []
+
+    def write(self, line):
+        self.goes_on.wait(60)
+        self.written.append(line)
+
+    def flush(self):
+        pass
+
+
+def test_lines_that_a_stopped_reader_cannot_take_are_dropped_and_counted():
+    stream = Stalled()
+    writer = logs.LogWriter(stream)
+    for number in range(logs.MOST_LINES + 100):
+        writer.write(f"{number}\n")
+    assert 90 <= writer.dropped <= 100, "one line may be with the thread"
+    dropped = writer.dropped
+    writer.drain(0.1)
+    stream.goes_on.set()
+    writer.drain(30)
+    assert len(stream.written) == logs.MOST_LINES + 100 - dropped
+    assert stream.written[:2] == ["0\n", "1\n"]
+
+
+def test_without_a_stream_nothing_fails():
+    writer = logs.LogWriter(None)
+    writer.write("line\n")
+    writer.drain(10)
+    assert writer.dropped == 1
