@@ -29,6 +29,7 @@ from core_dump_collector.s3.errors import (
 from core_dump_collector.s3.smallbody import SmallPut
 from core_dump_collector.s3.verdict import Content, Found
 from core_dump_format.crc32 import encode_crc32
+from core_dump_format.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _UPLOAD_ID = re.compile(r"[\x21-\x7e]{1,512}")
 _MOST_LIST_PAGES = 20
+_PART_FIELDS = {"PartNumber", "ETag", "Size"}
 
 
 class Store:
@@ -124,6 +126,8 @@ class Store:
             call = self._client.list_parts
             page = self._call(call, None, Key=key, UploadId=upload_id, PartNumberMarker=marker)
             for part in page.get("Parts", []):
+                if not part.keys() >= _PART_FIELDS:
+                    continue  # it is sent again
                 found = Found(part["Size"], part.get("ChecksumCRC32"), str(part["ETag"]))
                 parts[part["PartNumber"]] = found
             following = page.get("NextPartNumberMarker", 0)
@@ -214,6 +218,10 @@ class Store:
             raise classify.translate(error) from error
         except BotoCoreError as error:
             raise classify.translate(error) from error
+        except ValueError as error:
+            raise _unreadable(error) from error
+        if "ContentLength" not in answer:
+            raise _unreadable("it has no Content-Length")
         return Found(answer["ContentLength"], answer.get("ChecksumCRC32"), str(answer.get("ETag", "")))
 
     def put_document(self, key: str, document: bytes, *, conditional: bool) -> Found:
@@ -268,6 +276,8 @@ class Store:
             if part is not None and part.error is not None:
                 raise part.error from error
             raise classify.translate(error) from error
+        except ValueError as error:
+            raise _unreadable(error) from error
         if "IfNoneMatch" in parameters:
             self.condition.succeed()
         return answer
@@ -319,6 +329,12 @@ def _found(answer: Mapping[str, Any]) -> Found:
     if not etag.strip('"'):
         raise RetryableError(RetryReason.SERVER, "the response has no ETag", outcome_unknown=True)
     return Found(None, answer.get("ChecksumCRC32"), etag)
+
+
+def _unreadable(why: ValueError | str) -> RetryableError:
+    """Return the error for an answer that lacks a field, or has a number or a date that is none (botocore's parser)."""
+    detail = printable(f"the store's answer cannot be read: {why}")[:200]
+    return RetryableError(RetryReason.SERVER, detail, outcome_unknown=True)
 
 
 def _condition(conditional: bool) -> dict[str, str]:  # noqa: FBT001  one parameter
