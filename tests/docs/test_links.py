@@ -27,3 +27,10 @@ def test_make_targets_that_pages_name_exist():
     for page in PAGES:
         named |= set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", page.read_text(), re.MULTILINE))
     assert named <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_pages_name_exist(page):
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    named = {re.sub("::.*", "", code) for code in re.findall(r"`([a-z]+/[\w./:-]+)`", page.read_text())}
+    assert [name for name in named if name.partition("/")[0] in folders and not (ROOT / name).exists()] == []
