@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 from dataclasses import asdict
 from unittest import mock
@@ -445,6 +446,80 @@ def test_uploads_are_not_listed_for_a_dump_that_was_never_tried(path):
     with fake_s3(Manners()) as store:
         assert attempt(store, path).outcome == Outcome.UPLOADED
         assert store.asked("GET") == 0
+
+
+# Responses that are cut or lie
+
+
+def mangling(dice):
+    """Return a function that leaves out, cuts or replaces pieces of about every third response."""
+
+    def mangle(body, headers):
+        if dice.random() < 0.65:
+            return body, headers
+        for name in list(headers):
+            if dice.random() < 0.4:
+                headers[name] = dice.choice(["", "x", "-1", "\xff", "9" * 30])
+                if name == "Content_Length" or dice.random() < 0.5:
+                    del headers[name]
+        body = re.sub(r"<(\w+)>[^<]*</\1>", mangle_element, body)
+        return body[: dice.choice([0, 30, 10_000, 10_000])], headers
+
+    def mangle_element(match):
+        """Leave an element out, or replace its text."""
+        junk = dice.choice(["", "x", "-1", "9" * 30, "&#9;"])
+        return dice.choice([match[0], match[0], "", f"<{match[1]}>{junk}</{match[1]}>"])
+
+    return mangle
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("seed", range(12))
+def test_mangled_response_is_a_retry_and_never_an_internal_fault(path, size, seed):
+    content = os.urandom(SIZES[size])
+    path.write_bytes(content)
+    dice = random.Random(seed)
+    with fake_s3(Manners(etags=dice.choice(["md5", "foreign"]))) as store:
+        if size == "multipart":
+            begin_an_upload(store, path, {1: content[: 5 * MEBIBYTE]})
+        store.mangle = mangling(dice)
+        for _ in range(6):
+            result = attempt(store, path, attempts=1)
+            assert result.retry_reason != RetryReason.INTERNAL, result.detail
+            if not path.exists():
+                break
+        assert path.exists() or content in dumps_in(store).values()
+
+
+@pytest.mark.parametrize("text", [None, "x", "9" * 30])
+@pytest.mark.parametrize("name", ["PartNumber", "Size", "ETag", "UploadId"])
+def test_list_without_a_field_is_no_answer_to_rely_on(path, name, text):
+    content = os.urandom(SIZES["multipart"])
+    path.write_bytes(content)
+    with fake_s3(Manners()) as store:
+        if name == "UploadId":
+            with killed_after_creation():
+                attempt(store, path)
+        else:
+            begin_an_upload(store, path, {1: content[: 5 * MEBIBYTE]})
+        put = "" if text is None else f"<{name}>{text}</{name}>"
+        store.mangle = lambda body, headers: (re.sub(f"<{name}>[^<]*</{name}>", put, body), headers)
+        assert attempt(store, path).retry_reason != RetryReason.INTERNAL
+        assert path.exists() or content in dumps_in(store).values()
+
+
+def test_head_without_a_length_is_no_answer_to_rely_on(path):
+    path.write_bytes(b"dump")
+    with fake_s3(Manners(etags="foreign", checksums="head")) as store:
+        store.mangle = lambda body, headers: (
+            body,
+            {k: v for k, v in headers.items() if k != "Content_Length"},
+        )
+        store.no_length = True
+        result = attempt(store, path, attempts=1)
+        assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.SERVER)
+        assert "Content-Length" in result.detail
+    assert path.exists()
 
 
 # What `check` says

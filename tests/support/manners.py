@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 BUCKET = "dumps"
 _REFUSALS = {
@@ -75,6 +75,10 @@ class FakeS3:
     """Method, what it asks for, and whether it had If-None-Match."""
     endpoint: str = ""
     was_cut: bool = False
+    mangle: Callable[[str, dict[str, str]], tuple[str, dict[str, str]]] | None = None
+    """Changes the body and the headers of each response."""
+    no_length: bool = False
+    """Responses to HEAD have no Content-Length."""
     damaged_parts: int = 0
     """So many parts are damaged on their way, and the responses say so."""
     refuse_metadata_with: int = 0
@@ -124,10 +128,12 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def answer(self, status: int, body: str = "", **headers: str) -> None:
+        if self.store.mangle is not None:
+            body, headers = self.store.mangle(body, headers)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
-        if "Content_Length" not in headers:
+        if "Content_Length" not in headers and not (self.store.no_length and self.command == "HEAD"):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body.encode())
