@@ -231,6 +231,17 @@ def test_object_of_another_under_the_key_is_never_overwritten(path, size, manner
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_same_dump_under_the_key_is_recognised_and_leaves_no_upload(path, size):
+    content = os.urandom(SIZES[size])
+    path.write_bytes(content)
+    with fake_s3(Manners()) as store:
+        store.objects[KEY] = content
+        assert attempt(store, path).outcome == Outcome.ALREADY_STORED
+        assert (dumps_in(store), store.uploads) == ({KEY: content}, {})
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_key_that_was_taken_while_head_failed_does_not_count_as_tried(path, size):
     content = os.urandom(SIZES[size])
     path.write_bytes(content)
