@@ -22,6 +22,7 @@ from tests.support.uploads import MEBIBYTE, connected, send
 from core_dump_collector.jobs import Outcome
 
 RELEASES = sorted((Path(__file__).parents[1] / "fixtures").glob("release-*"))
+assert RELEASES, "without fixtures nothing would be tested"
 KEY = f"node-1/{PARTS_NAME}"
 CHANGED = {"uploaded_at", "collector_version"}
 """Fields of a metadata object that differ with each upload."""
