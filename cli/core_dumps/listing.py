@@ -18,7 +18,7 @@ from core_dumps.errors import CliError, UsageError
 from core_dumps.options import Json, Selection, with_selection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from core_dumps import tables
     from core_dumps.bucket import Bucket
@@ -62,19 +62,25 @@ def list_dumps(
         found = _some(selection, bucket, reads_all=everything or group, count=None if group else limit)
         if oldest_first and not group:
             found = iter(list(found)[::-1])
-        first = next(found, None)
-        if first is None:
+        if (first := next(found, None)) is None:
             raise selection.no_match(bucket)
         dumps = itertools.chain([first], found)
-        if field:
-            tables.print_values(show.console(), dumps, field)
-        elif group:
-            groups = tables.groups(dumps)[:limit]
-            _print_groups(groups[::-1] if oldest_first else groups, json, legend=not no_legend)
-        elif json is not Json.OFF:
-            tables.print_json(show.console(), map(tables.document, dumps), json)
+        if group and not field:
+            groups = tables.groups(dumps)[:limit][:: -1 if oldest_first else 1]
+            _print_groups(groups, json, legend=not no_legend)
         else:
-            tables.print_rows(show.console(), tables.COLUMNS, map(tables.row, dumps), legend=not no_legend)
+            _print_dumps(dumps, field, json, legend=not no_legend)
+
+
+def _print_dumps(dumps: Iterable[Dump], field: str | None, json: Json, *, legend: bool) -> None:
+    from core_dumps import tables
+
+    if field:
+        tables.print_values(show.console(), dumps, field)
+    elif json is not Json.OFF:
+        tables.print_json(show.console(), map(tables.document, dumps), json)
+    else:
+        tables.print_rows(show.console(), tables.COLUMNS, map(tables.row, dumps), legend=legend)
 
 
 def _print_groups(groups: list[tables.Group], json: Json, *, legend: bool) -> None:

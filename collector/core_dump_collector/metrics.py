@@ -38,13 +38,22 @@ class Metrics:
         """Create all of them, each with its label values, so that rates are right from the first event."""
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a third of all samples, which nobody asks for
         self.registry = CollectorRegistry()
-        r = self.registry
+        self._shown_store: tuple[bool, str] | None = None
+        self._add_uploads(self.registry)
+        self._add_dumps(self.registry)
+        self._add_losses(self.registry)
+        self._add_backlog(self.registry)
+        self._add_node(self.registry)
+        self._add_process(self.registry)
+
+    def _add_uploads(self, r: CollectorRegistry) -> None:
         self.uploads = Counter(
             "core_dump_uploads", "Dumps that left the directory, by result.", ["result"], registry=r
         )
         self.skipped = Counter(
             "core_dump_files_skipped", "Files that were not uploaded, by reason.", ["reason"], registry=r
         )
+        self.retries = Counter("core_dump_retries", "Failed attempts, by reason.", ["reason"], registry=r)
         self.upload_bytes = Counter("core_dump_upload_bytes", "Bytes stored in S3.", registry=r)
         self.upload_seconds = Histogram(
             "core_dump_upload_duration_seconds",
@@ -52,34 +61,83 @@ class Metrics:
             registry=r,
             buckets=_SECONDS,
         )
+        self.inflight = Gauge("core_dump_inflight_uploads", "Dumps being uploaded.", registry=r)
+        self.store_reachable = Gauge(
+            "core_dump_store_reachable",
+            "1 while the store takes dumps; 0 with the reason while it does not. Absent until it was asked.",
+            ["reason"],
+            registry=r,
+        )
+        _preset(self.uploads, _UPLOADS)
+        _preset(self.skipped, _SKIPPED)
+        _preset(self.retries, RetryReason)
+
+    def _add_dumps(self, r: CollectorRegistry) -> None:
         self.dump_bytes = Histogram(
             "core_dump_dump_size_bytes", "Size of a dump on disk.", registry=r, buckets=_BYTES
         )
         self.dumps = Counter("core_dump_dumps", "Dumps stored, by signal.", ["signal"], registry=r)
-        self.discarded = Counter(
-            "core_dump_dumps_discarded",
-            "Dumps deleted by DISCARD_AFTER_SECONDS without being stored.",
-            registry=r,
-        )
         self.truncated = Counter("core_dump_dumps_truncated", "Dumps stored that are not whole.", registry=r)
         self.sensitive = Counter("core_dump_dumps_sensitive", "Dumps stored that are sensitive.", registry=r)
         self.salvaged = Counter(
             "core_dump_partials_salvaged", "Abandoned partial dumps that were salvaged.", registry=r
         )
+
+    def _add_losses(self, r: CollectorRegistry) -> None:
         self.dropped = Counter(
             "core_dump_dumps_dropped", "Dumps the helper refused, by reason.", ["reason"], registry=r
         )
-        self.retries = Counter("core_dump_retries", "Failed attempts, by reason.", ["reason"], registry=r)
+        self.discarded = Counter(
+            "core_dump_dumps_discarded",
+            "Dumps deleted by DISCARD_AFTER_SECONDS without being stored.",
+            registry=r,
+        )
+        self.quarantined = Gauge(
+            "core_dump_quarantined_files",
+            "Dumps in quarantine/: the store refused them for good.",
+            registry=r,
+        )
+        _preset(self.dropped, DROP_REASONS)
+
+    def _add_backlog(self, r: CollectorRegistry) -> None:
+        self.backlog_files = Gauge("core_dump_backlog_files", "Dumps that wait on disk.", registry=r)
+        self.backlog_bytes = Gauge("core_dump_backlog_bytes", "Their size on disk.", registry=r)
+        self.backlog_oldest = Gauge(
+            "core_dump_backlog_oldest_seconds", "Age of the oldest waiting dump.", registry=r
+        )
+
+    def _add_node(self, r: CollectorRegistry) -> None:
+        self.free_bytes = Gauge(
+            "core_dump_watch_directory_free_bytes", "Free space of its file system.", registry=r
+        )
+        self.watched = Gauge(
+            "core_dump_watch_directory_watched",
+            "1 while the directory is there and collected.",
+            registry=r,
+        )
+        self.insecure = Gauge(
+            "core_dump_watch_directory_insecure", "1 if users other than root may write to it.", registry=r
+        )
+        self.pattern_ours = Gauge(
+            "core_dump_core_pattern_ours", "1 if a crash on the node leads to this directory.", registry=r
+        )
+        self.inotify_active = Gauge(
+            "core_dump_inotify_active",
+            "1 while inotify reports new dumps; 0 while the directory is scanned every few seconds instead.",
+            registry=r,
+        )
         self.overflows = Counter(
             "core_dump_inotify_overflows",
             "Times the kernel dropped events, so that the directory was scanned.",
             registry=r,
         )
-        self.rebuilds = Counter(
-            "core_dump_pool_rebuilds", "Times a worker died and the pool was restarted.", registry=r
-        )
         self.watch_losses = Counter(
             "core_dump_watch_losses", "Times the directory was deleted, moved or remounted.", registry=r
+        )
+
+    def _add_process(self, r: CollectorRegistry) -> None:
+        self.rebuilds = Counter(
+            "core_dump_pool_rebuilds", "Times a worker died and the pool was restarted.", registry=r
         )
         self.unobserved = Counter(
             "core_dump_observation_failures",
@@ -92,57 +150,13 @@ class Metrics:
             "Log lines that were dropped because nobody read them.",
             registry=r,
         )
-        self._shown_store: tuple[bool, str] | None = None
-        self._add_gauges(r)
-        _preset(self.uploads, _UPLOADS)
-        _preset(self.skipped, _SKIPPED)
-        _preset(self.retries, RetryReason)
-        _preset(self.dropped, DROP_REASONS)
-        _preset(self.unobserved, Look)
-
-    def _add_gauges(self, r: CollectorRegistry) -> None:
-        self.backlog_files = Gauge("core_dump_backlog_files", "Dumps that wait on disk.", registry=r)
-        self.backlog_bytes = Gauge("core_dump_backlog_bytes", "Their size on disk.", registry=r)
-        self.backlog_oldest = Gauge(
-            "core_dump_backlog_oldest_seconds", "Age of the oldest waiting dump.", registry=r
-        )
-        self.store_reachable = Gauge(
-            "core_dump_store_reachable",
-            "1 while the store takes dumps; 0 with the reason while it does not. Absent until it was asked.",
-            ["reason"],
-            registry=r,
-        )
-        self.inflight = Gauge("core_dump_inflight_uploads", "Dumps being uploaded.", registry=r)
-        self.free_bytes = Gauge(
-            "core_dump_watch_directory_free_bytes", "Free space of its file system.", registry=r
-        )
-        self.watched = Gauge(
-            "core_dump_watch_directory_watched",
-            "1 while the directory is there and collected.",
-            registry=r,
-        )
-        self.inotify_active = Gauge(
-            "core_dump_inotify_active",
-            "1 while inotify reports new dumps; 0 while the directory is scanned every few seconds instead.",
-            registry=r,
-        )
-        self.insecure = Gauge(
-            "core_dump_watch_directory_insecure", "1 if users other than root may write to it.", registry=r
-        )
-        self.quarantined = Gauge(
-            "core_dump_quarantined_files",
-            "Dumps in quarantine/: the store refused them for good.",
-            registry=r,
-        )
-        self.pattern_ours = Gauge(
-            "core_dump_core_pattern_ours", "1 if a crash on the node leads to this directory.", registry=r
-        )
         self.build_info = Gauge(
             "core_dump_build_info",
             "Always 1; its labels say which version runs.",
             ["version", "python"],
             registry=r,
         )
+        _preset(self.unobserved, Look)
         self.build_info.labels(__version__, platform.python_version()).set(1)
 
     def observe(self, result: UploadResult) -> None:
