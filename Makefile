@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 DEMO_READY := $(VENV)/.demo-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: mutants deploy-tools help demo picture run test test-swift test-large check format torture bench docs wheel clean packages
+.PHONY: mutants deploy-tools help demo picture run test test-swift test-programs test-large check format torture bench docs wheel clean packages
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,10 @@ mutants: $(READY) packages ## ONLY=regex: change one line that decides about a l
 
 test-swift: $(READY) packages ## a store without checksums and conditions; needs Debian's swift-* and memcached
 	SWIFT=1 $(BIN)/python -m pytest tests/integration/test_store_swift.py $(PYTEST_FLAGS)
+
+test-programs: $(READY) packages ## crash Redis, Java, Node, Python and others; minutes; installs them
+	@sh tests/support/packages.sh programs
+	PROGRAMS=1 $(BIN)/python -m pytest tests/kernel/test_vital_programs.py $(PYTEST_FLAGS)
 
 test-large: $(READY) packages ## LARGE_GIB=10: dumps of that size; minutes, and twice the disk
 	LARGE_GIB=$(LARGE_GIB) $(BIN)/python -m pytest --timeout 1800 tests/integration/test_large_dumps.py $(PYTEST_FLAGS)

@@ -22,6 +22,19 @@ if [ "${1:-}" = venv ]; then # Debian ships Python without the module that makes
     install python3-venv
     exit
 fi
+if [ "${1:-}" = programs ]; then # what `make test-programs` crashes
+    need g++ /usr/bin/g++
+    need gcc-multilib /usr/include/asm
+    need redis-server /usr/bin/redis-server
+    need default-jdk-headless /usr/bin/java
+    need nodejs /usr/bin/node
+    need python3 /usr/bin/python3
+    need elfutils /usr/bin/eu-stack
+    [ -n "$missing" ] || exit 0
+    # shellcheck disable=SC2086  # a list of words
+    install $missing
+    exit
+fi
 need pigz /usr/bin/pigz
 need gdb /usr/bin/gdb
 need gcc /usr/bin/gcc

@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#pragma weak _r_debug /* a static program has none */
 #define SIZE (1 << 20)
 static const char *hostile = "";
 static pthread_barrier_t all_there;
@@ -52,7 +53,11 @@ __attribute__((noinline)) static void die_here(const char *word, int depth)
     if (depth)
         die_here(word, depth - 1);
     else if (!strcmp(hostile, "nowhere"))
+#ifdef __x86_64__
         __asm__ volatile("mov $16, %rsp\n\tpush %rax");
+#else
+        abort();
+#endif
     else
         *(volatile int *)8 = 1;
     __asm__ volatile("");
