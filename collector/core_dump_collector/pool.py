@@ -13,8 +13,7 @@ import os
 import queue
 import threading
 import time
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Future
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from core_dump_collector.jobs import Job, RetryReason, fail
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Executor
     from multiprocessing.process import BaseProcess
 
     from core_dump_collector.jobs import AnyJob, AnyResult
@@ -82,11 +82,16 @@ class Pool:
         self._options = options
         self._wake = wake
         self._starter = Starter(workers, _PRELOAD, _begin_worker, (options,))
-        self._done: queue.SimpleQueue[tuple[AnyJob, Future[AnyResult]]] = queue.SimpleQueue()
+        self._executor: Executor | None = None
+        """None until a job needs one, also after one was discarded."""
+        self._jobs: dict[Future[AnyResult], AnyJob] = {}
+        """Jobs in flight. A future that is not in it belongs to an executor that was discarded."""
+        self._done: queue.SimpleQueue[Future[AnyResult]] = queue.SimpleQueue()
         self._deadlines: Deadlines[Future[AnyResult]] = Deadlines(workers)
         self._hung: set[Future[AnyResult]] = set()
         self._stopped_since: dict[int, float] = {}
-        self._executor = self._starter.start()
+        self._lacks_resources = False
+        """A job could not be handed over; no other is wanted before the next heartbeat."""
         self.rebuilds = 0
         """How often the pool was restarted because a worker died."""
 
@@ -98,6 +103,8 @@ class Pool:
     @property
     def room(self) -> int:
         """Return how many more jobs should be submitted."""
+        if self._lacks_resources:
+            return 0
         return 2 * self._workers - len(self._deadlines)
 
     @property
@@ -110,69 +117,95 @@ class Pool:
         return bool(self._deadlines.overdue(now - STUCK_SECONDS))
 
     def submit(self, job: AnyJob) -> None:
-        """Hand a job to the next free worker."""
+        """Hand a job to the next free worker; one that cannot be handed over comes back as a retry."""
         future = self._schedule(job)
         request_seconds = self._options.connect_timeout_seconds + self._options.read_timeout_seconds
+        self._jobs[future] = job
         self._deadlines.add(future, seconds_for(_size_of(job), request_seconds), time.monotonic())
-        future.add_done_callback(lambda done: self._land(job, done))
+        future.add_done_callback(self._land)
 
     def _schedule(self, job: AnyJob) -> Future[AnyResult]:
         try:
-            return self._executor.submit(_process, job)
-        except BrokenProcessPool:
+            return self._hand_over(job)
+        except BrokenExecutor:  # a worker died, and `collect` has not seen it yet
             self._rebuild()
-        except (
-            OSError,
-            EOFError,
-        ) as error:  # no process can be started now: no memory, too many processes or files
+        except Exception as error:  # noqa: BLE001  no memory, too many processes, threads or files
             return self._withdraw(error)
         try:
-            return self._executor.submit(_process, job)
-        except (OSError, EOFError, RuntimeError) as error:
+            return self._hand_over(job)
+        except Exception as error:  # noqa: BLE001
             return self._withdraw(error)
 
+    def _hand_over(self, job: AnyJob) -> Future[AnyResult]:
+        if self._executor is None:
+            self._executor = self._starter.start()
+        return self._executor.submit(_process, job)
+
     def _withdraw(self, error: Exception) -> Future[AnyResult]:
-        """Return the future of a job that could not be given to a worker; `submit` has queued it before it failed."""
-        queued: dict[int, Any] = getattr(self._executor, "_pending_work_items", {})
-        item = queued.get(getattr(self._executor, "_queue_count", 0) - 1)
-        if item is not None and not item.future.cancel():
-            running: Future[AnyResult] = item.future
-            return running
+        """Return the future of a job that could not be handed over; `submit` may have queued it before it failed.
+
+        An executor whose threads run keeps its other jobs; any other one would never return a result.
+        """
+        self._lacks_resources = True
+        if self._is_served:
+            queued: dict[int, Any] = getattr(self._executor, "_pending_work_items", {})
+            item = queued.get(getattr(self._executor, "_queue_count", 0) - 1)
+            if item is not None and not item.future.cancel():
+                running: Future[AnyResult] = item.future
+                return running
+        else:
+            self._discard()
         failed: Future[AnyResult] = Future()
         failed.set_exception(OSError(f"no worker process can be started: {error}"))
         return failed
 
-    def _land(self, job: AnyJob, future: Future[AnyResult]) -> None:
-        self._done.put((job, future))
+    @property
+    def _is_served(self) -> bool:
+        """Tell whether a thread of the executor hands out jobs and returns results."""
+        threads = {
+            getattr(self._executor, "_executor_manager_thread", None),
+            *getattr(self._executor, "_threads", ()),
+        }
+        return any(thread is not None and thread.is_alive() for thread in threads)
+
+    def _land(self, future: Future[AnyResult]) -> None:
+        self._done.put(future)
         self._wake()
 
     def collect(self) -> list[AnyResult]:
         """Return the results that are in, without waiting; a dead worker's jobs come back as retries."""
         results: list[AnyResult] = []
-        broken = False
         while True:
             try:
-                job, future = self._done.get_nowait()
+                future = self._done.get_nowait()
             except queue.Empty:
                 break
-            self._deadlines.remove(future, time.monotonic())
-            hung = future in self._hung
-            self._hung.discard(future)
-            try:
-                results.append(future.result())
-            except BrokenProcessPool:
-                broken = True
-                results.append(fail(job, *(_HUNG if hung else _DIED)))
-            except OSError as error:
-                results.append(fail(job, RetryReason.WORKER_DIED, str(error)[:500]))
-            except Exception as error:  # noqa: BLE001  the boundary to the workers: nothing may end the daemon
-                results.append(fail(job, RetryReason.INTERNAL, repr(error)[:500]))
-        if broken:
+            if future in self._jobs:
+                self._deadlines.remove(future, time.monotonic())
+                results.append(self._result_of(self._jobs.pop(future), future))
+                self._hung.discard(future)
+        if getattr(self._executor, "_broken", False):
             self._rebuild()
         return results
 
+    def _result_of(self, job: AnyJob, future: Future[AnyResult]) -> AnyResult:
+        try:
+            return future.result(timeout=0)
+        except (BrokenExecutor, TimeoutError):  # the latter: its executor was discarded
+            return fail(job, *(_HUNG if future in self._hung else _DIED))
+        except OSError as error:
+            return fail(job, RetryReason.WORKER_DIED, str(error)[:500])
+        except Exception as error:  # noqa: BLE001  the boundary to the workers: nothing may end the daemon
+            return fail(job, RetryReason.INTERNAL, repr(error)[:500])
+
     def kill_hung(self, now: float) -> None:
-        """Kill the workers if a job is past its deadline, or if one of them was stopped a while ago."""
+        """Kill the workers if a job is past its deadline, or if one of them was stopped a while ago.
+
+        To be called with every heartbeat. It also discards an executor whose thread has ended: no result would come.
+        """
+        self._lacks_resources = False
+        if self._executor is not None and not self._is_served:
+            self._rebuild()
         hung = set(self._deadlines.overdue(now)) - self._hung
         if hung or (self._is_one_stopped(now) and self.in_flight):
             self._hung |= hung
@@ -185,12 +218,20 @@ class Pool:
         return any(since <= now - STOPPED_SECONDS for since in self._stopped_since.values())
 
     def _rebuild(self) -> None:
-        if getattr(self._executor, "_broken", False):  # a fresh one stays
-            # The dead worker may have held a lock that the others wait for, and the executor waits for them.
-            _kill_all()
+        """Discard the executor, whose worker has died; the next job gets another one."""
+        self._discard()
+        self.rebuilds += 1
+
+    def _discard(self) -> None:
+        """Kill the workers and forget their executor; its jobs come back as retries."""
+        # The dead worker may have held a lock that the others wait for, and the executor waits for them.
+        _kill_all()
+        if self._executor is not None:
             self._executor.shutdown(wait=False)
-            self._executor = self._starter.start()
-            self.rebuilds += 1
+            self._executor = None
+        for future in self._jobs:
+            if not future.done():
+                self._land(future)
 
     def kill(self) -> bool:
         """End every worker at once; what it was doing is on disk for the next start.
@@ -201,7 +242,8 @@ class Pool:
         deadline = time.monotonic() + _KILL_SECONDS
         for worker in workers:
             worker.join(max(0.0, deadline - time.monotonic()))
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
         if not self._starter.has_processes:
             return not self.in_flight
         return not any(worker.is_alive() for worker in workers)

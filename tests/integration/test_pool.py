@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import threading
 import time
+from concurrent.futures import process
 from multiprocessing import forkserver
 
 import pytest
@@ -17,7 +19,7 @@ from tests.support.uploads import NAME, connected, options
 
 from core_dump_collector import pool as pool_module
 from core_dump_collector.deadlines import seconds_for
-from core_dump_collector.jobs import Job, RetryReason
+from core_dump_collector.jobs import Job, RetryReason, Salvage, SalvageResult
 from core_dump_collector.pool import Pool
 
 
@@ -84,3 +86,57 @@ def test_pool_is_stuck_once_killing_does_not_bring_a_job_back(busy):
     deadline = time.monotonic() + seconds_for(2, 35)
     assert not pool.is_stuck(deadline + pool_module.STUCK_SECONDS - 10)
     assert pool.is_stuck(deadline + pool_module.STUCK_SECONDS + 1)
+
+
+@contextlib.contextmanager
+def no_descriptors():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@contextlib.contextmanager
+def no_thread():
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process._ExecutorManagerThread, "start", refuse)
+        yield
+
+
+@pytest.mark.parametrize("scarcity", [no_descriptors, no_thread], ids=lambda value: value.__name__)
+def test_pool_that_cannot_start_returns_its_jobs_and_starts_later(busy, watch_dir, scarcity):
+    pool, worker, woken = busy
+    with scarcity():
+        worker.kill()
+        assert result_of(pool, woken).retry_reason is RetryReason.WORKER_DIED
+        woken.clear()
+        for _ in range(2):
+            pool.submit(Job(str(watch_dir), NAME))
+            assert not pool.has_room
+            result = result_of(pool, woken)
+            assert (result.name, result.retry_reason) == (NAME, RetryReason.WORKER_DIED)
+            woken.clear()
+    pool.kill_hung(time.monotonic())
+    assert pool.has_room
+    pool.submit(Salvage(str(watch_dir), "gone.partial"))
+    assert result_of(pool, woken) == SalvageResult("gone.partial")
+
+
+def test_job_returns_although_the_thread_that_hands_out_jobs_has_ended(busy, watch_dir):
+    pool, worker, woken = busy
+    manager = pool._executor._executor_manager_thread
+    worker.kill()
+    manager.join(10)
+    assert result_of(pool, woken).retry_reason is RetryReason.WORKER_DIED
+    woken.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process._ExecutorManagerThread, "run", lambda _: None)
+        pool.submit(Job(str(watch_dir), NAME))
+        pool._executor._executor_manager_thread.join(10)
+    pool.kill_hung(time.monotonic())
+    assert result_of(pool, woken).retry_reason is RetryReason.WORKER_DIED
