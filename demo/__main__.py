@@ -89,7 +89,11 @@ def collecting(directory: Path, scratch: Path) -> Iterator[Collector]:
 def install_helper(scratch: Path, directory: Path) -> str:
     """Put the helper and its configuration where only root writes; return the core pattern."""
     isal = next((path for path in map(Path, sys.path) if (path / "isal").is_dir()), None)
-    settings = {"WATCH_DIR": directory} | ({"PYTHON_PATH": isal} if isal else {})
+    settings: dict[str, object] = {
+        "WATCH_DIR": directory,
+        "KEEP_FREE_PERCENT": 1,
+    }  # whatever disk this is tried on
+    settings |= {"PYTHON_PATH": isal} if isal else {}
     python = SYSTEM_PYTHON if Path(SYSTEM_PYTHON).exists() else sys.executable
     return kernel.install_helper(scratch, settings, python)
 

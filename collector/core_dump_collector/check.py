@@ -51,9 +51,16 @@ class Finding:
 def check(directory: str, settings: Settings, *, crash: bool = False) -> Iterator[Finding]:
     """Yield the findings as they are made; with `crash`, let a process of our own crash at the end."""
     yield from _check_directory(directory)
-    yield from _check_pattern(directory)
+    leads_here = True
+    for finding in _check_pattern(directory):
+        leads_here = leads_here and finding.level is not Level.FAIL
+        yield finding
     yield _check_store(settings)
-    if crash:
+    if crash and not leads_here:
+        yield Finding(
+            Level.FAIL, "crash: not tried, because of the failures of core pattern and helper above"
+        )
+    elif crash:
         result = crashtest.run(directory)
         yield Finding(Level.GOOD if result.passed else Level.FAIL, result.text)
 

@@ -12,6 +12,13 @@ from core_dump_collector.node.watch import Watch
 from core_dump_format.names import is_partial, parse_name, unpartial
 
 _NAME = "core-check"
+_SIGNAL = signal.SIGSYS
+"""Rare, so that this crash uses up no other crash's RATE_LIMIT: it counts by executable, container and signal."""
+_HELD_SECONDS = 60.0
+_HELD = (
+    f"crash: the process was held for {_HELD_SECONDS:.0f} s, so it was killed: the program in kernel.core_pattern does "
+    "not read the core"
+)
 _BEGIN_SECONDS = 5.0
 """Without even a partial dump after this time, none is coming."""
 _ARRIVAL_SECONDS = 30.0
@@ -36,6 +43,8 @@ def run(directory: str) -> CrashResult:
     try:
         with Watch(directory) as watch:
             status = _crash(name)
+            if status is None:
+                return CrashResult(False, _HELD)
             if not os.WIFSIGNALED(status):
                 return CrashResult(False, "crash: a process of this program could not crash itself")
             dump = _wait_for_dump(watch, directory, name)
@@ -55,8 +64,8 @@ def run(directory: str) -> CrashResult:
     )
 
 
-def _crash(name: str) -> int:
-    """Fork a process of this name that ends by SIGSEGV; return its wait status."""
+def _crash(name: str) -> int | None:
+    """Fork a process of this name that ends by _SIGNAL; return its wait status, None if it is held too long."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -64,12 +73,20 @@ def _crash(name: str) -> int:
                 file.write(name)
             _, most = resource.getrlimit(resource.RLIMIT_CORE)
             resource.setrlimit(resource.RLIMIT_CORE, (most, most))
-            signal.signal(signal.SIGSEGV, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGSEGV)
+            signal.signal(_SIGNAL, signal.SIG_DFL)
+            os.kill(os.getpid(), _SIGNAL)
             time.sleep(1)
         finally:
             os._exit(1)
-    return os.waitpid(pid, 0)[1]
+    deadline = time.monotonic() + _HELD_SECONDS
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(_STEP_SECONDS)
+    os.kill(pid, signal.SIGKILL)  # which ends its dump as well: core(5)
+    os.waitpid(pid, 0)
+    return None
 
 
 def _wait_for_dump(watch: Watch, directory: str, name: str) -> str | None:
@@ -112,5 +129,5 @@ def _explain_missing(directory: str, name: str, *, dumped: bool) -> CrashResult:
     return CrashResult(
         False,
         f"crash: the kernel handed the core over, but no dump reached {directory}: see "
-        "`dmesg | grep core-dump-helper` on the node",
+        "`dmesg | grep core-dump-helper` on the node (after five tries in ten minutes, RATE_LIMIT refuses more)",
     )

@@ -41,6 +41,11 @@ def test_helper_that_is_missing_or_cannot_run_leads_nowhere(helper, tmp_path):
 def test_helper_that_writes_elsewhere_is_not_ours(helper, tmp_path):
     (tmp_path / "other").mkdir()
     assert target(helper, f"{tmp_path}/other") is Target.OTHER_DIRECTORY
+    (tmp_path / "helper.conf").chmod(0o666)
+    assert target(helper, f"{tmp_path}/dumps") is Target.OTHER_DIRECTORY, (
+        "the helper ignores what others can change"
+    )
+    (tmp_path / "helper.conf").chmod(0o644)
     (tmp_path / "helper.conf").write_text("")
     assert target(helper, f"{tmp_path}/dumps") is Target.OTHER_DIRECTORY, "the default is /core_dumps"
 

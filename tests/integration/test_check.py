@@ -14,6 +14,8 @@ import pytest
 from tests.support import kernel, s3
 from tests.support.collector import COMMAND, running
 
+from core_dump_collector import crashtest
+
 KEYS = {"AWS_ACCESS_KEY_ID": "AK", "AWS_SECRET_ACCESS_KEY": "SK", "AWS_REGION": "us-east-1"}
 
 
@@ -203,7 +205,35 @@ def test_crash_of_our_own_is_followed_to_the_bucket(seaweed, bucket, watch_dir, 
 
 
 def test_crash_that_no_helper_takes_names_the_stage(seaweed, bucket, watch_dir, installed):
-    kernel.write_config(installed / "helper.conf", {"WATCH_DIR": watch_dir, "IGNORE_SIGNALS": "11"})
+    kernel.write_config(
+        installed / "helper.conf", {"WATCH_DIR": watch_dir, "IGNORE_SIGNALS": "31", "KEEP_FREE_PERCENT": 0}
+    )
     code, lines = check(watch_dir, seaweed.environ(), "--crash")
     assert code == 1
     assert "the kernel handed the core over, but no dump reached" in line_about(lines, "crash:")
+
+
+def test_crash_is_not_tried_where_no_dump_could_arrive(seaweed, bucket, watch_dir):
+    if not kernel.can_crash():
+        pytest.skip("run as root to set kernel.core_pattern")
+    with kernel.core_pattern("|/bin/false"):
+        code, lines = check(watch_dir, seaweed.environ(), "--crash")
+    assert code == 1
+    assert line_about(lines, "crash:").startswith("FAIL  crash: not tried")
+
+
+def test_process_that_is_held_too_long_is_killed_and_the_handler_named(watch_dir, tmp_path, monkeypatch):
+    if not kernel.can_crash():
+        pytest.skip("run as root to set kernel.core_pattern")
+    handler = Path("/tmp") / f"h{os.getpid()}"
+    handler.write_text("#!/bin/sh\nsleep 30\n")
+    handler.chmod(0o755)
+    monkeypatch.setattr(crashtest, "_HELD_SECONDS", 0.5)
+    try:
+        with kernel.core_pattern(f"|{handler}"):
+            result = crashtest.run(str(watch_dir))
+    finally:
+        handler.unlink()
+        subprocess.run(["pkill", "-f", str(handler)], check=False)
+    assert not result.passed
+    assert "does not read the core" in result.text

@@ -90,10 +90,16 @@ def is_contained() -> bool:
 
 
 def configured_directory(config: str) -> str:
-    """Return WATCH_DIR of a helper.conf; the default if the file does not say, or cannot be read."""
+    """Return the WATCH_DIR that the helper takes from a configuration file; the default where it takes none.
+
+    The helper uses no file that others than root can change.
+    """
     directory = WATCH_DIR
     try:
         with open(config, "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_uid not in {0, os.geteuid()} or status.st_mode & 0o022:
+                return directory
             lines = os.fsdecode(file.read(_MOST_CONFIG_BYTES)).splitlines()
     except OSError:
         return directory
