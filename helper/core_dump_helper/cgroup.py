@@ -116,15 +116,15 @@ def origin_of(metadata: dict[str, bytes]) -> bytes:
     """Return who pays for a crash: its container, otherwise its systemd unit, otherwise its user.
 
     Below /user.slice it is the user of the slice, who can have processes with many uids there (subuid(5)) and can
-    create units; root's slice also holds the processes of other users whom root started. Without a cgroup, because the
-    process is gone, it could be anybody's: root's user of a container must not use the share of the host's root.
+    create units; root's slice also holds the processes of other users whom root started. All processes whose cgroup
+    could not be read are one origin: a container has 65,536 users, and must not get a share for each.
     """
     for name, label in (("container_id", b"container:"), ("pod_uid", b"pod:")):
         if metadata.get(name):
             return label + metadata[name]
     user, path = metadata.get("uid", b""), metadata.get("cgroup")
     if path is None:
-        return b"unknown:" + user
+        return b"unknown"
     if path.startswith(b"/user.slice/user-"):
         owner = path[len(b"/user.slice/user-") :].partition(b".slice")[0]
         return b"user:" + (owner if owner.isdigit() and owner != b"0" else user)

@@ -14,6 +14,9 @@ CORE_SIGNALS = ("SEGV", "ABRT", "BUS", "FPE", "ILL", "QUIT", "TRAP", "SYS", "XCP
 FROM_KERNEL = ("pid", "signal", "timestamp", "uid", "gid", "tid", "dumpable", "rlimit", "thread", "hostname")
 FROM_PROC = ("comm", "ns_pid", "container_id", "pod_uid", "origin", "threads", "exe", "cgroup", "cmdline")
 
+MAX_CGROUP_BYTES = 64 << 10
+"""Of /proc/PID/cgroup: each of 13 hierarchies may have a path of 4,096 bytes."""
+
 
 class Crash:
     """One crash as the kernel describes it. Numbers are decimal digits, or empty where the kernel gives none."""
@@ -86,21 +89,50 @@ def read_process(crash: Crash) -> dict[str, bytes]:
     """Read /proc/PID through one directory descriptor; return only `sensitive` if it belongs to another process."""
     process = os.open("/proc/%d" % int(crash.pid), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        status = read_fields("status", process)
-        thread = read_fields("task/%s/status" % crash.tid, process) if crash.tid else status
-        found = parse_cgroup(read_file("cgroup", 16384, process))
-        found["threads"] = status[b"Threads"][0]
-        found["ns_pid"] = status.get(b"NSpid", [b""])[-1]
-        found["comm"] = read_file("comm", 64, process)[:-1]
-        found["cmdline"] = read_file("cmdline", 1024, process).rstrip(b"\0").replace(b"\0", b" ")
-        try:
-            found["exe"] = os.fsencode(os.readlink("exe", dir_fd=process))
-        except OSError:
-            pass
+        found = read_files(process)
+        thread = read_fields("task/%s/status" % crash.tid if crash.tid else "status", process)
         older = start_time(process, "stat") <= start_time(None, "/proc/self/stat")
     finally:
         os.close(process)
     return found if older and is_identical(crash, thread) else {"sensitive": b"identity"}
+
+
+def read_files(process: int) -> dict[str, bytes]:
+    """Read the files of /proc/PID, the cgroup first; one that cannot be read costs only what it says."""
+    found: dict[str, bytes] = {}
+    for read in (read_cgroup, read_counts, read_comm, read_cmdline, read_exe):
+        try:
+            found.update(read(process))
+        except OSError:
+            pass
+    return found
+
+
+def read_cgroup(process: int) -> dict[str, bytes]:
+    """Read /proc/PID/cgroup."""
+    return parse_cgroup(read_file("cgroup", MAX_CGROUP_BYTES, process))
+
+
+def read_counts(process: int) -> dict[str, bytes]:
+    """Read /proc/PID/status: the number of threads, the pid in the process's own namespace."""
+    status = read_fields("status", process)
+    found = {"threads": status.get(b"Threads", []), "ns_pid": status.get(b"NSpid", [])}
+    return {name: words[-1] for name, words in found.items() if words}
+
+
+def read_comm(process: int) -> dict[str, bytes]:
+    """Read /proc/PID/comm."""
+    return {"comm": read_file("comm", 64, process)[:-1]}
+
+
+def read_cmdline(process: int) -> dict[str, bytes]:
+    """Read /proc/PID/cmdline."""
+    return {"cmdline": read_file("cmdline", 1024, process).rstrip(b"\0").replace(b"\0", b" ")}
+
+
+def read_exe(process: int) -> dict[str, bytes]:
+    """Read the link /proc/PID/exe."""
+    return {"exe": os.fsencode(os.readlink("exe", dir_fd=process))}
 
 
 def is_identical(crash: Crash, status: dict[bytes, list[bytes]]) -> bool:

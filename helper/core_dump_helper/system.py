@@ -7,6 +7,9 @@ import os
 import time
 
 CHUNK = 1 << 20
+BLOCK = 64 << 10
+MAX_FIELDS_BYTES = 1 << 20
+"""Of /proc/PID/status: 65,536 supplementary groups take up to 720,896 bytes."""
 SET_PIPE_SIZE = 1031
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -70,9 +73,9 @@ def read_file(path: str, limit: int, directory: int | None = None) -> bytes:
     """Read at most `limit` bytes; never wait for a writer, never follow a link."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=directory)
     try:
-        data = block = os.read(descriptor, limit)
+        data = block = os.read(descriptor, min(limit, BLOCK))
         while block and len(data) < limit:
-            block = os.read(descriptor, limit - len(data))
+            block = os.read(descriptor, min(limit - len(data), BLOCK))
             data += block
         return data
     finally:
@@ -81,7 +84,7 @@ def read_file(path: str, limit: int, directory: int | None = None) -> bytes:
 
 def read_fields(path: str, directory: int | None = None) -> dict[bytes, list[bytes]]:
     """Read a file of `key: value` lines such as /proc/PID/status; the first line of a key wins."""
-    lines = [line.partition(b":") for line in read_file(path, 8192, directory).split(b"\n")]
+    lines = [line.partition(b":") for line in read_file(path, MAX_FIELDS_BYTES, directory).split(b"\n")]
     return {key: value.split() for key, _, value in reversed(lines)}
 
 

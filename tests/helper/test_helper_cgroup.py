@@ -136,7 +136,7 @@ def test_any_cgroup_text_is_survived(text):
         ({"cgroup": "/user.slice/user-0.slice/session-1.scope", "uid": "0"}, "user:0"),
         ({"cgroup": "/", "uid": "1000"}, "user:1000"),
         ({"cgroup": "/lxc/guest", "uid": "1000"}, "user:1000"),
-        ({"uid": "1000"}, "unknown:1000"),
+        ({"uid": "1000"}, "unknown"),
         ({"cgroup": "/"}, "user:"),
     ],
 )  # fmt: skip

@@ -11,6 +11,7 @@ from tests.support.cores import simple as elf
 
 from core_dump_collector.node import suppressed
 from core_dump_helper.core import Memory
+from core_dump_helper.crash import read_files
 from core_dump_helper.limits import Slots
 from core_dump_helper.records import MAX_FILES, MAX_RECORDS, Record, Records, open_state
 
@@ -55,7 +56,7 @@ def test_origin_may_hold_as_many_slots_as_it_leaves_free(records, count, shares)
 def test_quiet_service_gets_a_slot_while_one_user_has_more_crashes_than_slots(station):
     station.settings = {"MAX_CONCURRENT": 4, "DEADLINE_SECONDS": 20}
     hog = station.command("-u65534", "-s11", "-t17", "-d1", name="hog")
-    quiet = [{"-u65534": "-u0", "hog": "quiet"}.get(word, word) for word in hog]
+    quiet = [{"-u65534": f"-P{os.getpid()}", "hog": "quiet"}.get(word, word) for word in hog]
     with contextlib.ExitStack() as stack:
         hogs = [stack.enter_context(subprocess.Popen(hog, stdin=-1, stderr=-3)) for _ in range(6)]
         for process in hogs:
@@ -63,11 +64,44 @@ def test_quiet_service_gets_a_slot_while_one_user_has_more_crashes_than_slots(st
             process.stdin.flush()
         wait_until(lambda: len(station.names()) == 2, 10, "the user's share to be used")
         done = subprocess.run(quiet, input=CORE, stderr=-1, timeout=15, check=True)
-        assert b"core-quiet-17-0-11.gz is complete" in done.stderr
+        assert b"core-quiet-17-%d-11.gz is complete" % os.getpid() in done.stderr
         assert len([name for name in station.names() if "hog" in name]) == 2
         for process in hogs:
             process.stdin.close()
         wait_until(lambda: len([name for name in station.names() if "hog" in name]) == 6, 15, "its own queue")
+
+
+@needs_root
+def test_supplementary_groups_hide_neither_the_metadata_nor_the_origin(station):
+    ready, report = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setgroups(range(100_000, 165_000))
+        os.write(report, b"!")
+        time.sleep(60)
+        os._exit(0)
+    try:
+        assert os.read(ready, 1)
+        station.run(CORE, f"-P{child}", f"-i{child}", "-u0", "-g0", "-s11", "-t17", "-d1")
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(report)
+    found = station.attributes()
+    assert (found["threads"], found["ns_pid"]) == ("1", str(child))
+    assert not found["origin"].startswith("unknown")
+
+
+def test_file_of_proc_that_cannot_be_read_costs_only_what_it_says(tmp_path):
+    (tmp_path / "cgroup").write_text("0::/system.slice/web.service\n")
+    (tmp_path / "status").write_text("Name:\tx\nThreads:\nNSpid:\t7\n")
+    (tmp_path / "comm").mkdir()
+    (tmp_path / "cmdline").write_bytes(b"web\0-x\0")
+    directory = os.open(tmp_path, os.O_PATH)
+    found = read_files(directory)
+    os.close(directory)
+    assert found == {"cgroup": b"/system.slice/web.service", "ns_pid": b"7", "cmdline": b"web -x"}
 
 
 def record_of(origin, exe, reason="rate_limit"):
