@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+import tempfile
 
 import pytest
 from tests.support import deploy
@@ -60,6 +62,25 @@ def test_copy_of_a_killed_run_is_removed_and_one_in_use_is_kept(root, monkeypatc
     finally:
         os.close(lock)
     assert os.listdir(root / STATE) == ["install-in-use"]
+
+
+@pytest.mark.parametrize(("module", "name"), [(os, "listdir"), (fcntl, "flock"), (tempfile, "mkdtemp")])
+def test_run_succeeds_when_another_removes_the_directory_at_any_step(root, monkeypatch, module, name):
+    (root / STATE / "install-killed/sysctl").mkdir(parents=True)
+    act, removed = getattr(module, name), []
+
+    def act_and_remove(*arguments, **options):
+        result = act(*arguments, **options)
+        if not removed:
+            removed.append(name)
+            shutil.rmtree(root / STATE)
+        return result
+
+    monkeypatch.setattr(module, name, act_and_remove)
+    seen = []
+    assert configure(root, 0, seen, monkeypatch) == 0
+    assert (len(removed), len(seen)) == (1, 1)
+    assert not (root / STATE).exists()
 
 
 def test_image_carries_what_is_copied_and_its_build_may_read_every_source():

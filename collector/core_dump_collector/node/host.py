@@ -25,6 +25,8 @@ FOLDERS = ("sysctl", "helper", "format")
 STATE = "var/lib/core-dump-handler"
 COPY = "install-"
 """How the name of a copy on the host begins; whoever uses one holds a lock on it."""
+ATTEMPTS = 100
+OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -53,7 +55,6 @@ def configure(root: str, *, restore: bool = False, options: Sequence[str] = (), 
     state = os.path.join(root, STATE)
     script = "uninstall.sh" if restore else "install.sh"
     try:
-        os.makedirs(state, 0o755, exist_ok=True)
         _remove_leftovers(state)
         with _copy(source, state) as copy:
             inside = f"/{STATE}/{os.path.basename(copy)}/sysctl/{script}"
@@ -83,31 +84,43 @@ def _copy(source: str, state: str) -> Iterator[str]:
 
 
 def _locked_directory(state: str) -> tuple[str, int]:
-    """Make a directory for a copy; return it and the descriptor that holds its lock."""
-    while True:
-        copy = tempfile.mkdtemp(prefix=COPY, dir=state)
-        lock = os.open(copy, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Make a directory for a copy; return it and the descriptor that holds its lock.
+
+    Another run may remove the directory as a leftover before it is locked, or `state` while it is empty.
+    """
+    for _ in range(ATTEMPTS):
+        try:
+            os.makedirs(state, 0o755, exist_ok=True)
+            copy = tempfile.mkdtemp(prefix=COPY, dir=state)
+            lock = os.open(copy, OPEN_DIRECTORY)
+        except FileNotFoundError:
+            continue
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.path.isdir(copy):  # else another run took it for a leftover before it was locked
+        if os.path.isdir(copy):
             return copy, lock
         os.close(lock)
+    raise ConfigError(f"{state}: other runs removed {ATTEMPTS} copies: let them end, then try again")
 
 
 def _remove_leftovers(state: str) -> None:
-    """Remove the copies that killed runs left; one that is in use is locked."""
-    for name in os.listdir(state):
+    """Remove the copies that killed runs left, unless another run does; one that is in use is locked."""
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError):
+        names = os.listdir(state)
+    for name in names:
         path = os.path.join(state, name)
-        if not name.startswith(COPY) or os.path.islink(path):
-            continue
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
-            shutil.rmtree(path)
-        finally:
-            os.close(descriptor)
+        if name.startswith(COPY) and not os.path.islink(path):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                _remove_unlocked(path)
+
+
+def _remove_unlocked(path: str) -> None:
+    descriptor = os.open(path, OPEN_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path)
+    finally:
+        os.close(descriptor)
 
 
 def _run_inside(root: str, command: list[str]) -> int:
