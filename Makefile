@@ -43,8 +43,8 @@ bench: ## benchmarks beside the peers
 WATCH_DIR ?= /core_dumps
 ROUNDS ?= 1000
 LARGE_GIB ?= 10
-torture: $(READY) packages ## ROUNDS=n SEED=s: crash, kill and fail at random, then count
-	$(BIN)/python -m tests.torture --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED))
+torture: $(READY) packages ## ROUNDS=n SEED=s HOSTILE=1: crash, kill and fail at random, then count
+	$(BIN)/python -m tests.torture --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED)) $(if $(HOSTILE),--hostile)
 
 mutants: $(READY) packages ## ONLY=regex: change one line that decides about a loss at a time; do the tests notice? minutes
 	$(BIN)/python -m tests.support.mutate --only '$(ONLY)'

@@ -4,37 +4,37 @@ Each round crashes a process of random name and size through the real kernel, wh
 and collector are killed at random moments and the store fails at random. Afterwards every dump that the kernel
 delivered must be in S3 exactly once and hold the process's memory, or say that it was cut short; and nothing may
 be left over: no partial, no unfinished multipart upload, no process, no zombie.
+
+With `--hostile`, every user may write to the watch directory, and one does so throughout the run (`neighbour`). Each
+dump that this user did not touch must arrive all the same, whole or flagged, and only the user's files may be left.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
-import re
 import signal
+import stat
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tests.support import s3
 from tests.support.cleanup import exit_on_signals, temporary_directory
-from tests.support.collector import Collector, command_of, running, wait_until
+from tests.support.collector import Collector, command_of, descendants, running, wait_until
 from tests.support.kernel import core_pattern, install_helper
 from tests.support.slow import trickling_server
-from tests.torture.crashes import Crash, compile_crasher, fault_in, unpack
+from tests.torture.crashes import Crash, compile_crasher
+from tests.torture.evidence import Journal
+from tests.torture.neighbour import harassed, make_outside
+from tests.torture.processes import crashed_pid, helper_pids
+from tests.torture.verdict import judge
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from mypy_boto3_s3 import S3Client
-
+IDLE_SECONDS = 3
 IMPATIENT = ("--retry-seconds", "1", "--shutdown-seconds", "5", "--read-timeout-seconds", "2")
 LIE = 'http-request return status 200 content-type text/html hdr ETag "5f8d1b2c" file {slow} if {{ method PUT POST }}'
 BLIND = "http-request deny deny_status {status} if {{{{ method HEAD }}}}"
@@ -81,6 +81,21 @@ class Torture:
     """Pids whose helper or compressor was killed."""
     kills: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
+    hostile: bool = False
+    complaints: list[str] = field(default_factory=list)
+    """What was wrong during the run."""
+
+    def waiting(self) -> list[str]:
+        """Return the files that the collector has to upload or remove, also those of a neighbour."""
+        found = []
+        for path in self.watch_dir.glob("core*"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.lstat()
+                lone = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+                left_alone = status.st_uid and path.name.endswith(".partial")
+                if not self.hostile or (lone and not left_alone):
+                    found.append(path.name)
+        return found
 
     def crash_some(self) -> None:
         """Crash one to three processes at once and maybe kill what handles them."""
@@ -129,35 +144,8 @@ class Torture:
         return False
 
 
-def helper_pids(scratch: Path) -> Iterator[int]:
-    """Yield our helpers and their compressors: they descend from kernel threads and have no session of ours."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            command = command_of(int(entry.name))
-            if f"{scratch}/core-dump-helper" in command or "pigz" in command.split(" ", 1)[0]:
-                with contextlib.suppress(OSError):
-                    ours = os.readlink(entry / "fd/1") if "pigz" in command else str(scratch)
-                    if ours.startswith(str(scratch)):
-                        yield int(entry.name)
-
-
-def crashed_pid(pid: int) -> int:
-    """Return whose dump a helper, or its compressor, is writing: the helper's `-P`; 0 when it is gone."""
-    for candidate in (pid, parent_of(pid)):
-        if match := re.search(r" -P(\d+) ", command_of(candidate)):
-            return int(match[1])
-    return 0
-
-
-def parent_of(pid: int) -> int:
-    """Return a process's parent, 0 when it is gone."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
-        return int(file.read().rpartition(")")[2].split()[1])
-    return 0
-
-
 def rage(torture: Torture, proxy: s3.Haproxy, environ: dict[str, str], scratch: Path) -> None:
-    """Do all rounds, then let the collector finish in peace."""
+    """Do all rounds."""
     slow = proxy.body("slow.xml", s3.SLOW_DOWN)
     number = 0
     while number < torture.rounds:
@@ -169,85 +157,60 @@ def rage(torture: Torture, proxy: s3.Haproxy, environ: dict[str, str], scratch: 
                     proxy.start(*(rule.format(slow=slow) for rule in FAULTS.get(name, ())))
                 torture.crash_some()
                 number += 1
+                if collector.process.poll() is not None:
+                    torture.complaints.append(
+                        f"the collector ended by itself: {collector.process.returncode}"
+                    )
+                    break
                 if torture.harm_collector(collector):
                     break
+            torture.complaints += internal_errors(collector)
     proxy.start()
-    with running(
-        torture.watch_dir, environ, scratch, "--scan-seconds", "2", "--retry-seconds", "1"
-    ) as collector:
-        wait_until(lambda: not list(torture.watch_dir.glob("core*")), 180, "an empty directory")
+
+
+def finish(torture: Torture, environ: dict[str, str], scratch: Path) -> None:
+    """Let the collector finish in peace."""
+    flags = ("--scan-seconds", "2", "--retry-seconds", "1")
+    with running(torture.watch_dir, environ, scratch, *flags) as collector:
+        wait_until(lambda: not torture.waiting(), 180, "a directory without dumps")
         wait_until(lambda: collector.metric("core_dump_backlog_files") == 0, 10, "an empty backlog")
+        if torture.hostile and (used := cpu_seconds_during(collector, IDLE_SECONDS)) > IDLE_SECONDS / 4:
+            torture.complaints.append(f"the idle collector used {used:.1f} s of {IDLE_SECONDS} s")
         assert collector.stop() == 0
+        torture.complaints += internal_errors(collector)
 
 
-def is_ours(client: S3Client, key: str, program: Path) -> bool:
-    """Say whether a dump may be that of our program: others on this machine crash too."""
-    with contextlib.suppress(client.exceptions.NoSuchKey):
-        metadata = json.loads(s3.body_of(client, key + ".json"))
-        return metadata.get("exe", "") in {"", str(program)}
-    return True
+def internal_errors(collector: Collector) -> list[str]:
+    """Return the log's lines on errors of the collector's own."""
+    return [str(line) for line in collector.log() if line.get("reason") == "internal"]
 
 
-def judge(torture: Torture, server: s3.S3Server) -> list[str]:
-    """Compare what crashed with what is in the bucket; return every complaint."""
-    complaints = []
-    found = Counter[str]()
-    with server.client() as client:
-        keys = s3.keys_in(client)
-        dumps: dict[str, list[str]] = {}
-        for key in keys:
-            if key.endswith(".gz"):
-                dumps.setdefault(pid_of(key), []).append(key)
-                if key + ".json" not in keys:
-                    complaints.append(f"{key}: no sidecar")
-        for pid, crash in torture.done.items():
-            harmed = pid in torture.harmed
-            mine = dumps.pop(str(pid), [])
-            if len(mine) != 1:
-                found["lost with its helper" if harmed and not mine else "WRONG NUMBER"] += 1
-                if not harmed or mine:
-                    complaints.append(f"pid {pid} {crash}: {len(mine)} objects: {mine}")
-                continue
-            sidecar = json.loads(s3.body_of(client, mine[0] + ".json"))
-            core = unpack(s3.body_of(client, mine[0]))
-            found[sidecar["state"] + (f" ({sidecar['truncated']})" if sidecar.get("truncated") else "")] += 1
-            if core is None:
-                complaints.append(f"{mine[0]}: no whole gzip file")
-            elif sidecar["state"] == "complete" and (fault := fault_in(core, crash)):
-                complaints.append(f"{mine[0]}: called complete, but {fault}")
-            elif sidecar["state"] != "complete" and not harmed:
-                complaints.append(f"{mine[0]}: {sidecar['state']} although nobody harmed it")
-        left = list(chain(*dumps.values()))
-        unknown = [key for key in left if is_ours(client, key, torture.program)]
-        found["other programs"] += len(left) - len(unknown)
-        complaints += [f"nobody crashed for {key}" for key in unknown]
-        complaints += [f"unfinished multipart upload: {k}" for k in s3.unfinished_multiparts(client)]
-    complaints += [f"left in the directory: {f.name}" for f in torture.watch_dir.glob("core*")]
-    complaints += [f"still running: {pid} {command_of(pid)}" for pid in helper_pids(torture.watch_dir.parent)]
-    sys.stdout.write(
-        f"crashes {len(torture.done)}, killed {dict(torture.kills)}, the store {dict(torture.faults)}, "
-        f"in the bucket {dict(found)}\n"
-    )
-    return complaints
+def cpu_seconds_during(collector: Collector, seconds: float) -> float:
+    """Return how much processor time the collector and its workers use while nothing has to be done."""
+
+    def used() -> int:
+        fields = [
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            for pid in (collector.process.pid, *descendants(collector.process.pid))
+        ]
+        return sum(int(field[11]) + int(field[12]) for field in fields)
+
+    before = used()
+    time.sleep(seconds)
+    return (used() - before) / os.sysconf("SC_CLK_TCK")
 
 
-def pid_of(key: str) -> str:
-    """Return the pid in a dump's key: `core-NAME-TIME-PID-SIGNAL[-COPY].gz`."""
-    from core_dump_format.names import parse_name
-
-    name = parse_name(key.rpartition("/")[2])
-    assert name is not None, key
-    return str(name.pid)
-
-
-def torture(rounds: int, seed: int, scratch: Path) -> list[str]:
+def torture(rounds: int, seed: int, scratch: Path, *, hostile: bool = False) -> list[str]:
     """Run; return every complaint."""
     watch_dir = scratch / "core_dumps"
-    watch_dir.mkdir(mode=0o700)
+    watch_dir.mkdir()
+    watch_dir.chmod(0o777 if hostile else 0o700)
     program = compile_crasher(scratch)
-    run = Torture(random.Random(seed), watch_dir, program, rounds)
+    run = Torture(random.Random(seed), watch_dir, program, rounds, hostile=hostile)
     config = {"WATCH_DIR": str(watch_dir), "RATE_LIMIT": "0", "KEEP_FREE_PERCENT": "1"}
     (scratch / "weed").mkdir()
+    if hostile:
+        make_outside(scratch)
     with (
         s3.seaweedfs(scratch / "weed") as server,
         trickling_server() as trickling,
@@ -256,9 +219,11 @@ def torture(rounds: int, seed: int, scratch: Path) -> list[str]:
         proxy.backends = f"backend trickle\n server t 127.0.0.1:{trickling}\n"
         environ = server.environ() | {"AWS_ENDPOINT_URL_S3": proxy.endpoint}
         with core_pattern(install_helper(scratch, config)):
-            rage(run, proxy, environ, scratch)
+            with harassed(watch_dir, seed, scratch) if hostile else contextlib.nullcontext():
+                rage(run, proxy, environ, scratch)
+            finish(run, environ, scratch)
         wait_until(lambda: not list(helper_pids(scratch)), 30, "the last helper to end")
-        return judge(run, server)
+        return judge(run, server, Journal(scratch / "journal") if hostile else None)
 
 
 def main() -> int:
@@ -266,12 +231,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument(
+        "--hostile", action="store_true", help="another user attacks the files in the watch directory"
+    )
     options = parser.parse_args()
     started = time.monotonic()
     sys.stdout.write(f"torture: {options.rounds} rounds, seed {options.seed}\n")
     exit_on_signals()
     with temporary_directory("cdh-", "/var/tmp") as directory:
-        complaints = torture(options.rounds, options.seed, directory)
+        complaints = torture(options.rounds, options.seed, directory, hostile=options.hostile)
     sys.stdout.writelines(f"WRONG: {complaint}\n" for complaint in complaints)
     verdict = "failed" if complaints else "passed"
     sys.stdout.write(f"torture: {verdict}, seed {options.seed}, {time.monotonic() - started:.0f} s\n")
