@@ -213,6 +213,60 @@ def test_request_that_hangs_is_ended_by_a_plain_timeout_where_the_kernel_counts_
     assert WINDOW <= seconds < 2 * WINDOW + 1
 
 
+MEGABYTES = 100
+
+
+def long_body(connection):
+    for _ in range(MEGABYTES):
+        connection.sendall(bytes(1_000_000))
+
+
+def long_chunks(connection):
+    for _ in range(MEGABYTES):
+        connection.sendall(b"f4240\r\n" + bytes(1_000_000) + b"\r\n")
+
+
+def many_chunks(connection):
+    for _ in range(MEGABYTES):
+        connection.sendall(b"1\r\n \r\n" * 160_000)
+
+
+def trailers(connection):
+    connection.sendall(b"1\r\n \r\n0\r\n")
+    for _ in range(MEGABYTES):
+        connection.sendall(b"X-Pad: 0\r\n" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("go_on", "size", "status"),
+    [
+        (long_body, SMALL, 200),
+        (long_chunks, SMALL, 500),
+        (long_chunks, 2 * LARGE, 200),
+        (many_chunks, SMALL, 500),
+        (trailers, SMALL, 500),
+    ],
+)
+def test_response_that_does_not_end_is_not_read_to_its_end(watch_dir, go_on, size, status):
+    path = watch_dir / NAME
+    path.write_bytes(b"\x1f\x8b" + os.urandom(size))
+    ended = []
+
+    def answer(connection):
+        read_some(connection)
+        framing = b"Connection: close" if go_on is long_body else b"Transfer-Encoding: chunked"
+        connection.sendall(b'HTTP/1.1 %d X\r\nETag: "0"\r\n%s\r\n\r\n' % (status, framing))
+        go_on(connection)
+        ended.append(True)
+
+    with store(answer) as (port, _):
+        result, _ = send_to(port, path)
+    assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.NETWORK)
+    assert "longer than 4194304 bytes" in result.detail
+    assert not ended
+    assert path.exists()
+
+
 class Slow(http.server.BaseHTTPRequestHandler):
     """A store that takes its time to complete multipart uploads."""
 

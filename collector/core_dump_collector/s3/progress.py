@@ -30,6 +30,8 @@ from botocore.awsrequest import (
 )
 from botocore.exceptions import BotoCoreError, ReadTimeoutError
 
+from core_dump_collector.s3.response import bound_body
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -198,9 +200,11 @@ class _WatchedConnection:
         return super().request(*args, **kwargs)  # type: ignore[misc]
 
     def getresponse(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  as the base class's
-        """Read the status and the headers."""
+        """Read the status and the headers; bound what follows."""
         self.timeout = self._quiet_seconds
-        return super().getresponse(*args, **kwargs)  # type: ignore[misc]
+        response = super().getresponse(*args, **kwargs)  # type: ignore[misc]
+        bound_body(response)
+        return response
 
     def _consume_headers(self, file: Any) -> None:  # noqa: ANN401  a raw file
         """Skip the headers of a `100 Continue`; botocore would never stop reading from a connection that has ended."""
