@@ -5,6 +5,7 @@ A thread of its own writes it, so that a disk that hangs does not stop the loop.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from core_dump_collector.observation import Observer
 
 _END_SECONDS = 2.0
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -36,8 +38,10 @@ class StartupFile:
     ) -> None:
         """Write `starting` over the word that an earlier run has left.
 
+        A disk that is full ends nothing: uploads are what frees it.
+
         Raises:
-            ConfigError: the file cannot be written.
+            ConfigError: the file cannot be written, for another reason.
         """
         self._path = path
         self._beat_seconds = beat_seconds
@@ -49,9 +53,11 @@ class StartupFile:
         try:
             self._write()
         except OSError as error:
-            raise ConfigError(
-                f"STARTUP_FILE={path}: {error.strerror}; takes a path in a writable directory"
-            ) from None
+            if error.errno not in _FULL:
+                raise ConfigError(
+                    f"STARTUP_FILE={path}: {error.strerror}; takes a path in a writable directory"
+                ) from None
+            observer.fail(Look.STARTUP_FILE, error.strerror or str(error))
         self._thread = threading.Thread(target=self._beat, daemon=True, name="startup-file")
         self._thread.start()
 

@@ -263,3 +263,26 @@ def test_port_that_is_taken_is_bad_configuration(served, tmp_path):
     )
     with pytest.raises(ConfigError, match=f"METRICS_PORT={server.port}"):
         Server(settings, Health(None, observer()), CollectorRegistry())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, needs root: sudo make test")
+def test_daemon_starts_on_a_full_disk_and_writes_its_state_once_there_is_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(health_module, "HEARTBEAT_SECONDS", 0.05)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], check=True)
+    try:
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        with structlog.testing.capture_logs() as log:
+            health = Health(str(disk / "startup"), observer())
+        (disk / "filler").unlink()
+        health.beat()
+        wait_word(disk / "startup", "starting")
+        health.end()
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    assert [(line["what"], line["error"]) for line in log[:1]] == [
+        ("startup_file", "No space left on device")
+    ]
