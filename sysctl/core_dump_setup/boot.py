@@ -120,6 +120,13 @@ def warn_of_later_files(tree: Tree) -> None:
             warn("%s also sets kernel.core_pattern and wins at boot: remove that line" % tree.path(path))
 
 
+def warn_of_kept_file(tree: Tree) -> None:
+    """Say so if the file of our name still starts the helper at boot, after a removal."""
+    path = tree.path(FILE)
+    if not tree.dry_run and kernel.is_ours(values(_content(path)).get("kernel.core_pattern", "")):
+        warn("%s still sets kernel.core_pattern to the helper at boot: remove it" % path)
+
+
 def _has_register(tree: Tree) -> bool:
     """Say whether systemd would set the pattern to its own socket at boot."""
     return not tree.exists(MASK) and any(tree.exists(folder + REGISTER) for folder in UNITS)

@@ -177,7 +177,8 @@ class Setup:
                 "the kernel still starts %s: uninstall on the host itself, without --root"
                 % self.tree.path(release.HELPER)
             )
-        self.tree.discard(boot.FILE, self._shipped_or_nothing(boot.NAME), purge=False)
+        self.tree.discard(boot.FILE, self._shipped_or_nothing(boot.NAME), purge=self.options.purge)
+        boot.warn_of_kept_file(self.tree)
         boot.unmask_register(self.tree)
         self.tree.remove(cgroup.WANTED)
         if self.live and not self.tree.dry_run:
@@ -201,7 +202,6 @@ class Setup:
             if purge or name != directory.CONFIG:
                 self.tree.discard(name, self._shipped_or_nothing(shipped), purge=purge)
         if purge:
-            self.tree.remove(boot.FILE + ".save")
             self._remove_directory(watched)
         self.tree.remove(boot.SHARE + "/" + boot.NAME)
         self.tree.remove(cgroup.UNIT)

@@ -68,8 +68,11 @@ class Tree:
             descriptor = os.open(self.path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             return None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            return None
         with os.fdopen(descriptor, "rb") as file:
-            return file.read() if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+            return file.read()
 
     def exists(self, name: str) -> bool:
         """Say whether anything has this name."""
@@ -147,12 +150,18 @@ class Tree:
             self._record(name, _digest(shipped))
 
     def discard(self, name: str, shipped: bytes, *, purge: bool) -> None:
-        """Remove a configuration file; one that was edited stays as NAME.save unless `purge` is given."""
-        current = self.read(name)
-        if not purge and current is not None and self.is_edited(name, shipped):
-            self.place(name + SAVE, current)
-            say("%s was edited: kept as %s" % (self.path(name), self.path(name + SAVE)))
-        self.remove(name)
+        """Remove a configuration file; one that was edited stays as NAME.save unless `purge` is given.
+
+        Anything but a regular file stays, because it cannot be told from an edit; `purge` removes a symbolic link.
+        """
+        path, current = self.path(name), self.read(name)
+        if current is None and self.exists(name) and not (purge and os.path.islink(path)):
+            say(path + " is not a regular file: kept")
+        else:
+            if not purge and current is not None and self.is_edited(name, shipped):
+                self.place(name + SAVE, current)
+                say("%s was edited: kept as %s" % (path, path + SAVE))
+            self.remove(name)
         self.remove(name + DIST)
         if purge:
             self.remove(name + SAVE)

@@ -197,6 +197,30 @@ def test_removal_keeps_edited_files_where_nothing_reads_them(tmp_path):
 
 
 @needs_root
+@pytest.mark.parametrize("kind", ["link", "directory"])
+def test_removal_keeps_what_is_no_regular_file_as_the_installation_did(tmp_path, kind):
+    managed = write(tmp_path / "managed", "kernel.core_pattern=" + OURS)
+    for path in CONFIGURATION:
+        (tmp_path / path).parent.mkdir(parents=True)
+        if kind == "link":
+            (tmp_path / path).symlink_to(managed)
+        elif not path.endswith("helper.conf"):
+            (tmp_path / path).mkdir()
+    install(tmp_path)
+    done = deploy.run(SYSCTL / "uninstall.sh", "--root", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for path in CONFIGURATION:
+        if not path.endswith("helper.conf"):
+            assert f"{tmp_path / path} is not a regular file: kept\n" in done.stdout
+            assert (tmp_path / path).is_symlink() == (kind == "link") == (not (tmp_path / path).is_dir())
+    warned = f"{tmp_path}/etc/sysctl.d/69-core-dump.conf still sets kernel.core_pattern" in done.stderr
+    assert warned == (kind == "link")
+    deploy.succeed(SYSCTL / "uninstall.sh", "--root", tmp_path, "--purge")
+    assert [path for path, (mode, _) in tree(tmp_path).items() if not stat.S_ISDIR(mode)] == ["managed"]
+    assert managed.read_text() == "kernel.core_pattern=" + OURS
+
+
+@needs_root
 def test_running_helper_keeps_its_file_when_a_new_version_is_installed(tmp_path):
     source = deploy.checkout(tmp_path / "checkout")
     root = tmp_path / "root"
