@@ -56,6 +56,7 @@ class State:
         self.raw_auxv = b""
         self.files: list[tuple[int, int, bytes]] = []
         """Start, end and path of each mapping of a file."""
+        self._has_all_files = False
         self._layout = front.layout
         self._registers = REGISTERS.get((front.layout.bits, front.machine))
         readers = {
@@ -69,6 +70,10 @@ class State:
             read = readers.get(kind)
             if read:
                 read(content)
+
+    def maps_no_file(self, address: int) -> bool:
+        """Tell whether no file is mapped at an address; False if the notes do not say so."""
+        return self._has_all_files and not any(start <= address < end for start, end, _ in self.files)
 
     def _read_thread(self, content: memoryview) -> None:
         layout = self._registers
@@ -100,3 +105,4 @@ class State:
         names = bytes(content[word * (2 + 3 * words[0]) :]).split(b"\0", count)
         rows = words[2 : 2 + 3 * count].tolist()
         self.files = list(islice(zip(rows[::3], rows[1::3], names), count))
+        self._has_all_files = len(self.files) == words[0]

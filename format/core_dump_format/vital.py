@@ -65,6 +65,10 @@ class Pages:
         """Return the memory at an address, up to the first page that cannot be read."""
         raise NotImplementedError
 
+    def fetch(self, address: int, size: int) -> bytes:
+        """Like `read`, but have absent pages brought in, which may wait for ever where a file is mapped."""
+        return self.read(address, size)
+
     def resident(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield the parts of a range that hold data."""
         raise NotImplementedError
@@ -90,7 +94,7 @@ class Selection:
             self._take_crash(state.threads[0])
             self._take_loader(state)
             vdso = state.auxv.get(AT_SYSINFO_EHDR, 0)
-            self.take(vdso, 0, VDSO_BYTES, always=True)
+            self.take(vdso, 0, VDSO_BYTES, always=state.maps_no_file(vdso))
             self._take_threads(state.threads[1:])
             self._take_modules(state)
             self._take_ended(state)
@@ -107,7 +111,7 @@ class Selection:
             below: bytes wanted before it.
             above: bytes wanted from it on.
             most: limit of this kind of memory.
-            always: copy pages even if nobody has touched them.
+            always: copy pages even if nobody has touched them; only where no file is mapped.
 
         Returns:
             The number of bytes copied now.
@@ -143,10 +147,11 @@ class Selection:
 
     def _copy(self, index: int, start: int, end: int, *, always: bool) -> int:
         copied, page = 0, self.memory.page
+        read = self.memory.fetch if always else self.memory.read
         for first, last in [(start, end)] if always else self.memory.resident(start, end):
             at = first
             while at < last:
-                data = self.memory.read(at, min(last - at, PIECE_BYTES))
+                data = read(at, min(last - at, PIECE_BYTES))
                 size = len(data) // page * page
                 if size:
                     self.pieces.append((index, at, data[:size]))

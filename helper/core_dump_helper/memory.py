@@ -20,19 +20,33 @@ ENTRY_BYTES = 8
 
 
 class ProcessMemory(Pages):
-    """Reads /proc/PID/mem, and /proc/PID/pagemap to leave out pages that nobody has touched."""
+    """Reads /proc/PID/mem where /proc/PID/pagemap shows that a page is there.
 
-    def __init__(self, mem: int, pagemap: int | None) -> None:
-        """Store both descriptors; there is no pagemap without CONFIG_PROC_PAGE_MONITOR."""
+    Any other page may have to be fetched from a file, and a file system that the crashed process serves may never
+    answer: no signal ends the wait of a thread in such a read.
+    """
+
+    def __init__(self, mem: int, pagemap: int) -> None:
+        """Store both descriptors."""
         self.page = os.sysconf("SC_PAGESIZE")
         self._mem, self._pagemap = mem, pagemap
+        self._known = 0, 0
 
     def close(self) -> None:
         """Close both descriptors."""
-        for descriptor in filter(None, (self._mem, self._pagemap)):
-            os.close(descriptor)
+        os.close(self._mem)
+        os.close(self._pagemap)
 
     def read(self, address: int, size: int) -> bytes:
+        """Return the memory at an address, up to the first page that is absent or cannot be read."""
+        first, last = self._known
+        if not first <= address <= address + size <= last:
+            page = self.page
+            start, end = address // page * page, -(-(address + size) // page) * page
+            first, last = next(self.resident(start, end), (end, end))
+        return self.fetch(address, min(size, last - address)) if first <= address < last else b""
+
+    def fetch(self, address: int, size: int) -> bytes:
         """Return the memory at an address, up to the first page that cannot be read."""
         try:
             return os.pread(self._mem, size, address)
@@ -51,16 +65,16 @@ class ProcessMemory(Pages):
             if flag >= 0x40 and first is None:
                 first = address
             elif flag < 0x40 and first is not None:
+                self._known = first, address
                 yield first, address
                 first = None
         if first is not None:
-            yield first, end
+            self._known = first, start + len(flags) * page
+            yield self._known
 
     def _flags(self, start: int, end: int) -> bytes:
         """Return the most significant byte of each page's entry."""
         pages = (end - start) // self.page
-        if self._pagemap is None:
-            return b"\xff" * pages
         try:
             entries = os.pread(self._pagemap, pages * ENTRY_BYTES, start // self.page * ENTRY_BYTES)
         except (OSError, OverflowError):
@@ -80,17 +94,14 @@ def open_memory(crash: Crash, auxv: bytes) -> ProcessMemory:
         auxv: the auxiliary vector in the core, which holds random addresses.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: it cannot be opened; `pagemap` needs a kernel with CONFIG_PROC_PAGE_MONITOR.
         ValueError: it belongs to another process.
     """
     task = "/proc/%d/task/%d" % (int(crash.pid), int(crash.tid or crash.pid))
     directory = os.open(task, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         mem = os.open("mem", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-        try:
-            pagemap: int | None = os.open("pagemap", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-        except OSError:
-            pagemap = None
+        pagemap = os.open("pagemap", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
         memory = ProcessMemory(mem, pagemap)
         found = read_file("auxv", MAX_AUXV_BYTES, directory)
         size = min(len(found), len(auxv))

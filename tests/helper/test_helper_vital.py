@@ -1,6 +1,8 @@
 """What happens around the vital part when memory does not answer, packages are missing or the pipe is cut."""
 
+import mmap
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -157,6 +159,54 @@ def test_memory_is_read_up_to_the_first_page_that_cannot_be():
     for impossible in (0, 2**63, 2**64 - PAGE):
         assert memory.read(impossible, PAGE) == b""
     assert list(memory.resident(2**63, 2**63 + PAGE)) == []
+
+
+def test_page_that_must_be_fetched_from_a_file_is_not_read(tmp_path):
+    import ctypes
+
+    (tmp_path / "file").write_bytes(b"f" * 3 * PAGE)
+    with open(tmp_path / "file", "r+b") as file, open("/proc/self/auxv", "rb") as vector:
+        mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE)
+        memory = open_memory(parse_arguments([f"-P{os.getpid()}", "--", "app"]), vector.read())
+    mapped[0] = mapped[2 * PAGE] = ord("t")
+    view = ctypes.c_char.from_buffer(mapped)
+    start = ctypes.addressof(view)
+    mapped.madvise(mmap.MADV_DONTNEED, PAGE, PAGE)
+    assert len(memory.read(start + 8, 3 * PAGE - 8)) == PAGE - 8
+    assert memory.read(start + PAGE, PAGE) == memory.read(start + PAGE + 8, 8) == b""
+    assert memory.read(start + PAGE - 8, 16) == b"f" * 8
+    assert memory.read(start + 2 * PAGE, PAGE)[:2] == b"tf"
+    runs = [(start, start + PAGE), (start + 2 * PAGE, start + 3 * PAGE)]
+    assert list(memory.resident(start, start + 3 * PAGE)) == runs
+
+
+class Fetching(Held):
+    """Memory that notes which pages were fetched although they are absent."""
+
+    def __init__(self, spans):
+        super().__init__(spans)
+        self.fetched = []
+
+    def fetch(self, address, size):
+        self.fetched.append(address)
+        return self.read(address, size)
+
+
+@pytest.mark.parametrize(
+    ("files", "fetched"),
+    [
+        ([1, PAGE, SPANS[1][0], SPANS[1][0] + PAGE, 0], True),
+        ([1, PAGE, SPANS[0][0], SPANS[0][0] + PAGE, 0], False),
+        ([2, PAGE, SPANS[1][0], SPANS[1][0] + PAGE, 0], False),
+        ([], False),
+    ],
+)
+def test_forged_address_of_the_vdso_brings_no_page_in_from_a_file(monkeypatch, files, fetched):
+    listed = note(0x46494C45, struct.pack(f"<{len(files)}Q", *files) + b"/f\0") if files else b""
+    core = kernel_core(SPANS, status(SPANS[3][0] + 0x2010) + auxv(vdso=SPANS[0][0]) + listed)
+    pages = Fetching(SPANS)
+    assert prepared(core, pages, monkeypatch)
+    assert bool(pages.fetched) == fetched
 
 
 @settings(max_examples=100, deadline=None)
