@@ -44,12 +44,13 @@ class RateLimiter:
         self._records = records
         dumps, _, seconds = rate.partition("/")
         self._dumps, self._seconds = int(dumps), int(seconds or "0")
+        self._record: Record | None = None
 
     def check(self, metadata: dict[str, bytes]) -> None:
         """Count the dump; raise Refused if the window has had all its dumps. Without a record, keep it."""
         if not self._seconds:
             return
-        record = Record(metadata, "rate_limit", self._seconds)
+        record = self._record = Record(metadata, "rate_limit", self._seconds)
         try:
             kept = self._records.update(record, self._dumps)
         except (OSError, ValueError) as error:
@@ -60,6 +61,14 @@ class RateLimiter:
             raise Refused(
                 "rate_limit", "RATE_LIMIT is reached for this executable, container and signal", repeated
             )
+
+    def take_back(self) -> None:
+        """Uncount the dump, because it cannot be taken."""
+        try:
+            if self._record:
+                self._records.take_back(self._record)
+        except (OSError, ValueError) as error:
+            log("cannot count rate_limit in .helper: %s" % error)
 
 
 class Slots:
@@ -261,11 +270,13 @@ class Limits:
         self.disk.check()
         if not self._records:
             return
-        RateLimiter(self._records, self._settings.RATE_LIMIT).check(self._metadata)
+        rate = RateLimiter(self._records, self._settings.RATE_LIMIT)
+        rate.check(self._metadata)
         slots = Slots(
             self._records, self._settings.MAX_CONCURRENT, self._origin, Memory(self._settings.CGROUP)
         )
         if not slots.acquire(deadline):
+            rate.take_back()
             raise Refused("no_slot", "other dumps used the share of MAX_CONCURRENT all the time")
 
     def count(self, refused: Refused) -> None:

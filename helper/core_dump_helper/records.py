@@ -116,10 +116,8 @@ class Records:
             OSError: the state cannot be read or written.
             ValueError: the record is damaged.
         """
-        guard = self.open_file("lock")
+        guard = self._lock()
         try:
-            if not lock(guard, LOCK_SECONDS):
-                raise TimeoutError(110, "another helper locks it")
             self._choose_file(record)
             if record.is_shared() and max_kept:
                 return True  # a limit for one workload must not refuse another's dump
@@ -132,6 +130,26 @@ class Records:
             return kept
         finally:
             os.close(guard)
+
+    def take_back(self, record: Record) -> None:
+        """Uncount a kept dump that could not be taken, in its own window; raises OSError, ValueError."""
+        first = record.first
+        guard = self._lock()
+        try:
+            record.load(self._read(record.name()))
+            if record.kept and record.first == first:
+                record.kept -= 1
+                self._save(record)
+        finally:
+            os.close(guard)
+
+    def _lock(self) -> int:
+        """Return the descriptor that holds the lock of the records."""
+        guard = self.open_file("lock")
+        if lock(guard, LOCK_SECONDS):
+            return guard
+        os.close(guard)
+        raise TimeoutError(110, "another helper locks it")
 
     def _choose_file(self, record: Record) -> None:
         """Let the record count for more than its workload if there are too many records or no room for another.

@@ -357,6 +357,18 @@ def test_dump_waits_for_a_slot_and_is_refused_only_at_the_deadline(station):
     assert len(station.names()) == 2
 
 
+def test_dump_that_got_no_slot_uses_up_no_rate_limit(station):
+    station.settings = {"MAX_CONCURRENT": 1, "DEADLINE_SECONDS": 1, "RATE_LIMIT": "1/600"}
+    (station.watch_dir / ".helper").mkdir(0o700)
+    with (station.watch_dir / ".helper/slot-0").open("w") as slot:
+        fcntl.flock(slot, fcntl.LOCK_EX)
+        assert "no_slot" in station.run(elf(b"first"))
+    assert [record["kept"] for record in station.records() if record["reason"] == "rate_limit"] == ["0"]
+    station.run(elf(b"second"))
+    assert "rate_limit" in station.run(elf(b"third"))
+    assert len(station.names()) == 1
+
+
 def test_signals_and_rlimit_can_be_left_out(station):
     station.settings = {"IGNORE_SIGNALS": "3, 11"}
     assert "IGNORE_SIGNALS" in station.run(elf(b"core"))
