@@ -120,7 +120,11 @@ class Settings(BaseSettings):
     )
     connect_timeout_seconds: float = Field(10, gt=0, le=300, description="Time to connect to S3.")
     read_timeout_seconds: float = Field(
-        60, gt=0, le=3600, description="A request that moves less than 10 kB a second for this long is ended."
+        60,
+        gt=0,
+        le=3600,
+        description="A request that moves less than its share of 10 kB a second (10 kB / `WORKERS` / 2, at least 500 "
+        "bytes) for this long is ended.",
     )
     retry_seconds: float = Field(
         300, ge=1, le=86400, description="Longest pause between two attempts at one dump."

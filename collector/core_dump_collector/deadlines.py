@@ -16,15 +16,19 @@ if TYPE_CHECKING:
 
 J = TypeVar("J")
 
-BYTES_PER_SECOND = 10_000
-"""As slow as a request may be (`s3/progress`)."""
 REQUESTS = 10
 """Requests of one job that may each take all the time that they have."""
 
 
-def seconds_for(size_bytes: int, request_seconds: float) -> float:
-    """Return the time for a job with a file of this size, if a request may hang for some seconds."""
-    return REQUESTS * request_seconds + size_bytes / BYTES_PER_SECOND
+def seconds_for(size_bytes: int, request_seconds: float, bytes_per_second: float) -> float:
+    """Return the time for a job with a file of this size.
+
+    Args:
+        size_bytes: length of the file.
+        request_seconds: for so long a request may hang.
+        bytes_per_second: as slow as a request may be.
+    """
+    return REQUESTS * request_seconds + size_bytes / bytes_per_second
 
 
 @dataclass(slots=True)

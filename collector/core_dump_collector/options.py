@@ -8,6 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+SENDERS = 2
+"""Parts of one object that are sent at the same time. A part is read for its checksum and again to be sent, so
+as many parts want to stay in the page cache: with two, a limit of 128 MiB of memory is not even touched."""
+MIN_BYTES_PER_SECOND = 10_000
+"""As slow as the link of all workers together may be."""
+MIN_CONNECTION_BYTES_PER_SECOND = 500
+"""A connection that moves less is ended, however many share the link: a store that sends a byte now and then."""
+
 
 @dataclass(frozen=True, slots=True)
 class UploadOptions:
@@ -32,5 +40,11 @@ class UploadOptions:
     part_bytes: int
     connect_timeout_seconds: float
     read_timeout_seconds: float
+    workers: int
     pod_logs_directory: str | None
     object_tags: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def connection_bytes_per_second(self) -> float:
+        """Return the least rate at which a request lives: its share of the slowest link."""
+        return max(MIN_CONNECTION_BYTES_PER_SECOND, MIN_BYTES_PER_SECOND / (self.workers * SENDERS))

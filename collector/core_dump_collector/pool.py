@@ -119,9 +119,11 @@ class Pool:
     def submit(self, job: AnyJob) -> None:
         """Hand a job to the next free worker; one that cannot be handed over comes back as a retry."""
         future = self._schedule(job)
-        request_seconds = self._options.connect_timeout_seconds + self._options.read_timeout_seconds
+        options = self._options
+        request_seconds = options.connect_timeout_seconds + options.read_timeout_seconds
+        seconds = seconds_for(_size_of(job), request_seconds, options.connection_bytes_per_second)
         self._jobs[future] = job
-        self._deadlines.add(future, seconds_for(_size_of(job), request_seconds), time.monotonic())
+        self._deadlines.add(future, seconds, time.monotonic())
         future.add_done_callback(self._land)
 
     def _schedule(self, job: AnyJob) -> Future[AnyResult]:

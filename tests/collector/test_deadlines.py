@@ -1,11 +1,11 @@
 """Jobs have deadlines that grow with their size, counted from when they run."""
 
-from core_dump_collector.deadlines import BYTES_PER_SECOND, Deadlines, seconds_for
+from core_dump_collector.deadlines import Deadlines, seconds_for
 
 
 def test_deadline_leaves_time_for_the_slowest_upload_that_is_allowed_and_for_requests_that_hang():
-    assert seconds_for(0, 70) == 700
-    assert seconds_for(50 * BYTES_PER_SECOND, 70) == 750
+    assert seconds_for(0, 70, 1000) == 700
+    assert seconds_for(50_000, 70, 1000) == 750
 
 
 def test_job_is_overdue_after_its_own_time():

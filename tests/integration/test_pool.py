@@ -57,7 +57,7 @@ def test_worker_past_the_deadline_of_its_job_is_killed(busy, stopped):
     pool, worker, woken = busy
     if stopped:
         os.kill(worker.pid, signal.SIGSTOP)
-    deadline = time.monotonic() + seconds_for(2, 35)
+    deadline = time.monotonic() + seconds_for(2, 35, 1000)
     pool.kill_hung(deadline - 10)
     assert worker.is_alive()
     pool.kill_hung(deadline + 1)
@@ -83,7 +83,7 @@ def test_worker_that_stays_stopped_is_killed_long_before_the_deadline(busy):
 
 def test_pool_is_stuck_once_killing_does_not_bring_a_job_back(busy):
     pool, _, _ = busy
-    deadline = time.monotonic() + seconds_for(2, 35)
+    deadline = time.monotonic() + seconds_for(2, 35, 1000)
     assert not pool.is_stuck(deadline + pool_module.STUCK_SECONDS - 10)
     assert pool.is_stuck(deadline + pool_module.STUCK_SECONDS + 1)
 

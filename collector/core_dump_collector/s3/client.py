@@ -15,16 +15,13 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
 from core_dump_collector import __version__
+from core_dump_collector.options import SENDERS
 from core_dump_collector.s3.progress import end_stalled_requests
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
     from core_dump_collector.options import UploadOptions
-
-SENDERS = 2
-"""Parts of one object that are sent at the same time. A part is read for its checksum and again to be sent, so
-as many parts want to stay in the page cache: with two, a limit of 128 MiB of memory is not even touched."""
 
 
 class _WarmError(Exception):
@@ -71,7 +68,7 @@ def make_client(options: UploadOptions) -> S3Client:
         client.close()
         # TLS and a checksum header protect the body: hashing it once more for the signature would double the CPU.
         client = _make_client(session, options, sign_payload=False)
-    end_stalled_requests(client, options.read_timeout_seconds)
+    end_stalled_requests(client, options.read_timeout_seconds, options.connection_bytes_per_second)
     return client
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from isal import isal_zlib
 
 from core_dump_collector.jobs import RetryReason
+from core_dump_collector.options import SENDERS
 from core_dump_collector.s3 import tries
-from core_dump_collector.s3.client import SENDERS
 from core_dump_collector.s3.errors import ConflictError, GoneError, RetryableError, TakenError
 from core_dump_collector.s3.verdict import Content, Found, Seen, compare
 from core_dump_format.crc32 import encode_crc32

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from botocore.httpsession import URLLib3Session
     from mypy_boto3_s3 import S3Client
 
-MIN_BYTES_PER_SECOND = 10_000
-"""A request that moves less than this over the whole window is ended."""
 COMPLETE_WINDOWS = 10
 """Longest silence of a store that completes a multipart upload, in windows."""
 MOST_COMPLETE_WINDOWS = 60
@@ -240,13 +238,13 @@ class _TLSPool(AWSHTTPSConnectionPool):
 class ProgressSession:
     """Sends requests as botocore's session does, and ends those that make no progress."""
 
-    def __init__(self, session: URLLib3Session, window_seconds: float) -> None:
+    def __init__(self, session: URLLib3Session, window_seconds: float, bytes_per_second: float) -> None:
         """Take over a session that has made no connection yet; its read timeout has to be None."""
         pools = session._pool_classes_by_scheme  # type: ignore[attr-defined]  # noqa: SLF001  shared with its proxies' pools
         pools.update(http=_Pool, https=_TLSPool)
         self._session = session
         self._monitor = ProgressMonitor(window_seconds)
-        self._patience = Patience(window_seconds, math.ceil(window_seconds * MIN_BYTES_PER_SECOND))
+        self._patience = Patience(window_seconds, math.ceil(window_seconds * bytes_per_second))
         self._asks_first = True
 
     def send(self, request: AWSPreparedRequest) -> AWSResponse:
@@ -297,7 +295,7 @@ def _forget_expect(request: AWSPreparedRequest) -> bool:
     return found
 
 
-def end_stalled_requests(client: S3Client, window_seconds: float) -> None:
-    """Make a client end each request that moves less than MIN_BYTES_PER_SECOND over the window."""
+def end_stalled_requests(client: S3Client, window_seconds: float, bytes_per_second: float) -> None:
+    """Make a client end each request that moves less than this over the window."""
     endpoint = client._endpoint  # type: ignore[attr-defined]  # noqa: SLF001  botocore has no way in
-    endpoint.http_session = ProgressSession(endpoint.http_session, window_seconds)
+    endpoint.http_session = ProgressSession(endpoint.http_session, window_seconds, bytes_per_second)
