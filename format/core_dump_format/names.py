@@ -12,11 +12,20 @@ COMPRESSED_SUFFIXES = (".gz", ".zst", ".xz", ".lz4", ".bz2", ".zip")
 """Files that are uploaded as they are: compressing them a second time saves nothing."""
 MOST_NAME_BYTES = 255
 
+_COMM = r"core-(?P<comm>[A-Za-z0-9._+-]*)"
 _NUMBERS = r"-(?P<timestamp>[0-9]{1,20})-(?P<pid>[0-9]{1,10})-(?P<signal>[0-9]{1,3})"
-_FIRST = re.compile(r"core-(?P<comm>[A-Za-z0-9._+-]*)" + _NUMBERS + r"(?P<copy>)(\.gz)?")
-_COPY = re.compile(r"core-(?P<comm>[A-Za-z0-9._+-]*)" + _NUMBERS + r"-(?P<copy>[0-9]{1,4})(\.gz)?")
+_COPY = r"-(?P<copy>[0-9]{1,4})"
+_PATTERNS = tuple(
+    re.compile(_COMM + numbers + r"(\.gz)?")
+    for numbers in (
+        _NUMBERS + "(?P<copy>)",
+        _NUMBERS + _COPY,
+        _NUMBERS.replace("{1,20}", "{9,20}") + _COPY + "(-[0-9]{1,4})+",
+    )
+)
+"""With no number of a copy, one, or several: a dump named `-1` gets the key `-1-1` where its own is taken."""
 LEAST_TIMESTAMP = 100_000_000
-"""March 1973: a smaller number in the timestamp's place is a pid, so the number after the signal counts copies."""
+"""March 1973: a smaller number in the timestamp's place is a pid, so the numbers after the signal count copies."""
 
 
 class CoreName(NamedTuple):
@@ -35,11 +44,7 @@ def parse_name(name: str) -> CoreName | None:
     """Parse the name of a dump; return None if it does not follow the grammar."""
     if len(name) > MOST_NAME_BYTES:
         return None
-    match = _FIRST.fullmatch(name)
-    if match is None or int(match["timestamp"]) < LEAST_TIMESTAMP:
-        as_copy = _COPY.fullmatch(name)
-        if as_copy is not None and (match is None or int(as_copy["timestamp"]) >= LEAST_TIMESTAMP):
-            match = as_copy
+    match = _match(name)
     if match is None:
         return None
     copy = match["copy"]
@@ -51,6 +56,17 @@ def parse_name(name: str) -> CoreName | None:
         copy=int(copy) if copy else None,
         compressed=name.endswith(".gz"),
     )
+
+
+def _match(name: str) -> re.Match[str] | None:
+    """Return the match with a possible time; otherwise the first match."""
+    first = None
+    for pattern in _PATTERNS:
+        match = pattern.fullmatch(name)
+        if match is not None and int(match["timestamp"]) >= LEAST_TIMESTAMP:
+            return match
+        first = first or match
+    return first
 
 
 def is_partial(name: str) -> bool:

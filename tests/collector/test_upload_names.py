@@ -29,6 +29,17 @@ def test_every_name_the_helper_can_make_is_read_back(comm, timestamp, pid, signa
         assert name == CoreName(comm, timestamp, pid, signal, copy, compressed=suffix == ".gz")
 
 
+copies = st.lists(st.integers(1, 9999), min_size=2, max_size=4)
+
+
+@given(comms, times, st.integers(0, 2**22), st.integers(0, 64), copies)
+def test_name_of_a_copy_of_a_copy_tells_the_crash(comm, timestamp, pid, signal, copies):
+    name = f"core-{comm}-{timestamp}-{pid}-{signal}.gz"
+    for copy in copies:
+        name = with_copy(name, copy)
+    assert parse_name(name) == CoreName(comm, timestamp, pid, signal, copies[0], compressed=True)
+
+
 @given(
     st.from_regex(
         r"core-[A-Za-z0-9._+-]{0,15}-[0-9]{1,20}-[0-9]{1,10}-[0-9]{1,3}(-[0-9]{1,4})?(\.gz)?", fullmatch=True
