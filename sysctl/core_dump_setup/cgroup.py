@@ -50,13 +50,12 @@ def use(tree: Tree) -> None:
     if tree.dry_run:
         say("would make a cgroup for the helper: " + LINK)
         return
-    existed = os.path.lexists(LINK)
+    if not os.path.lexists(LINK):
+        tree.on_failure(remove)
     try:
         prepare()
     except SetupError as error:
         warn(str(error))
-    if not existed:
-        tree.on_failure(remove)
 
 
 def remove() -> None:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import sys
+import subprocess
 
-from core_dump_setup import boot, cgroup, commands, kernel, release
-from core_dump_setup.errors import SetupError
+from core_dump_setup import boot, cgroup, commands, interrupts, kernel, release
+from core_dump_setup.errors import SetupError, complain, escape_unprintable, warn
 from core_dump_setup.files import RECORD, Tree
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import FrameType
 
 DESCRIPTION = """Make the kernel start core-dump-helper at every crash, prove that it works, and undo it.
 
@@ -39,6 +34,8 @@ OPTIONS = {
     "--dry-run": (("install", "activate", "deactivate", "uninstall"), "only say what would be done"),
     "--host": (("install", "uninstall"), "fail where the running kernel cannot be set"),
 }
+EXPECTED = (SetupError, OSError, subprocess.SubprocessError, interrupts.Interrupted, KeyboardInterrupt)
+"""Errors that need no traceback."""
 FILES = (
     *commands.CONFIGURATION,
     boot.FILE,
@@ -54,36 +51,41 @@ FILES = (
 def main(arguments: list[str]) -> int:
     """Run one command; return the exit code."""
     options = _parser().parse_args(arguments)
+    escape_unprintable()
     if os.geteuid() != 0:
-        sys.stderr.write("core-dump-setup: root is needed: sudo core-dump-setup %s\n" % options.command)
+        complain("root is needed: sudo core-dump-setup " + options.command)
         return 1
     tree = Tree(options.root, dry_run=options.dry_run)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _interrupt)
     os.umask(0o022)
+    interrupts.catch()
     try:
         tree.lock()
         tree.remove_leftovers(*FILES)
         release.remove_leftovers(tree)
         _run(options, tree)
-    except (SetupError, OSError) as error:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        sys.stderr.write("core-dump-setup: %s\n" % error)
-        failures = tree.undo()
-        for failure in failures:
-            sys.stderr.write("core-dump-setup: could not be undone: %s\n" % failure)
-        if options.command in ("install", "activate") and not failures:
-            sys.stderr.write("core-dump-setup: everything is as it was before\n")
+        interrupts.ignore()
+    except BaseException as error:
+        interrupts.ignore()
+        if tree.is_final:
+            warn("everything is in place, but the last step failed: %r" % error)
+            return 0
+        _undo(tree, error, options.command)
+        if not isinstance(error, EXPECTED):
+            raise
         return 1
     finally:
         tree.unlock()
     return 0
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    del frame
-    raise SetupError("interrupted by signal %d" % number)
+def _undo(tree: Tree, error: BaseException, command: str) -> None:
+    """Undo a run that failed and say what remains of it."""
+    complain(str(error) or type(error).__name__)
+    changed, failures = tree.is_changed(), tree.undo()
+    for failure in failures:
+        complain("could not be undone: " + failure)
+    if command in ("install", "activate") and changed and not failures:
+        complain("everything is as it was before")
 
 
 def _run(options: argparse.Namespace, tree: Tree) -> None:

@@ -143,9 +143,18 @@ class Setup:
         if not self.tree.exists(CALIBRATION):
             self.tree.on_failure(lambda: remove_any(self.tree.path(CALIBRATION)))
         try:
-            subprocess.run([release.HELPER, "--calibrate"], check=True, env={}, timeout=CALIBRATION_SECONDS)
+            done = subprocess.run(
+                [release.HELPER, "--calibrate"],
+                check=True,
+                env={},
+                timeout=CALIBRATION_SECONDS,
+                stdout=subprocess.PIPE,
+            )
         except (OSError, subprocess.SubprocessError):
             warn("the compressors could not be measured: pigz is used, then isal, then gzip")
+        else:
+            for line in done.stdout.decode("utf-8", "replace").splitlines():
+                say(line)
 
     def _reload_systemd(self) -> None:
         """Tell systemd of units that were masked or unmasked."""

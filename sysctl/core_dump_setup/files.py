@@ -11,7 +11,8 @@ import stat
 import subprocess
 import time
 
-from core_dump_setup.errors import SetupError, say
+from core_dump_setup import interrupts
+from core_dump_setup.errors import SetupError, say, warn
 
 TYPE_CHECKING = False  # importing typing costs more than it gives
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Tree:
     def __init__(self, root: str, *, dry_run: bool = False) -> None:
         """Take `root` ("" for this host's own); with `dry_run`, only say what would be done."""
         self.root, self.dry_run = root, dry_run
+        self.is_final = False
         self._undo: list[Callable[[], object]] = []
         self._after_unlock: list[Callable[[], object]] = []
         self._lock = -1
@@ -123,8 +125,8 @@ class Tree:
             return
         if name.strip("/"):
             self.make_directory(os.path.dirname(name))
-        os.mkdir(path, 0o755)
         self.on_failure(lambda: _remove_empty(path))
+        os.mkdir(path, 0o755)
 
     def remove_empty(self, *names: str) -> None:
         """Remove directories that hold nothing."""
@@ -186,17 +188,23 @@ class Tree:
         self._undo.append(action)
 
     def keep(self) -> None:
-        """Make the changes so far final."""
+        """Make the changes final; from here on nothing may fail the run, so signals are ignored."""
+        interrupts.ignore()
+        self.is_final = True
         self._undo.clear()
 
+    def is_changed(self) -> bool:
+        """Say whether there is anything to undo."""
+        return bool(self._undo)
+
     def undo(self) -> list[str]:
-        """Undo every change since `keep`; return what could not be undone."""
+        """Undo every change, unless they are final; return what could not be undone."""
         failures = []
         while self._undo:
             try:
                 self._undo.pop()()
-            except (OSError, SetupError) as error:
-                failures.append(str(error))
+            except Exception as error:  # noqa: BLE001 - the other changes are undone in any case
+                failures.append(str(error) or type(error).__name__)
         return failures
 
     def _remember(self, name: str) -> None:
@@ -257,12 +265,16 @@ class Tree:
 
     def unlock(self) -> None:
         """Remove the lock and the directories that hold nothing else, and let go."""
-        if self._lock >= 0:
+        if self._lock < 0:
+            return
+        try:
             _unlink(self.path(LOCK))
             _remove_empty(self.path(STATE))
             while self._after_unlock:
                 self._after_unlock.pop()()
-            os.close(self._lock)
+        except (OSError, SetupError) as error:
+            warn("the lock stays: %s" % error)
+        os.close(self._lock)
 
     def remove_leftovers(self, *names: str) -> None:
         """Remove what a killed run left beside these files. The lock must be held."""
@@ -324,13 +336,17 @@ def _remove_empty(path: str) -> None:
 def _write(path: str, data: bytes, mode: int, owner: tuple[int, int]) -> None:
     """Write a file beside its name, to the disk, and rename it: a reader sees the old file or the new one."""
     new = path + NEW + str(os.getpid())
-    with os.fdopen(os.open(new, NEW_FILE, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fchown(file.fileno(), *owner)
-        os.fchmod(file.fileno(), mode)
-        os.fsync(file.fileno())
-    os.rename(new, path)
+    try:
+        with os.fdopen(os.open(new, NEW_FILE, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchown(file.fileno(), *owner)
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        os.rename(new, path)
+    except BaseException:
+        _unlink(new)
+        raise
     sync_directory(os.path.dirname(path))
 
 

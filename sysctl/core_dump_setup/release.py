@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import stat
 import time
 
 from core_dump_helper import VERSION
-from core_dump_setup.errors import SetupError, say
+from core_dump_setup.errors import SetupError, say, warn
 from core_dump_setup.files import NEW, Tree, remove_any, sync_directory
 
 FOLDER = "/usr/libexec/core-dump-handler"
@@ -124,8 +123,9 @@ def _place_release(tree: Tree, modules: dict[str, bytes]) -> str:
         say("would install " + target)
         return name
     new = target + NEW + str(os.getpid())
+    tree.on_failure(lambda: remove_any(new))
     _write_release(new, modules)
-    tree.on_failure(lambda: shutil.rmtree(target))
+    tree.on_failure(lambda: remove_any(target))
     os.rename(new, target)
     sync_directory(os.path.dirname(target))
     tree.relabel(target)
@@ -180,12 +180,15 @@ def _repair_folder(tree: Tree) -> None:
 
 
 def remove_replaced(tree: Tree) -> None:
-    """Remove the releases that were replaced long enough ago."""
+    """Remove the releases that were replaced long enough ago; one that cannot be removed stays."""
     used = _named_by(tree.read(HELPER) or b"")
     for name in releases(tree):
         path = tree.path(FOLDER + "/" + name)
         if name != used and time.time() - os.lstat(path).st_mtime > GRACE_SECONDS and not tree.dry_run:
-            remove_any(path)
+            try:
+                remove_any(path)
+            except OSError as error:
+                warn("an older release stays: %s" % error)
 
 
 def remove_leftovers(tree: Tree) -> None:

@@ -447,6 +447,132 @@ def test_leftovers_of_a_killed_run_are_removed_by_the_next(tmp_path):
     assert tree(tmp_path) == expected
 
 
+def older_release(root, name):
+    """A release that was replaced long ago."""
+    module = write(root / str(PROGRAM.parent)[1:] / name / "core_dump_helper/core.py", "")
+    os.utime(module.parents[1], (0, 0))
+    return module.parents[1]
+
+
+@needs_root
+def test_older_release_that_cannot_be_removed_fails_no_installation(tmp_path):
+    first, stuck, last = (older_release(tmp_path, name) for name in ("0.0.1-a", "0.0.2-b", "0.0.3-c"))
+    mount = 'mount --bind "$1" "$1" && shift && exec "$@"'
+    done = deploy.run(
+        *("unshare", "--mount", "sh", "-c", mount, "sh", stuck, SYSCTL / "install.sh", "--root", tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"warning: an older release stays: [Errno 16] Device or resource busy: '{stuck}'" in done.stderr
+    assert "as it was before" not in done.stderr
+    assert [path.exists() for path in (first, stuck, last)] == [False, True, False]
+    assert (tmp_path / str(PROGRAM)[1:]).exists()
+
+
+@needs_root
+@pytest.mark.parametrize("output", ["closed pipe", "full disk", "closed"])
+def test_output_that_nobody_reads_ends_no_run(tmp_path, output):
+    reader, writer = os.pipe()
+    os.close(reader)
+    redirect = {"closed pipe": "", "full disk": " >/dev/full", "closed": " >&-"}[output]
+    for script in ("install.sh", "uninstall.sh"):
+        edited = write(tmp_path / "etc/tmpfiles.d/core-dump-handler.conf", "# edited\n")
+        command = f'exec "$0" --root "$1"{redirect}'
+        done = subprocess.run(
+            ["sh", "-c", command, SYSCTL / script, tmp_path], stdout=writer, stderr=-1, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert (tmp_path / str(PROGRAM)[1:]).exists() == edited.exists() == (script == "install.sh")
+    os.close(writer)
+
+
+EVERY = 5
+"""Of the steps of a run, one in this many is interrupted: all of them take too long."""
+
+
+@needs_root
+def test_run_that_is_interrupted_is_undone_or_done(tmp_path):
+    root = tmp_path / "root"
+    old = older_release(root, "0.0.1-a")
+    for number in range(2 * EVERY):  # each is removed in a step of its own, after all others
+        write(old / f"{number}.py", "")
+    os.utime(old, (0, 0))
+    before, codes = tree(root), []
+    while 0 not in codes:
+        assert len(codes) < 50
+        step = 1 + len(codes) * EVERY
+        kill = f"inject=/^(rename|symlink|mkdir|unlink|rmdir):signal=TERM:when={step}"
+        trace = ["strace", "-qq", "-f", "--seccomp-bpf", "-o", "/dev/null", "-e", kill]
+        done = deploy.run(*trace, SYSCTL / "install.sh", "--root", root)
+        codes.append(done.returncode)
+        if done.returncode:
+            assert done.returncode == 1
+            assert "interrupted by signal 15" in done.stderr
+            assert tree(root) == before
+    assert len(codes) > 5
+    assert (root / str(PROGRAM)[1:]).exists()
+
+
+BROKEN_RUN = """
+import io, os, signal, subprocess, sys
+root, source, action = sys.argv[1:]
+sys.path[:0] = [source + "/" + name for name in ("sysctl", "helper", "format")]
+from core_dump_setup import boot, cgroup
+from core_dump_setup.cli import main
+sys.stdout = io.TextIOWrapper(sys.stdout.buffer, "ascii")
+sys.argv = [source + "/sysctl/core-dump-setup"]
+cgroup.LINK = root + "/run/cgroup"
+def fail(tree):
+    exec(action)
+boot.warn_of_later_files = fail
+sys.exit(main(["install", "--root", root]))
+"""
+
+
+def run_broken(root, action):
+    """Install with a step that does something else."""
+    return deploy.run("/usr/bin/python3", "-ISB", "-c", BROKEN_RUN, root, deploy.ROOT, action)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        ("raise MemoryError", "MemoryError"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("raise subprocess.TimeoutExpired('cmd', 7)", "Command 'cmd' timed out after 7 seconds"),
+        (
+            "tree.on_failure(lambda: 1 / 0); raise ValueError('wrong')",
+            "could not be undone: division by zero",
+        ),
+        ("os.kill(os.getpid(), signal.SIGHUP)", "interrupted by signal 1"),
+        (
+            "cgroup.prepare = lambda: os.kill(os.getpid(), signal.SIGTERM); cgroup.use(tree)",
+            "interrupted by signal 15",
+        ),
+    ],
+)
+def test_run_that_ends_by_any_exception_is_undone(tmp_path, action, said):
+    before = tree(tmp_path)
+    done = run_broken(tmp_path, action)
+    assert (done.returncode, f"core-dump-setup: {said}" in done.stderr) == (1, True), done.stderr
+    assert ("everything is as it was before" in done.stderr) == ("could not" not in said)
+    assert tree(tmp_path) == before
+
+
+@needs_root
+def test_name_that_the_output_cannot_show_is_escaped(tmp_path):
+    root = tmp_path / "ué"
+    write(root / "etc/tmpfiles.d/core-dump-handler.conf", "# edited\n")
+    done = run_broken(root, "")
+    assert (done.returncode, "/u\\xe9/etc/tmpfiles.d" in done.stdout) == (0, True), done.stderr
+
+
+@needs_root
+def test_run_that_changed_nothing_does_not_claim_to_have_undone_it(tmp_path):
+    write(tmp_path / "etc/core-dump-handler/helper.conf", "LEVEL=12\n")
+    assert "as it was before" not in refused(tmp_path)
+
+
 @needs_root
 def test_second_run_waits_for_the_first(tmp_path):
     install(tmp_path)
