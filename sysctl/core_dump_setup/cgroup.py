@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 
+from core_dump_setup.disk import NEW, remove_any
 from core_dump_setup.errors import SetupError, say, warn
-from core_dump_setup.files import NEW, remove_any
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ import time
 from dataclasses import dataclass
 
 from core_dump_setup import boot, cgroup, directory, kernel, proof, release
+from core_dump_setup.disk import remove_any
 from core_dump_setup.errors import SetupError, say, warn
-from core_dump_setup.files import RECORD, STATE, Tree, remove_any
+from core_dump_setup.files import RECORD, STATE, Tree
 
 CALIBRATION = STATE + "/compressor"
 CONFIGURATION = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -11,19 +10,17 @@ import stat
 import subprocess
 import time
 
-from core_dump_setup import interrupts
+from core_dump_setup import disk, interrupts
 from core_dump_setup.errors import SetupError, say, warn
 
 TYPE_CHECKING = False  # importing typing costs more than it gives
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 STATE = "/var/lib/core-dump-handler"
 RECORD = STATE + "/installed-files"
 LOCK = STATE + "/lock"
 LOCK_SECONDS = 120
-NEW = ".new."
-"""Between a file's name and the process ID: a file that is being written."""
 DIST = ".dist"
 """After a file's name: the version we ship, beside one that was edited."""
 SAVE = ".save"
@@ -37,7 +34,6 @@ UNRECORDED = frozenset(
     ]
 )
 """Checksums of the configuration files of release 0.1.0, which recorded none when it installed them."""
-NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Tree:
@@ -83,14 +79,14 @@ class Tree:
     def place(self, name: str, data: bytes, mode: int = 0o644) -> None:
         """Make a file of root's with this content and mode, unless it is there already."""
         path = self.path(name)
-        if self.read(name) == data and _is_private(path, mode):
+        if self.read(name) == data and disk.is_private(path, mode):
             return
         if self.dry_run:
             say("would install " + path)
             return
         self.make_directory(os.path.dirname(name))
         self._remember(name)
-        _write(path, data, mode, (0, 0))
+        disk.write(path, data, mode, (0, 0))
         self.relabel(path)
 
     def relabel(self, path: str) -> None:
@@ -125,14 +121,14 @@ class Tree:
             return
         if name.strip("/"):
             self.make_directory(os.path.dirname(name))
-        self.on_failure(lambda: _remove_empty(path))
+        self.on_failure(lambda: disk.remove_empty(path))
         os.mkdir(path, 0o755)
 
     def remove_empty(self, *names: str) -> None:
         """Remove directories that hold nothing."""
         for name in names:
             if not self.dry_run:
-                _remove_empty(self.path(name))
+                disk.remove_empty(self.path(name))
 
     def is_edited(self, name: str, shipped: bytes) -> bool:
         """Say whether a configuration file is neither the one we ship nor the one we installed."""
@@ -213,17 +209,17 @@ class Tree:
         try:
             status = os.lstat(path)
         except FileNotFoundError:
-            self.on_failure(lambda: _unlink(path))
+            self.on_failure(lambda: disk.unlink(path))
             return
         if stat.S_ISLNK(status.st_mode):
             target = os.readlink(path)
-            self.on_failure(lambda: _link_again(path, target))
+            self.on_failure(lambda: disk.link_again(path, target))
             return
         data = self.read(name)
         if data is None:
             raise SetupError(path + " is no file: remove it")
         mode, owner = stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid)
-        self.on_failure(lambda: _write(path, data, mode, owner))
+        self.on_failure(lambda: disk.write(path, data, mode, owner))
 
     def lock(self) -> None:
         """Hold the lock of this root until the process ends, or raise SetupError after LOCK_SECONDS."""
@@ -268,8 +264,8 @@ class Tree:
         if self._lock < 0:
             return
         try:
-            _unlink(self.path(LOCK))
-            _remove_empty(self.path(STATE))
+            disk.unlink(self.path(LOCK))
+            disk.remove_empty(self.path(STATE))
             while self._after_unlock:
                 self._after_unlock.pop()()
         except (OSError, SetupError) as error:
@@ -283,77 +279,10 @@ class Tree:
         for name in names:
             directory = self.path(os.path.dirname(name) + "/")
             base = os.path.basename(name)
-            for entry in _entries(directory):
-                if entry.startswith(base) and NEW in entry[len(base) :]:
-                    remove_any(os.path.join(directory, entry))
-
-
-def remove_any(path: str) -> None:
-    """Remove a file or a directory with everything in it; follow no link."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    else:
-        _unlink(path)
-
-
-def _entries(directory: str) -> Iterator[str]:
-    try:
-        return iter(os.listdir(directory))
-    except (FileNotFoundError, NotADirectoryError):
-        return iter(())
+            for entry in disk.entries(directory):
+                if entry.startswith(base) and disk.NEW in entry[len(base) :]:
+                    disk.remove_any(os.path.join(directory, entry))
 
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _is_private(path: str, mode: int) -> bool:
-    """Say whether a file has this mode and belongs to root."""
-    status = os.lstat(path)
-    return (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (mode, 0, 0)
-
-
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-
-
-def _link_again(path: str, target: str) -> None:
-    _unlink(path)
-    os.symlink(target, path)
-
-
-def _remove_empty(path: str) -> None:
-    try:
-        os.rmdir(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.ENOTDIR, errno.EBUSY, errno.EEXIST):
-            raise
-
-
-def _write(path: str, data: bytes, mode: int, owner: tuple[int, int]) -> None:
-    """Write a file beside its name, to the disk, and rename it: a reader sees the old file or the new one."""
-    new = path + NEW + str(os.getpid())
-    try:
-        with os.fdopen(os.open(new, NEW_FILE, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchown(file.fileno(), *owner)
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-        os.rename(new, path)
-    except BaseException:
-        _unlink(new)
-        raise
-    sync_directory(os.path.dirname(path))
-
-
-def sync_directory(path: str) -> None:
-    """Write a directory's names to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

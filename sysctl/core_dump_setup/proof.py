@@ -13,8 +13,8 @@ import time
 import zlib
 
 from core_dump_setup import release
+from core_dump_setup.disk import remove_any
 from core_dump_setup.errors import SetupError, say
-from core_dump_setup.files import remove_any
 
 SECONDS = 10.0
 LOOK_SECONDS = 0.01

@@ -13,8 +13,12 @@ import stat
 import time
 
 from core_dump_helper import VERSION
+from core_dump_setup.disk import NEW, remove_any, sync_directory
 from core_dump_setup.errors import SetupError, say, warn
-from core_dump_setup.files import NEW, Tree, remove_any, sync_directory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from core_dump_setup.files import Tree
 
 FOLDER = "/usr/libexec/core-dump-handler"
 HELPER = FOLDER + "/core-dump-helper"
