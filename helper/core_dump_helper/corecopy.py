@@ -7,7 +7,7 @@ import os
 import time
 
 from core_dump_helper.compress import COMPRESSORS, IN_PROCESS, start_writer
-from core_dump_helper.core import LengthCheck, Memory, Reader
+from core_dump_helper.core import LARGE_BYTES, LengthCheck, Memory, Reader
 from core_dump_helper.dumpfile import RESULT_SPACE, set_attributes
 from core_dump_helper.settings import CONFIG
 from core_dump_helper.system import Refused, log
@@ -67,10 +67,12 @@ class CoreCopy:
         announce()
         if vital:
             self._write_vital(vital)
-        if reader.is_large and not vital:
+        elif reader.is_large:
             set_attributes(self.dump, {"vital": b"none"}, RESULT_SPACE)
         length = LengthCheck(vital.length if vital else 0)
         self._copy(reader, watch, length)
+        if length.expected >= LARGE_BYTES and not reader.is_large:  # it ended before its first MiB
+            set_attributes(self.dump, {"vital": b"none"}, RESULT_SPACE)
         set_alarm(self.settings)
         failed = self._close()
         self.expected = length.expected
@@ -106,25 +108,37 @@ class CoreCopy:
 
         pigz writes what comes later: it cannot tell when a member has ended.
         """
-        from core_dump_helper.vitalpart import file_crc32
-
         for piece in vital.pieces:
             self._failure = self._write(piece)
             if self._failure:
-                return
-        attributes = {"vital": vital.state}
-        if self.writer.name != "none":
+                break
+        is_member = self.writer.name != "none"
+        if is_member and not self._failure:
             self._failure = self._close()
-            if self._failure:
-                return
-            size = os.lseek(self.dump, 0, os.SEEK_CUR)
-            attributes.update(vital_bytes=str(size), vital_crc32=str(file_crc32(self.dump, size)))
-        set_attributes(self.dump, {name: value.encode() for name, value in attributes.items()}, RESULT_SPACE)
-        if self.writer.name != "none":
+        if self._failure:
+            set_attributes(self.dump, {"vital": b"partial"}, RESULT_SPACE)
+            return
+        attributes = {"vital": vital.state.encode()}
+        if is_member:
+            attributes.update(self._describe_member())
+        set_attributes(self.dump, attributes, RESULT_SPACE)
+        if is_member:
             try:
                 self.writer = self._start_writer(self.writer.size)
             except Refused as refused:
-                self._failure = refused.reason
+                log("%s: its dump ends with the vital part: %s" % (self.crash, refused))
+                self._failure = "disk_full"
+
+    def _describe_member(self) -> dict[str, bytes]:
+        """Return the attributes of the gzip member that ends here, or none if it cannot be read."""
+        try:
+            from core_dump_helper.vitalpart import file_crc32
+
+            size = os.lseek(self.dump, 0, os.SEEK_CUR)
+            return {"vital_bytes": b"%d" % size, "vital_crc32": b"%d" % file_crc32(self.dump, size)}
+        except (OSError, EOFError, ImportError) as error:
+            log("%s: no checksum of its vital part: %s" % (self.crash, error))
+            return {}
 
     def _start_writer(self, before: int, only: tuple[str, ...] = COMPRESSORS) -> Writer:
         return start_writer(self.dump, self.settings, self.crash.config or CONFIG, before, only)

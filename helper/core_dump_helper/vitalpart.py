@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 PREPARE_SECONDS = 3
 """Reading memory may wait for a file server or for a swap device; the process is held for no longer than this."""
 
+FIRST_CHUNK = 4 << 10
+
 
 class VitalPart:
     """The new front of a dump, and what of the kernel's stream follows it."""
@@ -113,19 +115,25 @@ def _run(selection: Selection, state: State, done: SimpleQueue[str]) -> None:
 
 
 def _chunks(head: bytes, pieces: list[tuple[int, int, bytes]]) -> list[memoryview]:
-    """Return head and memory in chunks, because the compressor flushes after each."""
+    """Return head and memory in chunks, because the compressor flushes after each, and a full disk costs a whole one.
+
+    The first chunk of memory holds the newest frames of the crashing thread; each is four times as long as the last.
+    """
     view = memoryview(head)
     chunks = [view[start : start + CHUNK] for start in range(0, len(head), CHUNK)]
-    pending: list[bytes | memoryview] = [chunks.pop()]
-    size = len(pending[0])
+    pending: list[memoryview] = []
+    length = room = FIRST_CHUNK
     for _, _, content in pieces:
-        if size + len(content) > CHUNK:
-            chunks.append(memoryview(b"".join(pending)))
-            pending, size = [], 0
-        pending.append(content)
-        size += len(content)
-    chunks.append(memoryview(b"".join(pending)))
-    return chunks
+        rest = memoryview(content)
+        while rest:
+            pending.append(rest[:room])
+            room -= len(pending[-1])
+            rest = rest[len(pending[-1]) :]
+            if not room:
+                chunks.append(memoryview(b"".join(pending)))
+                length = room = min(CHUNK, 4 * length)
+                pending = []
+    return chunks + ([memoryview(b"".join(pending))] if pending else [])
 
 
 def file_crc32(descriptor: int, size: int) -> int:

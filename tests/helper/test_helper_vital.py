@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.format.test_vital import SPANS, Held, auxv, kernel_core, note, status
+from tests.support import kernel
 
 from core_dump_format.front import read_front
 from core_dump_format.vital import Pages
@@ -207,6 +209,90 @@ def test_forged_address_of_the_vdso_brings_no_page_in_from_a_file(monkeypatch, f
     pages = Fetching(SPANS)
     assert prepared(core, pages, monkeypatch)
     assert bool(pages.fetched) == fetched
+
+
+@pytest.fixture
+def large(station):
+    """Return a function that crashes with 9 MiB of random memory; its arguments are settings."""
+    import ctypes
+
+    memory = mmap.mmap(-1, 9 << 20)
+    memory[:] = os.urandom(len(memory))
+    view = ctypes.c_char.from_buffer(memory)
+    start = ctypes.addressof(view)
+    vector = note(6, Path("/proc/self/auxv").read_bytes())
+    core = kernel_core([(start, len(memory), len(memory), 6)], status(start + 2 * PAGE) + vector)
+
+    def crash(**given):
+        station.settings = {"MAX_TOTAL_BYTES": 0, **given}
+        logged = station.run(core)
+        return logged, memory[2 * PAGE :]
+
+    yield crash
+    del view
+
+
+@pytest.fixture
+def tiny_disk(station):
+    """Put the watch directory on a file system of 700 KiB."""
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=700k,mode=700", "none", station.watch_dir], check=True
+    )
+    yield station
+    subprocess.run(["umount", "-l", station.watch_dir], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts, needs root: sudo make test")
+@pytest.mark.parametrize("compressor", ["gzip", "none"])
+def test_full_disk_within_the_vital_part_keeps_the_newest_frames(tiny_disk, large, compressor):
+    _, stack = large(COMPRESSOR=compressor)
+    core = tiny_disk.dump().read_bytes() if compressor == "none" else tiny_disk.core()
+    assert stack[: 300 << 10] in core
+    found = tiny_disk.attributes()
+    assert (found["vital"], found["truncated"], found["bytes"]) == ("partial", "disk_full", str(len(core)))
+    assert "vital_crc32" not in found
+
+
+def test_large_core_that_ends_before_its_first_mebibyte_says_that_it_has_no_vital_part(station, large):
+    large(MAX_DUMP_BYTES=600_000)
+    assert station.attributes()["vital"] == "none"
+
+
+@pytest.mark.parametrize(
+    "how", ["raise ImportError('no zlib')", "raise OSError(5, 'failed')", "raise EOFError"]
+)
+def test_vital_part_that_cannot_be_read_again_costs_its_attributes_only(station, large, how, monkeypatch):
+    install = kernel.install_helper
+
+    def spoil(directory, *arguments):
+        install(directory, *arguments)
+        kernel.replace(directory / "core_dump_helper/vitalpart.py", "    crc = at = 0\n", f"    {how}\n")
+
+    monkeypatch.setattr(kernel, "install_helper", spoil)
+    logged, _ = large()
+    found = station.attributes()
+    assert found["vital"] == "whole"
+    assert not {"vital_bytes", "vital_crc32", "truncated"} & set(found), logged
+    assert found["bytes"] == found["expected_bytes"] == str(len(station.core()))
+
+
+def test_compressor_that_does_not_start_again_ends_the_dump_with_its_vital_part(station, large, monkeypatch):
+    install = kernel.install_helper
+
+    def spoil(directory, *arguments):
+        install(directory, *arguments)
+        module = directory / "core_dump_helper/compress.py"
+        kernel.replace(
+            module,
+            '    reason = "directory"\n',
+            '    reason = "directory"\n    names = names * (not before)\n',
+        )
+
+    monkeypatch.setattr(kernel, "install_helper", spoil)
+    large()
+    found = station.attributes()
+    assert (found["vital"], found["truncated"]) == ("whole", "disk_full")
+    assert found["bytes"] == str(len(station.core()))
 
 
 @settings(max_examples=100, deadline=None)
