@@ -190,15 +190,16 @@ def test_uploads_over_a_thin_link_take_their_time_and_send_nothing_twice(
 
 def test_parts_share_the_slowest_link_that_is_allowed(watch_dir):
     path = watch_dir / NAME
-    path.write_bytes(b"\x1f\x8b" + os.urandom(80_000))
+    path.write_bytes(b"\x1f\x8b" + os.urandom(112_000))
     with manners.fake_s3(manners.Manners()) as fake, thin_link(fake.endpoint, 16_000) as (through, _):
-        small = options(read_timeout_seconds=2 * WINDOW, metadata=False)
+        small = options(read_timeout_seconds=3 * WINDOW, metadata=False)
         with (
             connected(fake.environ(), AWS_ENDPOINT_URL_S3=through),
-            contextlib.closing(Worker(dataclasses.replace(small, part_bytes=40_960))) as worker,
+            contextlib.closing(Worker(dataclasses.replace(small, part_bytes=57_344))) as worker,
         ):
             result = worker.process(Job(str(watch_dir), NAME))
-        assert fake.asked("PUT", "partNumber") == 2
+        assert result.outcome is Outcome.UPLOADED, result
+        assert fake.asked("PUT", "partNumber") == 2, fake.requests
     assert (result.outcome, result.detail) == (Outcome.UPLOADED, "")
 
 
