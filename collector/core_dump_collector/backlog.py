@@ -69,7 +69,7 @@ class _Entry:
     size_bytes: int
     modified_ns: int
     seen_at: float
-    """Monotonic seconds, as `unchanged_since`."""
+    """Monotonic seconds, as `unchanged_since`; a file that replaced another under its name is seen when it came."""
     unchanged_since: float
     lane: _Lane = _Lane.OLD
     attempts: int = 0
@@ -138,11 +138,8 @@ class Backlog:
             return self._add_unknown(file, now)
         if (entry.size_bytes, entry.modified_ns) != (file.size_bytes, file.modified_ns):
             self._bytes += file.size_bytes - entry.size_bytes
-            entry.size_bytes, entry.modified_ns, entry.unchanged_since = (
-                file.size_bytes,
-                file.modified_ns,
-                now,
-            )
+            entry.size_bytes, entry.modified_ns = file.size_bytes, file.modified_ns
+            entry.seen_at = entry.unchanged_since = now
         if entry.lane is _Lane.IN_FLIGHT:
             entry.seen_again = True
         elif entry.lane is _Lane.PAUSED and entry.busy and file.new:
@@ -217,7 +214,7 @@ class Backlog:
             now: monotonic seconds.
             age_seconds: of names to return.
             most: number of names to return.
-            untried: return names that were not tried as well: nothing can be uploaded at all.
+            untried: return names that were not tried as well: nothing could be uploaded for as long.
         """
         expired = [
             name

@@ -157,7 +157,7 @@ class Daemon:
         """Let workers delete what could not be uploaded for DISCARD_AFTER_SECONDS, if that is set."""
         age, room = self._settings.discard_after_seconds, self._pool.room
         if age and room:
-            down = self._store.reason is not None
+            down = self._store.is_down_for(age, now)
             for name in self._backlog.take_expired(now, age, most=room, untried=down):
                 self._pool.submit(Job(self._directory, name, self._backlog.sighting(name, now), discard=True))
 

@@ -29,6 +29,8 @@ class Reachability:
     reason: RetryReason | None = None
     """Why the store does not take dumps; None if it does, as far as known."""
     is_probing: bool = False
+    _down_since: float = math.inf
+    """When the store was first seen not to take dumps, since it last took them."""
     _probe_due: float = -math.inf
     _refused_until: float = -math.inf
 
@@ -36,6 +38,10 @@ class Reachability:
     def probe_due(self) -> float:
         """Return when a probe is due."""
         return math.inf if self.is_probing else self._probe_due
+
+    def is_down_for(self, seconds: float, now: float) -> bool:
+        """Tell whether the store has not been seen to take dumps for so long."""
+        return now - self._down_since >= seconds
 
     def start_probe(self) -> None:
         """Note that a probe is with a worker."""
@@ -45,21 +51,22 @@ class Reachability:
         """Take the result of a probe."""
         self.is_probing = False
         if reason is not None or now >= self._refused_until:
-            self._set(reason)
+            self._set(reason, now)
         self._probe_due = now + (SILENCE_SECONDS if self.reason is None else PROBE_PAUSE_SECONDS)
 
     def note_upload(self, reason: RetryReason | None, now: float) -> None:
         """Take the result of an upload; None if it succeeded."""
         if reason is None:
-            self._set(None)
+            self._set(None, now)
             self._refused_until = -math.inf
             self._probe_due = now + SILENCE_SECONDS
         elif reason in _REFUSALS:
-            self._set(reason)
+            self._set(reason, now)
             self._refused_until = now + REFUSED_SECONDS
         elif reason in STORE_WIDE and self.reason is None:
             self._probe_due = min(self._probe_due, now)
 
-    def _set(self, reason: RetryReason | None) -> None:
+    def _set(self, reason: RetryReason | None, now: float) -> None:
         self.is_known = True
         self.reason = reason
+        self._down_since = math.inf if reason is None else min(self._down_since, now)

@@ -189,6 +189,15 @@ def test_file_that_changes_is_not_unchanged():
     assert backlog.sighting("a", 90.0).unchanged_seconds == 40.0
 
 
+def test_file_that_replaced_another_is_as_old_as_itself():
+    backlog = filled("core")
+    backlog.take(0.0)
+    backlog.retry("core", 0.0)
+    backlog.add(Candidate("core", 20, 2, new=True), 999.0)
+    assert backlog.take_expired(1998.0, 1000.0, most=4, untried=True) == []
+    assert backlog.take_expired(1999.0, 1000.0, most=4, untried=False) == ["core"]
+
+
 def test_full_backlog_turns_names_away_and_asks_for_a_scan_once_there_is_room():
     backlog = exact(capacity=4)
     assert [backlog.add(Candidate(n), 0.0) for n in "abcdea"] == [True, True, True, True, False, True]

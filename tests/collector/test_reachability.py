@@ -65,3 +65,15 @@ def test_failure_of_one_dump_says_nothing_of_the_store(reason):
     due = store.probe_due
     store.note_upload(reason, 5.0)
     assert (store.reason, store.probe_due) == (None, due)
+
+
+def test_store_is_down_for_as_long_as_it_has_not_taken_dumps_and_no_longer():
+    store = probed(None, 0.0)
+    probed(RetryReason.SERVER, 901.0, store)
+    assert not store.is_down_for(900.0, 902.0), "one probe failed just now"
+    probed(RetryReason.NETWORK, 1500.0, store)
+    assert not store.is_down_for(900.0, 1800.9)
+    assert store.is_down_for(900.0, 1801.0)
+    store.note_upload(None, 1801.0)
+    probed(RetryReason.NETWORK, 1802.0, store)
+    assert not store.is_down_for(900.0, 2701.9)
