@@ -101,7 +101,7 @@ class CoreCopy:
             log("%s: its vital part does not come first: %s" % (self.crash, error))
             return None
         share = max(MIN_VITAL_BYTES, Memory(self.settings.CGROUP).available() // 4)
-        return prepare(head, read, self.crash, min(self.settings.VITAL_BYTES, share))
+        return prepare(head, read, self.crash, min(self.settings.VITAL_BYTES, share), share)
 
     def _write_vital(self, vital: VitalPart) -> None:
         """Write the vital part as a gzip member of its own, and start the writer of everything else.

@@ -28,6 +28,10 @@ PREPARE_SECONDS = 3
 """Reading memory may wait for a file server or for a swap device; the process is held for no longer than this."""
 
 FIRST_CHUNK = 4 << 10
+MAX_FRONT_BYTES = 16 << 20
+"""Of headers and notes. The first CHUNK is always allowed, because it was read already."""
+FRONT_FACTOR = 6
+"""Bytes of memory that a byte of headers and notes takes."""
 
 
 class VitalPart:
@@ -49,7 +53,9 @@ class VitalPart:
         return limit - left
 
 
-def prepare(head: bytearray, read: Callable[[int], bool], crash: Crash, limit: int) -> VitalPart | None:
+def prepare(
+    head: bytearray, read: Callable[[int], bool], crash: Crash, limit: int, share: int
+) -> VitalPart | None:
     """Return the front of the reordered dump, or None if its order cannot be changed.
 
     Args:
@@ -57,10 +63,11 @@ def prepare(head: bytearray, read: Callable[[int], bool], crash: Crash, limit: i
         read: appends up to so many bytes to `head`; returns False at the end of the core or a deadline.
         crash: the crash.
         limit: bytes of memory that the vital part may hold.
+        share: bytes of memory that this process may use for headers and notes.
     """
     started = time.monotonic()
     try:
-        front = _read_front(head, read)
+        front = _read_front(head, read, max(CHUNK, min(MAX_FRONT_BYTES, share // FRONT_FACTOR)))
         if front is None or not is_known(front):
             return None
         selection = _select(front, crash, limit)
@@ -78,10 +85,16 @@ def prepare(head: bytearray, read: Callable[[int], bool], crash: Crash, limit: i
         return None
 
 
-def _read_front(head: bytearray, read: Callable[[int], bool]) -> Front | None:
-    """Read header, program headers and notes; return None if the core ends before."""
+def _read_front(head: bytearray, read: Callable[[int], bool], limit: int) -> Front | None:
+    """Read header, program headers and notes; return None if the core ends before.
+
+    Raises:
+        UnsupportedError: they have more than `limit` bytes.
+    """
     needed = front_bytes(head)
     while needed > len(head):
+        if needed > limit:
+            raise UnsupportedError("%d bytes of headers and notes, %d allowed" % (needed, limit))
         if not read(needed - len(head)):
             return None
         needed = max(needed, front_bytes(head))

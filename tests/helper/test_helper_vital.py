@@ -34,7 +34,7 @@ def spans_of(size):
 def prepared(core, pages, monkeypatch, limit=32 << 20):
     """Prepare the vital part of a core whose process has these pages."""
     monkeypatch.setattr(vitalpart, "open_memory", lambda crash, vector: pages)
-    return vitalpart.prepare(bytearray(core), lambda count: False, CRASH, limit)
+    return vitalpart.prepare(bytearray(core), lambda count: False, CRASH, limit, 1 << 30)
 
 
 class Blocking(Held):
@@ -293,6 +293,34 @@ def test_compressor_that_does_not_start_again_ends_the_dump_with_its_vital_part(
     found = station.attributes()
     assert (found["vital"], found["truncated"]) == ("whole", "disk_full")
     assert found["bytes"] == str(len(station.core()))
+
+
+def test_notes_of_any_size_take_little_memory(station):
+    core = kernel_core(spans_of(LARGE_BYTES), (status(0x10100) + note(2, bytes(3300))) * 15_000)
+    assert len(core) > 60 << 20
+    station.settings = {"BUFFER_BYTES": 0}
+    with station.start() as process:
+        process.stdin.write(core)
+        process.stdin.flush()  # all but what the pipe holds has been read
+        memory = Path(f"/proc/{process.pid}/status").read_text()
+        logged = process.communicate()[1].decode()
+    assert "bytes of headers and notes" in logged
+    assert station.attributes()["vital"] == "none"
+    assert station.core() == core
+    assert int(memory.partition("VmHWM:")[2].split()[0]) < 40 << 10
+
+
+@pytest.mark.parametrize(("share", "allowed"), [(18 << 20, True), (6 << 20, False)])
+def test_headers_and_notes_take_no_more_memory_than_is_available(monkeypatch, share, allowed):
+    monkeypatch.setattr(vitalpart, "open_memory", lambda crash, vector: Held(SPANS))
+    core = kernel_core(SPANS, status(SPANS[3][0] + 0x2010) + note(99, bytes(2 << 20)))
+    head = bytearray(core[: vitalpart.CHUNK])
+
+    def read(count):
+        head.extend(core[len(head) : len(head) + count])
+        return True
+
+    assert bool(vitalpart.prepare(head, read, CRASH, 4 << 20, share)) == allowed
 
 
 @settings(max_examples=100, deadline=None)
