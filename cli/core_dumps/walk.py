@@ -27,6 +27,8 @@ LISTERS = 12
 DAY_SECONDS = 86400
 _PLACES = frozenset({"node", "namespace", "pod", "container"})
 _RECORD = re.compile(r"storm-[0-9a-f]+-(?P<timestamp>[0-9]{1,12})")
+_PROBE = re.compile(r"\.(condition|check-.*)")
+"""Objects by which the collector tests the store."""
 _EVER = 10**11
 
 
@@ -155,6 +157,8 @@ class Walk:
         """Return the dumps in a listing that can match; each knows whether its metadata object is there too."""
         found = []
         for key, row in rows.items():
+            if _PROBE.fullmatch(key.rpartition("/")[2]):
+                continue
             owner = key.removesuffix(METADATA_SUFFIX)
             if owner == key:
                 dump = self._dump(key, row.size_bytes, row, has_metadata=f"{key}{METADATA_SUFFIX}" in rows)

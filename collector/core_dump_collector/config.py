@@ -86,8 +86,9 @@ class Settings(BaseSettings):
     )
     conditional: Literal["auto", "true", "false"] = Field(
         "auto",
-        description="Let the store refuse to overwrite objects (`If-None-Match`). `auto`: unless it does not know how; "
-        "`true`: always; `false`: never, keys are looked at instead.",
+        description="Let the store refuse to overwrite objects (`If-None-Match`). `auto`: unless it refuses the "
+        "header, and keys are looked at first until it has shown that it honours it; `true`: always, relying on it; "
+        "`false`: never, keys are looked at instead.",
     )
     addressing_style: Literal["auto", "path", "virtual"] = Field(
         "auto", description="`path` for S3-compatible stores that do not serve bucket host names."

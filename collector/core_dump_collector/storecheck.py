@@ -85,7 +85,7 @@ def _probe(store: Store, key: str) -> str:
         store.put_document(key, _PROBE, conditional=True)
     except TakenError:
         return "a second one under its key was refused"
-    return "WARNING: the store ignores If-None-Match, so a dump may replace another of the same key"
+    return "WARNING: the store ignores If-None-Match: keys are looked at before they are written"
 
 
 def _limits(store: Store, key: str) -> str:

@@ -44,6 +44,8 @@ def test_lying_metadata_is_escaped_or_left_out(cli, gz):
         "node-7/storm-ab12-1700000009.json",
         json.dumps({"state": "suppressed", "reason": "rate_limit"}).encode(),
     )
+    for probe in (".condition", ".check-0e8a52c6-6f5c-4d19-9a56-6e1f3c1f7f0e"):
+        cli.put_raw(f"node-7/{probe}", b"{}")  # they are no dumps
     listed = cli.run("list")
     assert not set("\x1b\x07\u202e") & set(listed.stdout)
     assert "\\x1b]0;owned" in listed.stdout

@@ -17,7 +17,7 @@ PUT, COMPLETE, CREATE = (
     "{ method POST } { url_sub uploadId= }",
     "{ method POST } { url_sub uploads }",
 )
-MAKES_VISIBLE = [f"{PUT} !{{ url_sub partNumber= }} !{{ path_end .json }}", COMPLETE]
+MAKES_VISIBLE = [f"{PUT} !{{ url_sub partNumber= }} !{{ path_end .json .condition }}", COMPLETE]
 
 
 def error_body(code, message="told by a proxy"):

@@ -37,7 +37,7 @@ TABLE = {
     "as Amazon S3": (Manners(),                                                STORED,      STORED),
     "no conditions": (Manners(conditions=False),                               STORED,      STORED),
     "conditions refused with 400": (Manners(conditions=400),                   STORED,      STORED),
-    "conditions refused with 409": (Manners(conditions=409),                   STORED,      STORED),
+    "conditions refused with 409": (Manners(conditions=409),                   NOT_STORED,  NOT_STORED),
     "conditions refused with 412": (Manners(conditions=412),                   STORED,      STORED),
     "conditions refused with 501": (Manners(conditions=501),                   STORED,      STORED),
     "no checksums": (Manners(checksums="none"),                                STORED,      STORED),
@@ -66,10 +66,11 @@ TABLE = {
         Manners(head=503, etags="foreign", checksums="none"),                  NOT_STORED,  NOT_STORED),
     "HEAD refused, body cut": (Manners(head=403, cut="body"),                  STORED,      STORED),
     "HEAD refused, response cut": (Manners(head=403, cut="response"),          UNPROVEN,    UNPROVEN),
+    "HEAD refused, no conditions": (Manners(head=403, conditions=False),       STORED,      STORED),
     "HEAD refused, conditions refused with 400": (
         Manners(head=403, conditions=400),                                     STORED,      STORED),
     "HEAD refused, conditions refused with 409": (
-        Manners(head=403, conditions=409),                                     STORED,      STORED),
+        Manners(head=403, conditions=409),                                     NOT_STORED,  NOT_STORED),
     "HEAD refused, conditions refused with 412": (
         Manners(head=403, conditions=412),                                     UNPROVEN,    UNPROVEN),
     "HEAD refused, conditions refused with 501": (
@@ -104,7 +105,8 @@ def attempt(store, path, attempts=ATTEMPTS, **changes):
 
 
 def dumps_in(store):
-    return {key: body for key, body in store.objects.items() if not key.endswith(".json")}
+    """Return the dumps in the store: neither metadata objects nor the probe of the condition."""
+    return {k: body for k, body in store.objects.items() if not k.endswith((".json", "/.condition"))}
 
 
 @pytest.mark.parametrize(("size", "manners", "expected"), CELLS)
@@ -132,7 +134,7 @@ def test_dump_is_stored_once_and_deleted_only_on_proof(path, size, manners, expe
 def test_dump_that_is_not_proven_is_sent_once(path, size, head):
     path.write_bytes(os.urandom(SIZES[size]))
     with fake_s3(Manners(head=head, etags="foreign", checksums="none")) as store:
-        attempt(store, path)
+        attempt(store, path, conditional="true")
         assert store.asked("PUT") == (1 if size == "small" else 2)
         assert store.asked("HEAD") >= ATTEMPTS
         store.manners = Manners(etags="foreign", checksums="head")  # the operator has allowed s3:GetObject
@@ -164,7 +166,7 @@ def test_dump_whose_keys_nobody_can_look_at_is_not_sent_again_and_again(path, si
     path.write_bytes(os.urandom(SIZES[size]))
     with fake_s3(Manners(head=403, conditions=412)) as store:
         attempt(store, path)
-        assert store.asked("PUT") == requests
+        assert store.asked("PUT") - store.asked("PUT", ".condition") == requests
         store.manners = Manners(conditions=412)  # the operator has allowed s3:GetObject
         assert attempt(store, path).outcome == Outcome.UPLOADED
     assert not path.exists()
@@ -200,7 +202,7 @@ def test_collector_keeps_what_is_not_proven_counts_it_and_says_what_would_help(w
 def test_failing_head_is_repeated_and_not_the_upload(path, status, reason):
     path.write_bytes(b"dump")
     with fake_s3(Manners(head=status, etags="foreign", checksums="none")) as store:
-        result = attempt(store, path, attempts=2)
+        result = attempt(store, path, attempts=2, conditional="true")
         assert (result.outcome, result.retry_reason) == (Outcome.RETRY, reason)
         assert (store.asked("HEAD"), store.asked("PUT")) == (8, 1)
 
@@ -210,7 +212,11 @@ TAKEN = {
         conditions=conditions, head=head, etags=etags, checksums="all" if etags == "md5" else "none"
     )
     for conditions, head, etags in [
-        *((conditions, head, "md5") for conditions in (True, 400, 409, 412, 501) for head in (200, 403)),
+        *(
+            (conditions, head, "md5")
+            for conditions in (True, False, 400, 409, 412, 501)
+            for head in (200, 403)
+        ),
         *((True, head, "foreign") for head in (200, 403)),
     ]
 }
@@ -226,8 +232,61 @@ def test_object_of_another_under_the_key_is_never_overwritten(path, size, manner
         store.objects[KEY] = theirs
         attempt(store, path)
         assert store.objects[KEY] == theirs
-        assert path.exists() or content in dumps_in(store).values()
+        assert content in dumps_in(store).values() or path.exists()
+        assert not path.exists() or manners.conditions in {True, 409, 412}
         assert len(dumps_in(store)) <= 2
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("head", [200, 403])
+def test_second_dump_of_a_name_survives_in_a_store_that_ignores_the_condition(path, size, head):
+    contents = [os.urandom(SIZES[size]) for _ in range(3)]
+    with fake_s3(Manners(conditions=False, head=head)) as store, connected(store.environ()):
+        for content in contents:
+            path.write_bytes(content)
+            assert send(path).outcome == Outcome.UPLOADED
+            assert not path.exists()
+        assert sorted(dumps_in(store).values()) == sorted(contents)
+        assert store.asked("PUT", ".condition") == (0 if head == 200 else 2), "the store is asked once"
+
+
+def test_condition_is_relied_on_once_the_store_has_refused_to_overwrite(watch_dir):
+    with fake_s3(Manners(head=403)) as store, connected(store.environ()):
+        for number in range(3):
+            path = watch_dir / f"core-app-1700000000-{number}-11.gz"
+            path.write_bytes(b"dump %d" % number)
+            assert send(path).key == f"node-1/{path.name}"
+        assert (store.asked("PUT", ".condition"), store.asked("HEAD")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "trusted"),
+    [
+        ("https://s3.eu-central-1.amazonaws.com", True),
+        ("https://s3.cn-north-1.amazonaws.com.cn", True),
+        ("https://bucket.vpce-1a2b.s3.us-east-1.vpce.amazonaws.com:443", True),
+        ("https://amazonaws.com.example.org", False),
+        ("https://s3.notamazonaws.com", False),
+        ("http://127.0.0.1:9000", False),
+    ],
+)
+def test_condition_is_relied_on_at_once_where_the_store_is_amazons(endpoint, trusted):
+    assert Condition("auto", endpoint).is_trusted is trusted
+    assert not Condition("false", endpoint).is_trusted
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_conflict_never_turns_the_condition_off(path, size):
+    """Another writer's request is in progress: it may end at any time, and then the object is theirs."""
+    path.write_bytes(os.urandom(SIZES[size]))
+    with fake_s3(Manners(conditions=409)) as store:
+        result = attempt(store, path, attempts=6)
+        assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.SERVER)
+        assert "CONDITIONAL=false" in result.detail
+        kept = [w for m, w, conditional in store.requests if m == "PUT" and not conditional]
+        assert [w for w in kept if "partNumber" not in w] == []
+        assert dumps_in(store) == {}
+    assert path.exists()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -278,7 +337,7 @@ def test_a_required_condition_that_is_refused_names_the_setting(path):
 def test_a_condition_that_was_refused_is_tried_again_after_a_time(watch_dir):
     now = [1000.0]
     with fake_s3(Manners(conditions=501)) as store, connected(store.environ()):
-        worker().open_store().condition = Condition("auto", clock=lambda: now[0])
+        worker().open_store().condition = Condition("auto", "", clock=lambda: now[0])
         for number, later in enumerate((0, 1, 601)):
             path = watch_dir / f"core-app-1700000000-{number}-11.gz"
             path.write_bytes(b"dump %d" % number)
@@ -333,6 +392,18 @@ def test_dump_whose_metadata_object_is_not_proven_stays_and_is_not_sent_again(pa
         store.refuse_metadata_with = 0
         assert attempt(store, path).outcome == Outcome.ALREADY_STORED
         assert store.asked("PUT", ".gz") - store.asked("PUT", ".json") == 1
+
+
+@pytest.mark.parametrize(("size", "asks"), [("multipart", "uploads"), ("small", ".gz"), ("small", ".json")])
+def test_unfitting_code_in_a_response_is_a_retry_and_never_an_internal_fault(path, size, asks):
+    path.write_bytes(os.urandom(SIZES[size]))
+    with fake_s3(Manners()) as store:
+        store.no_such_upload = asks
+        result = attempt(store, path, attempts=2)
+        assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.SERVER), result.detail
+        store.no_such_upload = ""
+        assert attempt(store, path).outcome in {Outcome.UPLOADED, Outcome.ALREADY_STORED}
+        assert len(dumps_in(store)) == 1
 
 
 # The proofs of a multipart upload
@@ -554,7 +625,7 @@ def test_check_says_what_would_prove_an_upload(manners, changes, said):
     ("manners", "said"),
     [
         (Manners(), "a second one under its key was refused$"),
-        (Manners(conditions=False), "WARNING: the store ignores If-None-Match"),
+        (Manners(conditions=False), "WARNING: the store ignores If-None-Match: keys are looked at"),
         (Manners(conditions=501), "does not know If-None-Match"),
         (Manners(lists=False), "AbortIncompleteMultipartUpload"),
         (Manners(head=403), "HEAD is refused.*s3:GetObject"),

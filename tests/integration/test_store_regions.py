@@ -155,7 +155,7 @@ def test_redirect_to_nowhere_is_followed_once(watch_dir):
         thread.start()
         keys = s3.ADMIN.environ()
         with connected(keys, AWS_ENDPOINT_URL_S3=f"http://127.0.0.1:{server.server_port}"):
-            result = send(watch_dir / NAME)
+            result = send(watch_dir / NAME, conditional="true")
         server.shutdown()
         thread.join()
     assert result.outcome is Outcome.RETRY

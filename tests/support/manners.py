@@ -83,6 +83,8 @@ class FakeS3:
     """So many parts are damaged on their way, and the responses say so."""
     refuse_metadata_with: int = 0
     """The status with which each metadata object is refused; 0 for none."""
+    no_such_upload: str = ""
+    """What is asked with these letters in it is answered with NoSuchUpload, which fits only to an upload's id."""
     refuse_with: int = 501
     refusals: int = 0
     """So many PUT requests are refused with this status, whatever they ask for."""
@@ -170,8 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.hang_up()
             return True
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.key.endswith(".json") and store.refuse_metadata_with:
-            self.refuse(store.refuse_metadata_with, "AccessDenied")
+        gone = store.no_such_upload and store.no_such_upload in store.requests[-1][1]
+        if gone or (self.key.endswith(".json") and store.refuse_metadata_with):
+            self.refuse(*((404, "NoSuchUpload") if gone else (store.refuse_metadata_with, "AccessDenied")))
             return True
         if self.command == "PUT" and store.refusals:
             store.refusals -= 1
@@ -208,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self.begin()
         part = self.asks.get("partNumber")
-        visible = part is None and not self.key.endswith(".json")
+        visible = part is None and not self.key.endswith((".json", "/.condition"))
         if self.is_stopped(visible=visible, condition="If-None-Match" in self.headers):
             return
         etag = self.store.etag_of(self.body)

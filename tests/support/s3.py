@@ -88,9 +88,10 @@ class S3Server:
 
 
 def keys_in(client: S3Client, bucket: str = BUCKET, prefix: str = "") -> dict[str, int]:
-    """Return every key below the prefix with the size of its object."""
+    """Return every key below the prefix with the size of its object, without the collector's own probe."""
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
+    items = [item for page in pages for item in page.get("Contents", [])]
+    return {item["Key"]: item["Size"] for item in items if not item["Key"].endswith("/.condition")}
 
 
 def body_of(client: S3Client, key: str, bucket: str = BUCKET) -> bytes:

@@ -1,49 +1,101 @@
 """Owns the question whether requests carry `If-None-Match: *`, by which a store refuses to overwrite an object.
 
-A store that does not know the header may refuse it with 400, 409, 412 or 501, and so may a proxy for a moment. So the
+A store that does not know the header may refuse it with 400, 412 or 501, and so may a proxy for a moment. So the
 condition counts as unknown only after the same request has succeeded without it, and is tried again after a time.
+
+A store may also ignore the header and overwrite. So the condition protects nothing until the store is known to honour
+it: Amazon S3 does, and so does a store that has once answered 412. Until then keys are looked at before they are
+written. Where HEAD is refused, `learn` stores a tiny object twice, and the second response tells.
 """
 
 from __future__ import annotations
 
 import time
+import urllib.parse
 from typing import TYPE_CHECKING, Literal
+
+from core_dump_collector.jobs import RetryReason
+from core_dump_collector.s3.errors import (
+    ConditionRefusedError,
+    ConflictError,
+    PermanentError,
+    RetryableError,
+    TakenError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from core_dump_collector.s3.store import Store
+
 Mode = Literal["auto", "true", "false"]
 UNKNOWN_SECONDS = 600.0
 """How long the condition counts as unknown."""
-CONFLICTS = 3
-"""Consecutive 409s after which they are taken for a refusal of the header; S3 sends one for a concurrent request."""
+PROBE_NAME = ".condition"
+"""The object in the folder of the node by which the collector learns whether the store honours the condition."""
+_PROBE = b'{"written by": "core-dump-collector, to learn whether the store honours If-None-Match"}\n'
+_AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
 
 
 class Condition:
     """What is known of the store's conditions."""
 
-    def __init__(self, mode: Mode, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start with what the setting CONDITIONAL says."""
+    def __init__(
+        self, mode: Mode, endpoint_url: str = "", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Start with what the setting CONDITIONAL says and whose store it is."""
         self.mode = mode
         self._clock = clock
         self._unknown_until = 0.0
-        self._conflicts = 0
+        self._ignored = False
+        host = urllib.parse.urlsplit(endpoint_url).hostname or ""
+        self._trusted = mode == "true" or host.endswith(_AMAZON)
 
     @property
     def is_used(self) -> bool:
         """Tell whether the next request carries the condition."""
-        return self.mode == "true" or (self.mode == "auto" and self._clock() >= self._unknown_until)
+        known = not self._ignored and self._clock() >= self._unknown_until
+        return self.mode == "true" or (self.mode == "auto" and known)
 
-    def succeed(self) -> None:
-        """Note that the store has accepted or answered a condition."""
-        self._conflicts = 0
+    @property
+    def is_trusted(self) -> bool:
+        """Tell whether the next request carries the condition and the store is known to honour it."""
+        return self.is_used and self._trusted
 
-    def conflict(self) -> bool:
-        """Count a 409; return whether there were so many that the store seems not to know the header."""
-        self._conflicts += 1
-        return self.mode == "auto" and self._conflicts >= CONFLICTS
+    def trust(self) -> None:
+        """Note that the store has refused to overwrite an object."""
+        self._trusted = True
+
+    def ignore(self) -> None:
+        """Note that the store has overwritten an object although the request carried the condition."""
+        self._ignored = True
 
     def forget(self) -> None:
         """Note that a request has succeeded only without the condition."""
-        self._conflicts = 0
         self._unknown_until = self._clock() + UNKNOWN_SECONDS
+
+
+def learn(store: Store) -> bool:
+    """Return whether the condition protects other objects; ask a store of which it is not known, once.
+
+    Raises:
+        RetryableError: no response to rely on.
+    """
+    condition = store.condition
+    if condition.is_trusted or not condition.is_used:
+        return condition.is_trusted
+    try:
+        for _ in range(2):
+            store.put_document(store.condition_key, _PROBE, conditional=True)
+    except TakenError:
+        return True  # the store has noted it
+    except (ConditionRefusedError, PermanentError):
+        return False
+    except ConflictError:
+        raise
+    except RetryableError as error:
+        if error.reason != RetryReason.FORBIDDEN:
+            raise
+        return False
+    condition.ignore()
+    return False

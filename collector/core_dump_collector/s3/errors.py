@@ -8,7 +8,7 @@ Exception                      raised by                     caught by
     │   └── UnprovenError      publish, transfer, documents  upload.Worker: the dump waits longer; storecheck
     ├── PermanentError         classify                      upload.Worker: the dump goes to quarantine/
     ├── TakenError             store (412)                   publish: is the object under the key this dump?
-    ├── ConditionRefusedError  store (400, 409, 412, 501)    publish, documents: again, without the condition
+    ├── ConditionRefusedError  store (400, 412, 501)         publish, documents: again, without the condition
     ├── GoneError              store (NoSuchUpload)          publish: completed? transfer: to be started again
     ├── HeadRefusedError       store (4xx to HEAD)           publish, transfer, documents: nobody can look
     ├── CollisionError         publish                       transfer: the next key
@@ -50,7 +50,10 @@ class ConflictError(RetryableError):
 
     def __init__(self, detail: str) -> None:
         """Keep the store's words."""
-        super().__init__(RetryReason.SERVER, f"{detail} (another request is writing to the key)")
+        super().__init__(
+            RetryReason.SERVER,
+            f"{detail} (another request is writing to the key; if this stays, set CONDITIONAL=false)",
+        )
 
 
 class UnprovenError(RetryableError):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from core_dump_collector.jobs import Outcome, RetryReason
 from core_dump_collector.metadata import StoredObject
+from core_dump_collector.s3.condition import learn
 from core_dump_collector.s3.errors import (
     CollisionError,
     ConditionRefusedError,
@@ -66,8 +67,8 @@ class Publisher:
         Raises:
             CollisionError, OwnKeyNeededError, UnprovenError, RetryableError
         """
-        guarded = self._own_key or self._store.condition.is_used
-        return self._look_first(stored, content, self._record.tried(stored), guarded=guarded)
+        conditional = self._store.condition.is_used
+        return self._look_first(stored, content, self._record.tried(stored), conditional=conditional)
 
     def require_not_completed(self, stored: StoredObject, content: Content) -> None:
         """Make sure that an upload that is gone has not become the object.
@@ -87,7 +88,12 @@ class Publisher:
             CollisionError, OwnKeyNeededError, UnprovenError, RetryableError, PermanentError
         """
         tried = self._record.tried(candidate.stored)
-        if not self._store.condition.is_used:
+        condition = self._store.condition
+        if condition.is_used and not condition.is_trusted:
+            outcome = self._look_first(candidate.stored, candidate.content, tried, conditional=True)
+            if outcome is not None:
+                return outcome
+        if not condition.is_used:
             return self._publish_without_condition(candidate, tried)
         try:
             answer, tried = self._send_with_condition(candidate, tried)
@@ -110,7 +116,7 @@ class Publisher:
         return outcome
 
     def _publish_without_condition(self, candidate: Candidate, tried: Tried) -> Outcome:
-        outcome = self._look_first(candidate.stored, candidate.content, tried, guarded=self._own_key)
+        outcome = self._look_first(candidate.stored, candidate.content, tried, conditional=False)
         if outcome is None:
             answer, tried = self._send(candidate, tried, conditional=False)
             outcome = self._conclude(answer, candidate, tried)
@@ -121,9 +127,10 @@ class Publisher:
         return outcome
 
     def _look_first(
-        self, stored: StoredObject, content: Content, tried: Tried, *, guarded: bool
+        self, stored: StoredObject, content: Content, tried: Tried, *, conditional: bool
     ) -> Outcome | None:
         seen = self._look(stored.key, content)
+        guarded = self._own_key or (conditional and seen is Seen.REFUSED and learn(self._store))
         return self._apply(judge(Answer.NONE, seen, tried, guarded=guarded), Answer.NONE, seen, stored)
 
     def _conclude(self, answer: Answer, candidate: Candidate, tried: Tried) -> Outcome | None:

@@ -16,7 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from core_dump_collector.jobs import RetryReason
 from core_dump_collector.s3 import classify, tries
 from core_dump_collector.s3.client import sends_checksums
-from core_dump_collector.s3.condition import Condition
+from core_dump_collector.s3.condition import PROBE_NAME, Condition
 from core_dump_collector.s3.errors import (
     ConditionRefusedError,
     ConflictError,
@@ -53,7 +53,8 @@ class Store:
         self._put_small = SmallPut(client)
         self._bucket = options.bucket
         self.sends_checksums = sends_checksums(client)
-        self.condition = Condition(options.conditional)
+        self.condition = Condition(options.conditional, client.meta.endpoint_url)
+        self.condition_key = f"{options.prefix}{options.node_name}/{PROBE_NAME}"
         self.may_list = True
         """Whether ListMultipartUploads is allowed, as far as this client has seen."""
         owner = options.expected_bucket_owner
@@ -278,8 +279,6 @@ class Store:
             raise classify.translate(error) from error
         except ValueError as error:
             raise _unreadable(error) from error
-        if "IfNoneMatch" in parameters:
-            self.condition.succeed()
         return answer
 
     def _explain(self, error: ClientError, parameters: Mapping[str, Any]) -> Exception:
@@ -287,17 +286,17 @@ class Store:
             explained = self._explain_condition(error)
             if explained is not None:
                 return explained
-        return GoneError() if classify.code_of(error) == "NoSuchUpload" else classify.translate(error)
+        gone = "UploadId" in parameters and classify.code_of(error) == "NoSuchUpload"
+        return GoneError() if gone else classify.translate(error)
 
     def _explain_condition(self, error: ClientError) -> StoreError | None:
         """Return what an error means for a conditional request; None if it has nothing to do with the condition."""
         status, code = classify.status_of(error), classify.code_of(error)
         if status == 412 and code in {"PreconditionFailed", "412"}:  # noqa: PLR2004  the code if there is no body
-            self.condition.succeed()
+            self.condition.trust()
             return TakenError()
-        if status == 409:  # noqa: PLR2004
-            refused = self.condition.conflict()
-            return ConditionRefusedError(_shown(error)) if refused else ConflictError(_shown(error))
+        if status == 409:  # noqa: PLR2004  never a reason to write without the condition: another writer is there
+            return ConflictError(_shown(error))
         unknown_400 = status == 400 and not classify.is_known(code)  # noqa: PLR2004
         if status in {412, 501} or unknown_400:
             if self.condition.mode == "true":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from core_dump_collector.jobs import Outcome, RetryReason
 from core_dump_collector.metadata import StoredObject
 from core_dump_collector.s3 import multipart
+from core_dump_collector.s3.condition import learn
 from core_dump_collector.s3.errors import (
     CollisionError,
     GoneError,
@@ -125,7 +126,7 @@ class Transfer:
         first = next(parts)
         if first.last:
             return self._put_whole(publisher, key, first)
-        if not (own_key or self._store.condition.is_used):
+        if not (own_key or self._store.condition.is_trusted):
             self._require_visible(key)
         return self._put_parts(publisher, key, chain([first], parts))
 
@@ -155,6 +156,8 @@ class Transfer:
         try:
             self._store.look(key)
         except HeadRefusedError:
+            if learn(self._store):
+                return
             raise OwnKeyNeededError(multipart.describe(self._source.parts()).crc32) from None
 
     # One request
