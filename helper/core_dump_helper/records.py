@@ -17,7 +17,9 @@ MAX_RECORDS = 1000
 MAX_FILES = 2000
 RECORD_BYTES = 4096
 MAX_EXE_BYTES = 1000
-SPARES = ("spare-0", "spare-1", "spare-2", "spare-3")
+SPARES = ("spare-0", "spare-1", "spare-2")
+RESERVED = ("spare-3", "spare-4", "spare-5", "spare-6", "spare-7", "spare-8", "spare-9")
+"""For new records of all origins when no other spare file is left: as many as there are reasons to refuse a dump."""
 LOCK_SECONDS = 2
 OLD_SECONDS = 3600
 NAME_DIGITS, ORIGIN_DIGITS = 24, 10
@@ -100,12 +102,13 @@ class Records:
 
     def prepare(self) -> None:
         """Create the files without which a loss cannot be recorded later, on a full disk."""
-        if len(self._spares()) == len(SPARES):
+        if all(map(self._is_spare, (*SPARES, RESERVED[-1]))):
             return
         guard = self.open_file("lock")
         try:
             if lock(guard, LOCK_SECONDS):
-                self._spares(len(SPARES))
+                for name in SPARES + RESERVED:
+                    self._find_spare((name,))
         finally:
             os.close(guard)
 
@@ -166,8 +169,8 @@ class Records:
             record.merge_workloads()
         if exists(record.name(), self.directory):
             return
-        if len(names) >= MAX_FILES or len(self._spares(2)) < 2:
-            record.merge_origins()  # the last spare file is for this one
+        if len(names) >= MAX_FILES or not self._find_spare(SPARES):
+            record.merge_origins()
 
     def _names(self) -> list[str]:
         return [name for name in os.listdir(self.directory) if len(name) == NAME_DIGITS]
@@ -190,11 +193,14 @@ class Records:
             return b""
 
     def _save(self, record: Record) -> None:
-        """Replace the record's file by a spare one, or overwrite it if there is none."""
-        spares, name = self._spares(1), record.name()
-        self._overwrite(spares[0] if spares else name, record.render())
-        if spares:
-            os.rename(spares[0], name, src_dir_fd=self.directory, dst_dir_fd=self.directory)
+        """Replace the record's file by a spare one; overwrite it if only reserved ones are left."""
+        name = record.name()
+        spare = self._find_spare(SPARES)
+        if not spare and not exists(name, self.directory):
+            spare = self._find_spare(RESERVED)
+        self._overwrite(spare or name, record.render())
+        if spare:
+            os.rename(spare, name, src_dir_fd=self.directory, dst_dir_fd=self.directory)
 
     def _overwrite(self, name: str, text: bytes) -> None:
         """Write to a file that exists, whose block is allocated."""
@@ -205,12 +211,13 @@ class Records:
         finally:
             os.close(descriptor)
 
-    def _spares(self, wanted: int = 0) -> list[str]:
-        """Return the spare files; if fewer than `wanted` exist, create all that are missing and fit."""
-        spares = [name for name in SPARES if self._is_spare(name)]
-        if len(spares) < wanted:
-            spares = [name for name in SPARES if self._is_spare(name) or self._create_spare(name)]
-        return spares
+    def _find_spare(self, names: tuple[str, ...]) -> str:
+        """Return the first of the spare files; create one if none is left; return an empty string if that fails."""
+        for is_there in (self._is_spare, self._create_spare):
+            for name in names:
+                if is_there(name):
+                    return name
+        return ""
 
     def _is_spare(self, name: str) -> bool:
         try:

@@ -191,3 +191,20 @@ def test_every_loss_is_counted_when_the_last_block_or_inode_is_used_up(small_dis
     assert sum(record.suppressed for record in read) == 8
     reasons = {record.reason for record in read if record.suppressed}
     assert reasons == {"inodes" if what == "inode" else "keep_free" if keep_free else "disk_full"}
+
+
+@needs_root
+def test_each_reason_is_counted_on_a_full_disk(small_disk):
+    directory = os.open(small_disk.watch_dir, os.O_RDONLY)
+    records = Records(open_state(directory))
+    records.prepare()
+    use_up(small_disk.watch_dir, "block")
+    reasons = ("keep_free", "max_total_bytes", "inodes", "disk_full", "no_slot", "directory", "rlimit")
+    for number in range(5):
+        for reason in reasons:
+            records.update(record_of(b"user:%d" % number, b"/app", reason), 0)
+    os.close(records.directory)
+    os.close(directory)
+    read = list(suppressed._read_records(str(small_disk.watch_dir)))
+    found = {reason: sum(each.suppressed for each in read if each.reason == reason) for reason in reasons}
+    assert found == dict.fromkeys(reasons, 5)
