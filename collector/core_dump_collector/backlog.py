@@ -15,7 +15,7 @@ from enum import IntEnum
 from itertools import count
 from typing import TYPE_CHECKING
 
-from core_dump_collector.jobs import Sighting
+from core_dump_collector.jobs import Sighting, Undeleted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,6 +76,7 @@ class _Entry:
     busy: int = 0
     """Consecutive looks that found a writer."""
     seen_again: bool = False
+    undeleted: Undeleted | None = None
     ticket: int = 0
     """Number of its valid place in the heap of pauses; older places are skipped."""
 
@@ -177,9 +178,12 @@ class Backlog:
         else:
             self._remove(name)
 
-    def retry(self, name: str, now: float, *, needs_operator: bool = False) -> float:
+    def retry(
+        self, name: str, now: float, *, needs_operator: bool = False, undeleted: Undeleted | None = None
+    ) -> float:
         """Let a failed name wait for its next attempt; return the pause in seconds."""
         entry = self._end_flight(name)
+        entry.undeleted = undeleted or entry.undeleted
         entry.seen_again = False
         first = OPERATOR_PAUSE_SECONDS if needs_operator else FIRST_PAUSE_SECONDS
         pause: float = min(first * 2.0 ** min(entry.attempts, 32), self.longest_pause_seconds) * self.jitter()
@@ -205,7 +209,8 @@ class Backlog:
     def sighting(self, name: str, now: float) -> Sighting:
         """Return the properties of a file as the loop has seen them."""
         entry = self._entries[name]
-        return Sighting(entry.size_bytes, entry.modified_ns, now - entry.unchanged_since)
+        unchanged_seconds = now - entry.unchanged_since
+        return Sighting(entry.size_bytes, entry.modified_ns, unchanged_seconds, entry.undeleted)
 
     def take_expired(self, now: float, age_seconds: float, *, most: int, untried: bool) -> list[str]:
         """Mark in flight, and return, at most so many names that failed and have been known for so long.

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from core_dump_collector.node.dumpfile import Identity
 
 
 class Outcome(StrEnum):
@@ -51,14 +55,24 @@ class RetryReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Undeleted:
+    """A dump that is stored, whole, and whose file could not be deleted."""
+
+    identity: Identity
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class Sighting:
-    """What the loop has seen of a file without opening it."""
+    """What the loop knows about a file without opening it."""
 
     size_bytes: int
     modified_ns: int
     """Modification time, Unix nanoseconds."""
     unchanged_seconds: float
     """For how long both have been seen as they are, on the monotonic clock."""
+    undeleted: Undeleted | None = None
+    """What an earlier attempt stored under this name, and could not delete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +165,8 @@ class UploadResult:
     retry_reason: RetryReason | None = None
     detail: str = ""
     """One line for the log, without control characters."""
+    undeleted: Undeleted | None = None
+    """Set if the dump is stored and only deleting it has to be tried again."""
 
 
 AnyJob = Job | Document | Salvage | Probe

@@ -84,7 +84,8 @@ class Results:
             case Outcome.RETRY if result.retry_reason is not None:
                 self.breaker.fail(result.retry_reason, now)
                 self.store.note_upload(result.retry_reason, now)
-                pause = self.backlog.retry(name, now, needs_operator=result.retry_reason.needs_operator)
+                slow, undeleted = result.retry_reason.needs_operator, result.undeleted
+                pause = self.backlog.retry(name, now, needs_operator=slow, undeleted=undeleted)
                 log.warning(
                     "will try again", reason=result.retry_reason, pause_seconds=round(pause, 1), **shown
                 )

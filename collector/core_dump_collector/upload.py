@@ -24,6 +24,7 @@ from core_dump_collector.jobs import (
     RetryReason,
     Salvage,
     SalvageResult,
+    Undeleted,
     UploadResult,
     fail,
 )
@@ -133,6 +134,9 @@ class Worker:
             with dumpfile.DumpFile(job.directory, job.name, job.sighting) as dump:
                 if job.discard and dump.unlink():
                     return UploadResult(job.name, Outcome.DISCARDED)
+                known = job.sighting.undeleted if job.sighting else None
+                if known is not None and known.identity == dump.identity:
+                    return _delete_stored(dump, known)
                 return self._upload_open(dump)
         except dumpfile.UnfitError as unfit:
             return UploadResult(job.name, _OUTCOME_OF_UNFIT[unfit.why], detail=str(unfit))
@@ -173,8 +177,32 @@ def _delete(dump: DumpFile, facts: Facts, stored: StoredObject, outcome: Outcome
     if not dump.is_unchanged():
         record.clear(dump)
         raise RetryableError(RetryReason.LOCAL_IO, "the file was written to while it was uploaded")
-    detail = note if dump.unlink() else "somebody else deleted or replaced the file in the meantime"
+    try:
+        detail = note if dump.unlink() else "somebody else deleted or replaced the file in the meantime"
+    except OSError as error:
+        return _keep(dump, Undeleted(dump.identity, stored.key), error)
     return _result(dump, facts, outcome, detail, stored)
+
+
+def _delete_stored(dump: DumpFile, known: Undeleted) -> UploadResult:
+    """Delete a file that an earlier attempt stored."""
+    try:
+        dump.unlink()
+    except OSError as error:
+        return _keep(dump, known, error)
+    return UploadResult(dump.name, Outcome.ALREADY_STORED, key=known.key, read_bytes=dump.size_bytes)
+
+
+def _keep(dump: DumpFile, known: Undeleted, error: OSError) -> UploadResult:
+    """Return the result of a dump that is stored and cannot be deleted now."""
+    return UploadResult(
+        dump.name,
+        Outcome.RETRY,
+        key=known.key,
+        retry_reason=RetryReason.LOCAL_IO,
+        detail=f"it is stored, but the file cannot be deleted: {error.strerror}",
+        undeleted=known,
+    )
 
 
 def _fingerprint(dump: DumpFile) -> dict[str, str]:

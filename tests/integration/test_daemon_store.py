@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gzip
 import os
+import subprocess
 import urllib.error
 import urllib.request
 
 import pytest
-from tests.support import s3
+from tests.support import manners, s3
 from tests.support.collector import running, wait_until
 
 from core_dump_collector.jobs import RetryReason
@@ -101,3 +102,31 @@ def test_age_limit_deletes_nothing_that_can_be_uploaded(seaweed, bucket, watch_d
         wait_until(lambda: not old.exists(), 30)
         wait_until(lambda: collector.metric('core_dump_uploads_total{result="uploaded"}') == 1, 10)
     assert f"node-1/{old.name}" in s3.keys_in(bucket)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a file immutable, needs root: sudo make test")
+def test_dump_that_cannot_be_deleted_is_sent_once_and_deleted_later(watch_dir, tmp_path):
+    path = watch_dir / "core-app-1700000000-1-11.gz"
+    put_dump(watch_dir, 1)
+
+    def fix(body, headers):
+        if "ETag" in headers:
+            subprocess.run(["chattr", "+i", path], check=True)
+        return body, headers
+
+    with manners.fake_s3(manners.Manners()) as store:
+        store.mangle = fix
+        variables = store.environ() | {"RETRY_SECONDS": "1", "SIDECAR": "false"}
+        try:
+            with running(watch_dir, variables, tmp_path) as collector:
+                wait_until(lambda: collector.metric('core_dump_retries_total{reason="local_io"}') >= 3, 30)
+                assert path.exists()
+                subprocess.run(["chattr", "-i", path], check=True)
+                wait_until(lambda: not path.exists(), 10)
+                wait_until(
+                    lambda: collector.metric('core_dump_uploads_total{result="already_stored"}') == 1, 10
+                )
+        finally:
+            if path.exists():
+                subprocess.run(["chattr", "-i", path], check=True)
+        assert store.asked("PUT") == 1

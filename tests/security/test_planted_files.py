@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import zlib
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from tests.support import s3
+from tests.support import manners, s3
 from tests.support.uploads import KEY, MEBIBYTE, NAME, connected, send
 
 from core_dump_collector.jobs import Outcome, RetryReason
@@ -188,3 +190,51 @@ def test_nothing_is_sent_from_where_it_could_not_be_deleted(bucket, watch_dir):
     assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.LOCAL_IO)
     assert "read-only" in result.detail
     assert s3.keys_in(bucket) == {}
+
+
+@contextlib.contextmanager
+def fixed(path, flag):
+    """Set a flag of an inode for a while."""
+    subprocess.run(["chattr", f"+{flag}", path], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", f"-{flag}", path], check=True)
+
+
+@pytest.mark.parametrize("flag", ["i", "a"])
+@pytest.mark.parametrize("what", ["dump", "directory"])
+def test_nothing_is_sent_that_could_not_be_deleted(watch_dir, what, flag):
+    path = plant(watch_dir, b"x", owner=0)
+    with (
+        manners.fake_s3(manners.Manners()) as store,
+        connected(store.environ()),
+        fixed(path if what == "dump" else watch_dir, flag),
+    ):
+        result = send(path)
+        assert not store.requests
+    assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.LOCAL_IO)
+    assert f"{what} is immutable or append-only" in result.detail
+
+
+REQUIRE = """
+import sys
+from core_dump_collector.node.dumpfile import DumpFile
+with DumpFile(sys.argv[1], sys.argv[2]) as dump:
+    dump.require_deletable()
+"""
+
+
+@pytest.mark.parametrize("directory_owner", [0, SOMEBODY])
+def test_dump_of_another_user_in_a_sticky_directory_is_deletable_with_the_capability_alone(
+    shared_dir, directory_owner
+):
+    plant(shared_dir, b"x")
+    os.chown(shared_dir, directory_owner, -1)
+    command = [sys.executable, "-c", REQUIRE, str(shared_dir), NAME]
+    subprocess.run(command, check=True)
+    without = subprocess.run(
+        ["setpriv", "--bounding-set=-fowner", *command], check=False, capture_output=True, text=True
+    )
+    assert (without.returncode == 0) == (directory_owner == 0)
+    assert ("sticky" in without.stderr) == (directory_owner != 0)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
-from core_dump_collector.node import rename
+from core_dump_collector.node import deletable, rename
 from core_dump_format.attributes import ATTRIBUTE_NAMES, ATTRIBUTE_PREFIX, SALVAGED, UPLOAD_RECORD
 from core_dump_format.names import QUARANTINE, unpartial
 
@@ -128,12 +128,9 @@ class DumpFile:
         """Check, before the upload, that the file can be deleted afterwards: it would be sent again and again.
 
         Raises:
-            OSError: the file system is read-only, or this user may not change the directory.
+            OSError: as far as can be known, it cannot be deleted.
         """
-        if os.fstatvfs(self._directory).f_flag & os.ST_RDONLY:
-            raise OSError(errno.EROFS, "the watch directory is read-only: the dump could not be deleted")
-        if not os.access(".", os.W_OK | os.X_OK, dir_fd=self._directory, effective_ids=True):
-            raise OSError(errno.EACCES, "this user may not delete from the watch directory")
+        deletable.require(self._directory, self.fd)
 
     def attributes(self) -> dict[str, bytes]:
         """Return the `user.coredump.*` attributes; none if the file system has no attributes.
