@@ -24,7 +24,7 @@ _BYTES = tuple(float(4**n * 1024) for n in range(13))
 _SIGNALS = {int(s): s.name for s in signals.Signals}
 DROP_REASONS = (
     *("rate_limit", "keep_free", "max_total_bytes", "inodes", "disk_full", "no_slot"),
-    *("directory", "rlimit"),
+    *("directory", "rlimit", "ignored_signal"),
 )
 _STORED = frozenset({Outcome.UPLOADED, Outcome.ALREADY_STORED})
 _UPLOADS = (Outcome.UPLOADED, Outcome.ALREADY_STORED, Outcome.QUARANTINED)

@@ -62,13 +62,11 @@ class Handler:
         self.warnings = []
 
     def prepare(self) -> None:
-        """Learn what is needed before the limits are checked; raises Refused for a signal that is ignored."""
+        """Learn what is needed before the limits are checked."""
         self.load_settings()
         self.keep_pidfd()
         self.metadata, warning = read_metadata(self.crash)
         self.warnings.extend(filter(None, [warning]))
-        if self.crash.signal in self.settings.IGNORE_SIGNALS.replace(",", " ").split():
-            raise Refused("", "IGNORE_SIGNALS names its signal")
 
     def load_settings(self) -> None:
         """Read helper.conf."""

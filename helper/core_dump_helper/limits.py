@@ -265,6 +265,8 @@ class Limits:
 
     def check(self, deadline: float) -> None:
         """Raise Refused if a limit forbids the dump; wait for a slot until `deadline` (monotonic)."""
+        if self._crash.signal in self._settings.IGNORE_SIGNALS.replace(",", " ").split():
+            raise Refused("ignored_signal", "IGNORE_SIGNALS names its signal")
         if self._settings.RESPECT_RLIMIT == "yes" and self._crash.rlimit == "0":
             raise Refused("rlimit", "RLIMIT_CORE is 0")
         self.disk.check()

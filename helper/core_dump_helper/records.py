@@ -18,7 +18,10 @@ MAX_FILES = 2000
 RECORD_BYTES = 4096
 MAX_EXE_BYTES = 1000
 SPARES = ("spare-0", "spare-1", "spare-2")
-RESERVED = ("spare-3", "spare-4", "spare-5", "spare-6", "spare-7", "spare-8", "spare-9")
+RESERVED = (
+    *("spare-3", "spare-4", "spare-5", "spare-6"),
+    *("spare-7", "spare-8", "spare-9", "spare-10"),
+)
 """For new records of all origins when no other spare file is left: as many as there are reasons to refuse a dump."""
 LOCK_SECONDS = 2
 OLD_SECONDS = 3600
