@@ -139,6 +139,7 @@ class Pool:
             return self._withdraw(error)
 
     def _hand_over(self, job: AnyJob) -> Future[AnyResult]:
+        self._replace_unserved()
         if self._executor is None:
             self._executor = self._starter.start()
         return self._executor.submit(_process, job)
@@ -206,8 +207,7 @@ class Pool:
         To be called with every heartbeat. It also discards an executor whose thread has ended: no result would come.
         """
         self._lacks_resources = False
-        if self._executor is not None and not self._is_served:
-            self._rebuild()
+        self._replace_unserved()
         hung = set(self._deadlines.overdue(now)) - self._hung
         if hung or (self._is_one_stopped(now) and self.in_flight):
             self._hung |= hung
@@ -218,6 +218,10 @@ class Pool:
         stopped = [worker.pid for worker in workers if worker.pid is not None and _is_stopped(worker.pid)]
         self._stopped_since = {pid: self._stopped_since.get(pid, now) for pid in stopped}
         return any(since <= now - STOPPED_SECONDS for since in self._stopped_since.values())
+
+    def _replace_unserved(self) -> None:
+        if self._executor is not None and not self._is_served:
+            self._rebuild()
 
     def _rebuild(self) -> None:
         """Discard the executor, whose worker has died; the next job gets another one."""

@@ -127,7 +127,8 @@ def test_pool_that_cannot_start_returns_its_jobs_and_starts_later(busy, watch_di
     assert result_of(pool, woken) == SalvageResult("gone.partial")
 
 
-def test_job_returns_although_the_thread_that_hands_out_jobs_has_ended(busy, watch_dir):
+@pytest.mark.parametrize("seen_by", ["heartbeat", "next job"])
+def test_job_returns_although_the_thread_that_hands_out_jobs_has_ended(busy, watch_dir, seen_by):
     pool, worker, woken = busy
     manager = pool._executor._executor_manager_thread
     worker.kill()
@@ -138,5 +139,9 @@ def test_job_returns_although_the_thread_that_hands_out_jobs_has_ended(busy, wat
         patch.setattr(process._ExecutorManagerThread, "run", lambda _: None)
         pool.submit(Job(str(watch_dir), NAME))
         pool._executor._executor_manager_thread.join(10)
-    pool.kill_hung(time.monotonic())
-    assert result_of(pool, woken).retry_reason is RetryReason.WORKER_DIED
+    if seen_by == "heartbeat":
+        pool.kill_hung(time.monotonic())
+    else:
+        pool.submit(Salvage(str(watch_dir), "gone.partial"))
+    assert woken.wait(10)
+    assert pool.collect()[0].retry_reason is RetryReason.WORKER_DIED
