@@ -183,15 +183,20 @@ def test_page_that_must_be_fetched_from_a_file_is_not_read(tmp_path):
 
 
 class Fetching(Held):
-    """Memory that notes which pages were fetched although they are absent."""
+    """Memory of which the first segment is absent; notes what is read there all the same."""
 
     def __init__(self, spans):
         super().__init__(spans)
         self.fetched = []
 
-    def fetch(self, address, size):
-        self.fetched.append(address)
-        return self.read(address, size)
+    def read(self, address, size):
+        if 0 <= address - SPANS[0][0] < SPANS[0][1]:
+            self.fetched.append(address)
+        return super().read(address, size)
+
+    def resident(self, start, end):
+        if start >= SPANS[0][0] + SPANS[0][1]:
+            yield start, end
 
 
 @pytest.mark.parametrize(
