@@ -70,9 +70,25 @@ def test_a_proof_in_the_response_needs_nothing_else(tried, guarded):
 
 
 def test_nothing_counts_as_stored_unless_the_dump_was_seen_or_proven():
-    for answer, seen, (tried, guarded) in itertools.product(set(Answer) - {Answer.PROVEN}, Seen, COLUMNS):
+    columns = [*COLUMNS, (Tried.PROVEN, True), (Tried.PROVEN, False)]
+    for answer, seen, (tried, guarded) in itertools.product(set(Answer) - {Answer.PROVEN}, Seen, columns):
         if judge(answer, seen, tried, guarded=guarded) in {UPLOADED, STORED}:
-            assert seen is Seen.SAME
+            believed = (answer, tried) == (Answer.NONE, Tried.PROVEN) and seen in {Seen.SILENT, Seen.REFUSED}
+            assert seen is Seen.SAME or believed
+
+
+@pytest.mark.parametrize(
+    ("seen", "verdict"),
+    [
+        (Seen.SAME, STORED),
+        (Seen.SILENT, STORED),
+        (Seen.REFUSED, STORED),
+        (Seen.ABSENT, SEND),
+        (Seen.OTHER, COLLISION),
+    ],
+)
+def test_an_earlier_proof_holds_unless_the_object_is_gone_or_another(seen, verdict):
+    assert {judge(Answer.NONE, seen, Tried.PROVEN, guarded=guarded) for guarded in (True, False)} == {verdict}
 
 
 BYTES = b"a dump"
@@ -90,6 +106,8 @@ FOUND = [
     ("another MD5, or no MD5 at all", CONTENT, Found(6, None, "0" * 32), Seen.SILENT),
     ("an ETag of another form", CONTENT, Found(6, None, "5f8d1b2c-1a"), Seen.SILENT),
     ("checksum of the parts' checksums", PARTS, Found(None, "abcdEF==-3", ""), Seen.SAME),
+    ("that without the number of parts", PARTS, Found(None, "abcdEF==", ""), Seen.SAME),
+    ("neither, and no number of parts", PARTS, Found(None, "AAAAAA==", ""), Seen.OTHER),
     ("that of other parts", PARTS, Found(6, "abcdEF==-4", ""), Seen.SILENT),
     ("MD5 of the parts' MD5s", PARTS, Found(6, None, f"{MD5}-3"), Seen.SAME),
     ("that of other parts", PARTS, Found(6, None, f"{MD5}-4"), Seen.SILENT),
@@ -116,3 +134,4 @@ def test_the_advice_names_a_permission_or_a_setting():
     assert "CHECKSUM=when_supported" in advise(Seen.REFUSED, sends_checksums=False)
     assert "CHECKSUM=when_supported" in advise(Seen.SILENT, sends_checksums=False)
     assert "checksum" in advise(Seen.SILENT, sends_checksums=True)
+    assert "checksum" in advise(Seen.OTHER, sends_checksums=True)

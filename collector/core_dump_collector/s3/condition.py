@@ -11,7 +11,6 @@ written. Where HEAD is refused, `learn` stores a tiny object twice, and the seco
 from __future__ import annotations
 
 import time
-import urllib.parse
 from typing import TYPE_CHECKING, Literal
 
 from core_dump_collector.jobs import RetryReason
@@ -40,15 +39,12 @@ _AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
 class Condition:
     """What is known of the store's conditions."""
 
-    def __init__(
-        self, mode: Mode, endpoint_url: str = "", clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, mode: Mode, host: str = "", clock: Callable[[], float] = time.monotonic) -> None:
         """Start with what the setting CONDITIONAL says and whose store it is."""
         self.mode = mode
         self._clock = clock
         self._unknown_until = 0.0
         self._ignored = False
-        host = urllib.parse.urlsplit(endpoint_url).hostname or ""
         self._trusted = mode == "true" or host.endswith(_AMAZON)
 
     @property

@@ -131,14 +131,26 @@ class Publisher:
     ) -> Outcome | None:
         seen = self._look(stored.key, content)
         guarded = self._own_key or (conditional and seen is Seen.REFUSED and learn(self._store))
-        return self._apply(judge(Answer.NONE, seen, tried, guarded=guarded), Answer.NONE, seen, stored)
+        verdict = self._limit(judge(Answer.NONE, seen, tried, guarded=guarded), Answer.NONE, seen, tried)
+        return self._apply(verdict, Answer.NONE, seen, stored)
 
     def _conclude(self, answer: Answer, candidate: Candidate, tried: Tried) -> Outcome | None:
         stored = candidate.stored
         if answer is Answer.UNPROVEN:
             self._record.write(State.UNPROVEN, stored)
         seen = Seen.SAME if answer is Answer.PROVEN else self._look(stored.key, candidate.content)
-        return self._apply(judge(answer, seen, tried, guarded=True), answer, seen, stored)
+        verdict = self._limit(judge(answer, seen, tried, guarded=True), answer, seen, tried)
+        return self._apply(verdict, answer, seen, stored)
+
+    def _limit(self, verdict: Verdict, answer: Answer, seen: Seen, tried: Tried) -> Verdict:
+        """Leave only one key because the store shows another object than was sent: the next one would be no better."""
+        written = answer is Answer.UNPROVEN or tried is not Tried.NEVER
+        if seen is not Seen.OTHER or not written:
+            return verdict
+        if self._record.moved:
+            return Verdict.UNDECIDABLE
+        self._record.moved = verdict is Verdict.COLLISION
+        return verdict
 
     def _send(self, candidate: Candidate, tried: Tried, *, conditional: bool) -> tuple[Answer, Tried]:
         stored = candidate.stored

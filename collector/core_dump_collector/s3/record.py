@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from core_dump_collector.s3.verdict import Tried
 from core_dump_format.attributes import MOST_ATTRIBUTE_BYTES, UPLOAD_RECORD
@@ -35,6 +35,14 @@ class State(StrEnum):
     """The store has proven that it has the whole object."""
 
 
+class Place(NamedTuple):
+    """Where a key is."""
+
+    bucket: str
+    host: str
+    """Of the endpoint."""
+
+
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One attempt at one key with one content."""
@@ -51,13 +59,25 @@ class Attempt:
     part_bytes: int = 0
     order: int = 0
     """Of a raw core: the version of its order; 0 for the kernel's."""
+    bucket: str = ""
+    """Empty in a record of an older release, which did not write it."""
+    host: str = ""
+    """Of the endpoint; empty in a record of an older release."""
+    moved: bool = False
+    """The store has shown another object than was sent under one key, so this is the second."""
 
     @property
     def tried(self) -> Tried:
         """Return what is known of the object's outcome."""
         if self.state is State.SENDING:
             return Tried.NEVER
-        return Tried.UNKNOWN if self.state is State.SENT else Tried.ACKNOWLEDGED
+        if self.state is State.SENT:
+            return Tried.UNKNOWN
+        return Tried.PROVEN if self.state is State.STORED else Tried.ACKNOWLEDGED
+
+    def is_of(self, place: Place) -> bool:
+        """Tell whether the attempt was made at this bucket; a record that does not say counts as one of it."""
+        return not self.bucket or (self.bucket, self.host) == place
 
 
 def read(raw: dict[str, bytes], *, trusted: bool) -> Attempt | None:
@@ -74,22 +94,25 @@ def read(raw: dict[str, bytes], *, trusted: bool) -> Attempt | None:
         attempt = Attempt(**(fields | {"state": State(fields["state"])}))
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    texts = (attempt.key, attempt.upload_id)
+    texts = (attempt.key, attempt.upload_id, attempt.bucket, attempt.host)
     numbers = (attempt.modified_ns, attempt.size, attempt.crc32, attempt.part_bytes, attempt.order)
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
         return None
-    possible = attempt.size >= 0 and 0 <= attempt.crc32 < 1 << 32 and 0 <= attempt.order <= ORDER_VERSION
+    possible = type(attempt.moved) is bool and attempt.size >= 0 and 0 <= attempt.crc32 < 1 << 32 and 0 <= attempt.order <= ORDER_VERSION
     return attempt if possible else None
 
 
 class UploadRecord:
     """The record of one dump, as an earlier attempt left it and as this one writes it."""
 
-    def __init__(self, dump: DumpFile, source: Source, earlier: Attempt | None) -> None:
-        """Take the earlier attempt."""
+    def __init__(self, dump: DumpFile, source: Source, place: Place, earlier: Attempt | None) -> None:
+        """Take the earlier attempt, unless it was made at another bucket, which says nothing of this one."""
         self._dump = dump
         self._source = source
-        self.earlier = earlier
+        self._place = place
+        self.earlier = earlier if earlier is not None and earlier.is_of(place) else None
+        self.moved = self.earlier is not None and self.earlier.moved
+        """Whether the dump has left a key because the store showed another object than was sent."""
 
     def at(self, key: str) -> Attempt | None:
         """Return the earlier attempt at a key."""
@@ -113,6 +136,9 @@ class UploadRecord:
             upload_id=upload_id,
             part_bytes=self._source.part_bytes,
             order=self._source.order,
+            bucket=self._place.bucket,
+            host=self._place.host,
+            moved=self.moved,
         )
         value = json.dumps(asdict(attempt), separators=(",", ":")).encode()
         fits = self._dump.is_trusted and len(value) <= MOST_ATTRIBUTE_BYTES

@@ -26,6 +26,7 @@ from core_dump_collector.s3.errors import (
     StoreError,
     TakenError,
 )
+from core_dump_collector.s3.record import Place
 from core_dump_collector.s3.smallbody import SmallPut
 from core_dump_collector.s3.verdict import Content, Found
 from core_dump_format.crc32 import encode_crc32
@@ -52,8 +53,10 @@ class Store:
         self._client = client
         self._put_small = SmallPut(client)
         self._bucket = options.bucket
+        endpoint = urllib.parse.urlsplit(client.meta.endpoint_url)
+        self.place = Place(options.bucket, endpoint.netloc)
         self.sends_checksums = sends_checksums(client)
-        self.condition = Condition(options.conditional, client.meta.endpoint_url)
+        self.condition = Condition(options.conditional, endpoint.hostname or "")
         self.condition_key = f"{options.prefix}{options.node_name}/{PROBE_NAME}"
         self.may_list = True
         """Whether ListMultipartUploads is allowed, as far as this client has seen."""

@@ -62,7 +62,7 @@ class Transfer:
         self._dump = dump
         self._source = source
         self._headers = headers
-        self._record = UploadRecord(dump, source, earlier)
+        self._record = UploadRecord(dump, source, store.place, earlier)
         self.note = ""
         """What an operator should know although the upload went well."""
 
@@ -73,9 +73,6 @@ class Transfer:
             RetryableError, PermanentError, OSError
         """
         copy = self._first_copy(wanted_key)
-        earlier = self._record.earlier
-        if earlier is not None and earlier.state is State.STORED:
-            return StoredObject(earlier.key, earlier.size, earlier.crc32), Outcome.ALREADY_STORED
         unseen = 0
         while True:
             own_key = copy >= _LEAST_OWN_COPY
@@ -122,6 +119,8 @@ class Transfer:
             outcome = publisher.settle(stored, self._content_of(earlier))
             if outcome is not None:
                 return stored, outcome
+            if earlier.tried is Tried.PROVEN:
+                self._record.earlier = None  # the store has lost it: nothing is known of what comes under the key
         parts = self._source.parts()
         first = next(parts)
         if first.last:

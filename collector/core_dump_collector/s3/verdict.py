@@ -57,6 +57,8 @@ class Tried(Enum):
     """The request was sent; its response was lost."""
     ACKNOWLEDGED = auto()
     """The store reported success, without proof."""
+    PROVEN = auto()
+    """The store has proven that it had the whole object."""
 
 
 class Verdict(Enum):
@@ -111,14 +113,20 @@ def compare(found: Found, content: Content) -> Seen:
     if found.size_bytes is not None and found.size_bytes != content.size_bytes:
         return Seen.OTHER
     if found.crc32 is not None:
-        if "-" not in found.crc32:
-            return Seen.SAME if found.crc32 == encode_crc32(content.crc32) else Seen.OTHER
-        if found.crc32 == content.composite_crc32():
-            return Seen.SAME
-        return Seen.SILENT  # of other parts, perhaps of the same bytes
+        return _compare_crc32(found.crc32, content)
     if found.md5 is not None and found.md5 == content.etag():
         return Seen.SAME
     return Seen.SILENT
+
+
+def _compare_crc32(found: str, content: Content) -> Seen:
+    """Compare a checksum; some stores write that of the parts' checksums without its `-N`."""
+    if found == encode_crc32(content.crc32):
+        return Seen.SAME
+    composite = content.composite_crc32()
+    if composite is not None and found in {composite, composite.partition("-")[0]}:
+        return Seen.SAME
+    return Seen.SILENT if "-" in found else Seen.OTHER  # of other parts, perhaps of the same bytes
 
 
 def judge(answer: Answer, seen: Seen | None, tried: Tried, *, guarded: bool) -> Verdict:  # noqa: PLR0911  a table
@@ -144,6 +152,8 @@ def judge(answer: Answer, seen: Seen | None, tried: Tried, *, guarded: bool) -> 
             return Verdict.COLLISION
         case Answer.GONE, _ if tried is Tried.NEVER:
             return Verdict.RETRY
+        case Answer.NONE, Seen.SILENT | Seen.REFUSED if tried is Tried.PROVEN:
+            return Verdict.ALREADY_STORED
         case Answer.NONE, Seen.REFUSED if tried is not Tried.ACKNOWLEDGED:
             return Verdict.SEND if guarded else Verdict.OWN_KEY
         case Answer.NONE | Answer.TAKEN, _ if tried is Tried.NEVER:
@@ -155,6 +165,11 @@ def judge(answer: Answer, seen: Seen | None, tried: Tried, *, guarded: bool) -> 
 def advise(seen: Seen, *, sends_checksums: bool) -> str:
     """Return which permission or setting would provide a proof."""
     checksum = "" if sends_checksums else "set CHECKSUM=when_supported, or "
+    if seen is Seen.OTHER:
+        return (
+            "HEAD shows another length or checksum than was sent, under two keys; use a store or an encryption "
+            "whose HEAD shows those of the object"
+        )
     if seen is Seen.REFUSED:
         return f"{checksum}allow s3:GetObject, which HEAD needs (docs/iam.md)"
     return (
