@@ -13,9 +13,9 @@ from core_dump_format.text import printable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MOST_KEY_BYTES = 1000
-"""S3 accepts 1,024; the rest is for `-N` and `.json`. (Amazon S3 User Guide, "Creating object key names")"""
-MOST_SEGMENT_BYTES = 240
+MOST_KEY_BYTES = 990
+"""S3 accepts 1,024; the rest is for `-CRC32xSIZE` and `.json`. (Amazon S3 User Guide, "Creating object key names")"""
+MOST_SEGMENT_BYTES = 225
 """Between slashes: some stores keep objects as files, whose names have at most 255 bytes."""
 TEMPLATE_FIELDS = frozenset(
     ["node", "name", "namespace", "pod", "container", "comm", "pid", "signal", "timestamp", "date", "hour"]

@@ -1,4 +1,4 @@
-"""Owns the names of files in the watch directory: `core-%e-%t-%p-%s[-N][.gz][.partial]` (docs/contracts.md)."""
+"""Owns the names of dumps: `core-%e-%t-%p-%s[-N|-CRC32xSIZE][.gz][.partial]` (docs/contracts.md)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ _PATTERNS = tuple(
     )
 )
 """With no number of a copy, one, or several: a dump named `-1` gets the key `-1-1` where its own is taken."""
+_MARK = re.compile(r"-(?P<content>[0-9a-f]{8}x[0-9a-f]{1,12})(?=(\.gz)?$)")
 LEAST_TIMESTAMP = 100_000_000
 """March 1973: a smaller number in the timestamp's place is a pid, so the numbers after the signal count copies."""
 
@@ -38,13 +39,16 @@ class CoreName(NamedTuple):
     signal: int
     copy: int | None
     compressed: bool
+    content: str = ""
+    """The CRC-32 and the size of the object, `1a2b3c4dx5f3a`, in a key that is made of them."""
 
 
 def parse_name(name: str) -> CoreName | None:
     """Parse the name of a dump; return None if it does not follow the grammar."""
     if len(name) > MOST_NAME_BYTES:
         return None
-    match = _match(name)
+    mark = _MARK.search(name)
+    match = _match(name[: mark.start()] + name[mark.end() :] if mark else name)
     if match is None:
         return None
     copy = match["copy"]
@@ -55,6 +59,7 @@ def parse_name(name: str) -> CoreName | None:
         signal=int(match["signal"]),
         copy=int(copy) if copy else None,
         compressed=name.endswith(".gz"),
+        content=mark["content"] if mark else "",
     )
 
 
@@ -86,12 +91,22 @@ def unpartial(name: str) -> str:
     return name[: -len(PARTIAL_SUFFIX)] if name.endswith(PARTIAL_SUFFIX) else name
 
 
-def with_copy(name: str, copy: int) -> str:
-    """Return a name or key with `-COPY` before its `.gz`, for a name that other bytes have taken."""
+def with_copy(name: str, copy: int | str) -> str:
+    """Return a name or key with `-COPY` before its `.gz`, for a name that other bytes have taken.
+
+    Args:
+        name: the wanted name or key.
+        copy: a number, 0 for the name itself; or what `content_mark` returns.
+    """
     if copy == 0:
         return name
     stem = name[:-3] if name.endswith(".gz") else name
     return f"{stem}-{copy}{name[len(stem) :]}"
+
+
+def content_mark(size_bytes: int, crc32: int) -> str:
+    """Return what makes a key an object's own: another object would need the same CRC-32 and the same size."""
+    return f"{crc32:08x}x{size_bytes:x}"
 
 
 def is_compressed(name: str) -> bool:

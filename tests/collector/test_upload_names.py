@@ -11,7 +11,7 @@ from core_dump_collector import config
 from core_dump_collector.errors import ConfigError
 from core_dump_format.attributes import NUMBERS, TEXTS, TRUNCATED_REASONS, read_attributes
 from core_dump_format.keys import TEMPLATE_FIELDS, build_key, check_template, date_and_hour
-from core_dump_format.names import CoreName, is_candidate, parse_name, with_copy
+from core_dump_format.names import CoreName, content_mark, is_candidate, parse_name, with_copy
 from core_dump_format.text import printable
 
 anything = st.text(max_size=300) | st.binary(max_size=255).map(lambda b: b.decode("utf-8", "surrogateescape"))
@@ -40,9 +40,18 @@ def test_name_of_a_copy_of_a_copy_tells_the_crash(comm, timestamp, pid, signal, 
     assert parse_name(name) == CoreName(comm, timestamp, pid, signal, copies[0], compressed=True)
 
 
+@given(comms, times, st.integers(1, 50 << 40), st.integers(0, 2**32 - 1), st.sampled_from(["", ".gz"]))
+def test_key_that_is_made_of_the_content_is_read_back(comm, timestamp, size, crc32, suffix):
+    mark = content_mark(size, crc32)
+    name = parse_name(with_copy(f"core-{comm}-{timestamp}-42-11{suffix}", mark))
+    assert name == CoreName(comm, timestamp, 42, 11, None, compressed=suffix == ".gz", content=mark)
+    assert (mark[:8], mark[9:]) == (f"{crc32:08x}", f"{size:x}")
+
+
 @given(
     st.from_regex(
-        r"core-[A-Za-z0-9._+-]{0,15}-[0-9]{1,20}-[0-9]{1,10}-[0-9]{1,3}(-[0-9]{1,4})?(\.gz)?", fullmatch=True
+        r"core-[A-Za-z0-9._+-]{0,15}-[0-9]{1,20}-[0-9]{1,10}-[0-9]{1,3}(-([0-9]{1,4}|[0-9a-f]{8}x[0-9a-f]{1,12}))?(\.gz)?",
+        fullmatch=True,
     )
 )
 def test_every_name_of_the_grammar_is_parsed(name):
@@ -90,7 +99,10 @@ def test_a_key_is_safe_whatever_the_fields_hold(fields):
     template = "{namespace}/{pod}/{container}/{node}/{date}/{hour}/{comm}/{pid}-{signal}-{timestamp}/{name}"
     key = build_key("pre/fix/", template, fields, suffix=".gz")
     assert re.fullmatch(r"pre/fix/[A-Za-z0-9._+/-]+\.gz", key)
-    assert len(with_copy(key, 9999) + ".json") <= 1024
+    for copy in (9999, content_mark(50 << 40, 0xFFFFFFFF)):
+        longest = with_copy(key, copy) + ".json"
+        assert len(longest) <= 1024
+        assert max(map(len, longest.split("/"))) <= 255
     assert not {"", ".", ".."} & set(key.split("/"))
     assert key.count("/") == 2 + template.count("/")
 
@@ -99,7 +111,7 @@ def test_keys_of_long_fields_that_differ_at_the_end_stay_different():
     template = "{name}/{name}/{name}/{name}/{name}"
     keys = {build_key("", template, {"name": "a" * 250 + c}, suffix=".gz") for c in "bcd"}
     assert len(keys) == 3
-    assert max(map(len, keys)) == 1000
+    assert max(map(len, keys)) == 990
 
 
 def test_raw_cores_get_gz_and_compressed_ones_keep_theirs():

@@ -35,6 +35,7 @@ def test_names_are_those_that_code_creates_and_recognises():
 NAME_CASES = [
     "core-app-1700000000-42-11.gz", "core--1700000000-42-11", "core-a-b-1700000000-42-11-3.gz", "core-1-2-3",
     "core-app-1700000000-42.gz", "core-app-1700000000-42-11.gz.partial", "core-a/b-1700000000-42-11", "x",
+    "core-app-1700000000-42-11-1a2b3c4dx5f3a.gz", "core-app-1700000000-42-11-1a2b3c4d-5f3a.gz",
 ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from core_dump_collector.s3.condition import Condition
 from core_dump_collector.s3.record import Attempt, State
 from core_dump_collector.s3.store import Store
 from core_dump_format.attributes import UPLOAD_RECORD
+from core_dump_format.names import parse_name
 
 SIZES = {"small": 1000, "multipart": 5 * MEBIBYTE + 1000}
 ATTEMPTS = 4
@@ -252,6 +253,36 @@ def test_second_dump_of_a_name_survives_in_a_store_that_ignores_the_condition(pa
         assert store.asked("PUT", ".condition") == (0 if head == 200 else 2), "the store is asked once"
 
 
+def test_dumps_whose_checksums_are_alike_get_keys_of_their_own(watch_dir):
+    """Neither conditions nor HEAD: a number of four digits would not tell these two apart."""
+    first, content, number = b"", b"core 0", 0
+    while zlib.crc32(content) % 9000 != zlib.crc32(first) % 9000:
+        first, number = first or content, number + 1
+        content = b"core %d" % number
+    with fake_s3(Manners(conditions=501, head=403)) as store, connected(store.environ()):
+        for pid, body in enumerate((first, content)):
+            path = watch_dir / f"core-app-1700000000-{pid}-11.gz"
+            path.write_bytes(body)
+            assert send(path, key_template="{comm}").outcome == Outcome.UPLOADED
+        assert sorted(dumps_in(store).values()) == sorted([first, content])
+
+
+@pytest.mark.parametrize("conditions", [501, False])
+def test_key_of_its_own_is_resumed_and_is_one_that_the_grammar_knows(path, conditions):
+    content = os.urandom(SIZES["multipart"])
+    path.write_bytes(content)
+    with fake_s3(Manners(conditions=conditions, head=403)) as store:
+        store.refuse_metadata_with = 403
+        assert attempt(store, path).outcome == Outcome.RETRY
+        store.refuse_metadata_with = 0
+        result = attempt(store, path)
+        assert result.outcome == Outcome.ALREADY_STORED
+        assert dumps_in(store) == {result.key: content}
+        assert (
+            parse_name(result.key.rpartition("/")[2]).content == f"{zlib.crc32(content):08x}x{len(content):x}"
+        )
+
+
 def test_condition_is_relied_on_once_the_store_has_refused_to_overwrite(watch_dir):
     with fake_s3(Manners(head=403)) as store, connected(store.environ()):
         for number in range(3):
@@ -439,7 +470,9 @@ def test_object_that_is_gone_is_sent_again_where_anybody_may_look(path, head):
         assert dumps_in(store) == ({KEY: b"dump"} if head == 200 else {})
 
 
-@pytest.mark.parametrize("manners", [Manners(), Manners(checksums="none", etags="foreign"), Manners(head=403)])
+@pytest.mark.parametrize(
+    "manners", [Manners(), Manners(checksums="none", etags="foreign"), Manners(head=403)]
+)
 def test_record_of_an_older_release_counts_as_one_of_this_bucket(path, manners):
     with fake_s3(Manners()) as store:
         stored_without_its_metadata(store, path)

@@ -112,7 +112,8 @@ class CollisionError(StoreError):
 class OwnKeyNeededError(StoreError):
     """The store knows no conditions and refuses HEAD: nothing tells whether the key is free."""
 
-    def __init__(self, crc32: int) -> None:
-        """Remember the CRC-32 from which a practically unique key is derived."""
+    def __init__(self, size_bytes: int, crc32: int) -> None:
+        """Remember the size and the CRC-32 from which a practically unique key is made."""
         super().__init__("the key may be taken")
+        self.size_bytes = size_bytes
         self.crc32 = crc32

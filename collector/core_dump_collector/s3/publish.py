@@ -200,7 +200,7 @@ class Publisher:
             case Verdict.COLLISION:
                 raise CollisionError(stored, seen=seen is not Seen.REFUSED)
             case Verdict.OWN_KEY:
-                raise OwnKeyNeededError(stored.crc32)
+                raise OwnKeyNeededError(stored.size_bytes, stored.crc32)
             case Verdict.UNDECIDABLE:
                 self._record.write(State.UNPROVEN, stored)
                 raise UnprovenError(advise(seen, sends_checksums=self._store.sends_checksums))

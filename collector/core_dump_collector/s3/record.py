@@ -98,7 +98,12 @@ def read(raw: dict[str, bytes], *, trusted: bool) -> Attempt | None:
     numbers = (attempt.modified_ns, attempt.size, attempt.crc32, attempt.part_bytes, attempt.order)
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
         return None
-    possible = type(attempt.moved) is bool and attempt.size >= 0 and 0 <= attempt.crc32 < 1 << 32 and 0 <= attempt.order <= ORDER_VERSION
+    possible = (
+        type(attempt.moved) is bool
+        and attempt.size >= 0
+        and 0 <= attempt.crc32 < 1 << 32
+        and 0 <= attempt.order <= ORDER_VERSION
+    )
     return attempt if possible else None
 
 

@@ -27,7 +27,7 @@ from core_dump_collector.s3.errors import (
 from core_dump_collector.s3.publish import Candidate, Publisher
 from core_dump_collector.s3.record import Attempt, State, UploadRecord
 from core_dump_collector.s3.verdict import Content, Found, Tried
-from core_dump_format.names import with_copy
+from core_dump_format.names import content_mark, with_copy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,8 +40,6 @@ MOST_COPIES = 100
 """Keys tried for dumps of one name."""
 MOST_UNSEEN = 3
 """Keys tried where HEAD is refused: each may cost a whole upload."""
-_LEAST_OWN_COPY = 1000
-_OWN_COPIES = 9000
 
 _STARTS_AGAIN = frozenset({RetryReason.CHECKSUM, RetryReason.SERVER})
 """The store refuses to complete for such a reason: it would refuse the same parts again."""
@@ -75,17 +73,18 @@ class Transfer:
         copy = self._first_copy(wanted_key)
         unseen = 0
         while True:
-            own_key = copy >= _LEAST_OWN_COPY
+            own_key = isinstance(copy, str)
             try:
                 return self._send(with_copy(wanted_key, copy), own_key=own_key)
             except OwnKeyNeededError as error:
-                copy = _own_copy(error.crc32)
+                copy = content_mark(error.size_bytes, error.crc32)
             except CollisionError as error:
-                if own_key:
+                if isinstance(copy, str):  # not even its own key is free
                     raise self._explain_taken(error) from error
                 unseen += not error.seen
                 last = unseen >= MOST_UNSEEN or copy + 1 >= MOST_COPIES
-                copy = _own_copy(error.stored.crc32) if last else copy + 1
+                stored = error.stored
+                copy = content_mark(stored.size_bytes, stored.crc32) if last else copy + 1
 
     def _explain_taken(self, error: CollisionError) -> RetryableError:
         """Return why not even the dump's own key is free."""
@@ -94,8 +93,8 @@ class Transfer:
         self._record.write(State.UNPROVEN, error.stored)
         return UnprovenError("its keys are taken by objects that nobody can look at: allow s3:GetObject")
 
-    def _first_copy(self, wanted_key: str) -> int:
-        """Return the number of the key to start with; forget an attempt at older content or at another key."""
+    def _first_copy(self, wanted_key: str) -> int | str:
+        """Return what distinguishes the key to start with; forget an attempt at older content or at another key."""
         earlier = self._record.earlier
         copy = _copy_of(wanted_key, earlier.key) if earlier is not None else None
         if earlier is None:
@@ -120,7 +119,9 @@ class Transfer:
             if outcome is not None:
                 return stored, outcome
             if earlier.tried is Tried.PROVEN:
-                self._record.earlier = None  # the store has lost it: nothing is known of what comes under the key
+                self._record.earlier = (
+                    None  # the store has lost it: nothing is known of what comes under the key
+                )
         parts = self._source.parts()
         first = next(parts)
         if first.last:
@@ -157,7 +158,8 @@ class Transfer:
         except HeadRefusedError:
             if learn(self._store):
                 return
-            raise OwnKeyNeededError(multipart.describe(self._source.parts()).crc32) from None
+            whole = multipart.describe(self._source.parts())
+            raise OwnKeyNeededError(whole.size_bytes, whole.crc32) from None
 
     # One request
 
@@ -292,14 +294,12 @@ class Transfer:
             self._record_begun(key, "")
 
 
-def _own_copy(crc32: int) -> int:
-    """Return the number of the key that is derived from the content."""
-    return _LEAST_OWN_COPY + crc32 % _OWN_COPIES
-
-
-def _copy_of(wanted_key: str, key: str) -> int | None:
-    """Return the number of a copy's key; None if it is not a copy of the wanted one."""
+def _copy_of(wanted_key: str, key: str) -> int | str | None:
+    """Return the number of a copy's key, or the mark of its content; None if it is no copy of the wanted one."""
     if key == wanted_key:
         return 0
-    number = re.search(r"-([1-9][0-9]{0,3})(?:\.gz)?$", key)
-    return int(number[1]) if number and with_copy(wanted_key, int(number[1])) == key else None
+    found = re.search(r"-([1-9][0-9]{0,3}|[0-9a-f]{8}x[0-9a-f]{1,12})(?:\.gz)?$", key)
+    if found is None:
+        return None
+    copy = found[1] if "x" in found[1] else int(found[1])
+    return copy if with_copy(wanted_key, copy) == key else None
