@@ -264,6 +264,51 @@ class TestAbandonedPartial:
         assert dumpfile.salvage(str(watch_dir), PARTIAL) is None
         assert sorted(os.listdir(watch_dir)) == before
 
+    @pytest.mark.parametrize("taken", [0, 2])
+    def test_that_was_published_and_kept_its_old_name_too_loses_it(self, watch_dir, taken):
+        """The collector was killed between link and unlink, where the file system cannot rename without replacing."""
+        names = [NAME, *(NAME.replace(".gz", f"-{n}.gz") for n in (1, 2))]
+        for name in names[:taken]:
+            (watch_dir / name).write_bytes(b"another")
+        (watch_dir / PARTIAL).write_bytes(b"half")
+        (watch_dir / names[taken]).hardlink_to(watch_dir / PARTIAL)
+        assert dumpfile.salvage(str(watch_dir), PARTIAL) == names[taken]
+        assert sorted(os.listdir(watch_dir)) == sorted(names[: taken + 1])
+        assert (watch_dir / names[taken]).read_bytes() == b"half"
+        with DumpFile(str(watch_dir), names[taken]) as dump:
+            assert dump.size_bytes == 4
+
+    def test_whose_new_name_is_opened_first_loses_its_old_name(self, watch_dir):
+        (watch_dir / PARTIAL).write_bytes(b"half")
+        (watch_dir / NAME).hardlink_to(watch_dir / PARTIAL)
+        with DumpFile(str(watch_dir), NAME) as dump:
+            assert dump.size_bytes == 4
+        assert os.listdir(watch_dir) == [NAME]
+
+    def test_in_quarantine_that_kept_its_old_name_too_loses_it(self, watch_dir):
+        (watch_dir / "quarantine").mkdir(0o700)
+        (watch_dir / NAME).write_bytes(b"refused")
+        (watch_dir / "quarantine" / NAME).hardlink_to(watch_dir / NAME)
+        assert refusal(watch_dir, NAME) is Unfit.VANISHED
+        assert os.listdir(watch_dir) == ["quarantine"]
+        assert (watch_dir / "quarantine" / NAME).read_bytes() == b"refused"
+
+    @pytest.mark.parametrize("third", [False, True])
+    def test_keeps_its_name_where_the_other_names_are_not_ours(self, watch_dir, third):
+        (watch_dir / PARTIAL).write_bytes(b"half")
+        (watch_dir / "other").hardlink_to(watch_dir / PARTIAL)
+        if third:
+            (watch_dir / NAME).hardlink_to(watch_dir / PARTIAL)
+        before = sorted(os.listdir(watch_dir))
+        assert dumpfile.salvage(str(watch_dir), PARTIAL) is None
+        assert sorted(os.listdir(watch_dir)) == before
+
+    def test_name_that_no_partial_could_have_is_opened(self, watch_dir):
+        name = "core-" + "a" * 250
+        (watch_dir / name).write_bytes(b"dump")
+        with DumpFile(str(watch_dir), name) as dump:
+            assert dump.size_bytes == 4
+
     def test_in_a_directory_that_is_gone_is_no_error(self, watch_dir):
         assert dumpfile.salvage(str(watch_dir / "gone"), PARTIAL) is None
 

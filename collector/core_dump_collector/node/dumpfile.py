@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from core_dump_collector.node import deletable, rename
 from core_dump_format.attributes import ATTRIBUTE_NAMES, ATTRIBUTE_PREFIX, SALVAGED, UPLOAD_RECORD
-from core_dump_format.names import QUARANTINE, unpartial
+from core_dump_format.names import PARTIAL_SUFFIX, QUARANTINE, unpartial
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -86,6 +86,8 @@ class DumpFile:
         with contextlib.ExitStack() as stack:
             self._directory = _open_directory(directory)
             stack.callback(os.close, self._directory)
+            rename.finish(self._directory, name + PARTIAL_SUFFIX, name)
+            rename.finish(self._directory, name, f"{QUARANTINE}/{name}")
             self.fd, self._status = _open_regular(self._directory, name)
             stack.callback(os.close, self.fd)
             if not _has_no_writer(self.fd):
@@ -203,6 +205,8 @@ def salvage(directory: str, name: str) -> str | None:
         with contextlib.ExitStack() as stack:
             parent = _open_directory(directory)
             stack.callback(os.close, parent)
+            if (finished := rename.finish(parent, name, unpartial(name))) is not None:
+                return finished
             fd, status = _open_regular(parent, name)
             stack.callback(os.close, fd)
             if not is_trusted(status):
@@ -323,18 +327,14 @@ def _take_lease(fd: int) -> None:
 
 
 def _is_at(parent: int, name: str, identity: Identity) -> bool:
-    try:
-        status = os.stat(name, dir_fd=parent, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return (status.st_dev, status.st_ino) == (identity.device, identity.inode)
+    status = rename.status_of(parent, name)
+    return status is not None and (status.st_dev, status.st_ino) == (identity.device, identity.inode)
 
 
 def _attribute_names(fd: int) -> list[str]:
-    try:
+    with contextlib.suppress(OSError):
         return os.listxattr(fd)
-    except OSError:
-        return []
+    return []
 
 
 def _set_attribute(fd: int, name: str, value: bytes) -> bool:

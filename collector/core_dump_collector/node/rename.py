@@ -1,4 +1,8 @@
-"""Owns renaming that never replaces a file, so that two dumps of one name both survive."""
+"""Owns renaming that never replaces a file, so that two dumps of one name both survive.
+
+Where renameat2(2) is not supported, a rename is a link and an unlink. A collector that is killed between the two leaves
+a file with two names, which `finish` makes one again: it would be refused for its second name for ever.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,13 @@ import contextlib
 import ctypes
 import errno
 import os
+import stat
 
 from core_dump_format.names import with_copy
 
 MOST_COPIES = 9999
 _RENAME_NOREPLACE = 1
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -22,6 +28,35 @@ def move(parent: int, name: str, target: int, wanted: str) -> str:
             _rename_new(parent, name, target, candidate)
             return candidate
     raise OSError(errno.EEXIST, "every name for it is taken")
+
+
+def finish(parent: int, name: str, wanted: str) -> str | None:
+    """Finish a `move` to a wanted name that was killed between link and unlink: remove the old name.
+
+    Return the new name; None, and nothing is removed, unless the file has exactly these two names.
+    """
+    old = status_of(parent, name)
+    if old is None or not stat.S_ISREG(old.st_mode) or old.st_nlink != 2:  # noqa: PLR2004  both names
+        return None
+    for copy in range(MOST_COPIES):
+        candidate = with_copy(wanted, copy)
+        new = status_of(parent, candidate)
+        if new is None:
+            return None
+        if (new.st_dev, new.st_ino) == (old.st_dev, old.st_ino):
+            os.unlink(name, dir_fd=parent)
+            return candidate
+    return None
+
+
+def status_of(parent: int, name: str) -> os.stat_result | None:
+    """Return the status of a name, which is not followed if it is a symbolic link; None if nothing has it."""
+    try:
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+        return None
 
 
 def _rename_new(parent: int, name: str, target: int, new_name: str) -> None:
