@@ -112,7 +112,8 @@ def send_to(port, path, scheme="http", complete_windows=1, **changes):
         mock.patch.object(progress, "COMPLETE_WINDOWS", complete_windows),
     ):
         began = time.monotonic()
-        result = send(path, read_timeout_seconds=WINDOW, connect_timeout_seconds=5, **changes)
+        timeouts = {"read_timeout_seconds": WINDOW, "connect_timeout_seconds": 5}
+        result = send(path, conditional="true", **timeouts, **changes)
         return result, time.monotonic() - began
 
 
