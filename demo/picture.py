@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from tests.support.cleanup import exit_on_signals, temporary_directory
 from tests.support.collector import wait_until
 
 TARGET = Path(__file__).parents[1] / "docs" / "img" / "core-dumps.svg"
-COLUMNS = 124
+COLUMNS = 110
 CHECKOUT = """
 #include <stdlib.h>
 struct order { const char *item; int *stock; };
@@ -45,7 +44,7 @@ def crash_all(scratch: Path, directory: Path) -> None:
         command = ["gcc", "-g", "-O0", "-fno-builtin", "-o", name, f"{name}.c"]
         subprocess.run(command, cwd=scratch, check=True)
         programs.append([str(scratch / name)])
-    python = [sys.executable, "-c", "import ctypes; ctypes.string_at(0)"]
+    python = ["/usr/bin/python3", "-c", "import ctypes; ctypes.string_at(0)"]
     with kernel.core_pattern(install_helper(scratch, directory), say=say):
         for program in (programs[0], python, programs[1]):
             subprocess.run(program, check=False, stderr=subprocess.DEVNULL)
@@ -63,7 +62,10 @@ def draw(scratch: Path) -> None:
             program: list[str | Path] = [Path(sysconfig.get_path("scripts"), "core-dumps"), *words]
             done = subprocess.run(program, env=environ, capture_output=True, text=True, check=True)
             console.print(Text.assemble(("$ ", "bold green"), ("core-dumps " + " ".join(words), "bold")))
-            console.print(Text.from_ansi(done.stdout))
+            lines = [
+                line for line in done.stdout.splitlines() if "Control Group" not in line
+            ]  # this terminal's
+            console.print(Text.from_ansi("\n".join(lines) + "\n"))
     TARGET.write_text(console.export_svg(title="core-dumps"))
     say(f"wrote {TARGET}")
 

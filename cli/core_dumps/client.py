@@ -35,7 +35,7 @@ from core_dumps import __version__
 from core_dumps.errors import CliError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from botocore.awsrequest import AWSPreparedRequest
     from mypy_boto3_s3 import S3Client
@@ -280,17 +280,24 @@ def read_page(body: bytes) -> Page | None:
     text = body.decode("utf-8", "replace")
     keys, sizes, times = _KEY.findall(text), _SIZE.findall(text), _MODIFIED.findall(text)
     folders = _FOLDER.findall(text)
-    count, token = _KEY_COUNT.search(text), _TOKEN.search(text)
+    token = _TOKEN.search(text)
     more = "<IsTruncated>true</IsTruncated>" in text
-    plain = not any(
-        sign in part for part in (*keys, *folders, token[1] if token else "") for sign in "&\ufffd"
-    )
-    if "<!" in text or not plain or count is None or int(count[1]) != len(keys) + len(folders):
-        return None
-    if not len(keys) == len(sizes) == len(times) == text.count("<Contents>") or (more and token is None):
+    names = [*keys, *folders, token[1] if token else ""]
+    is_whole = len(keys) == len(sizes) == len(times) == text.count("<Contents>") and (token or not more)
+    if not is_whole or not _is_plain(text, names) or _key_count(text) != len(keys) + len(folders):
         return None
     if "<EncodingType>url</EncodingType>" in text:
         keys = [unquote_plus(key) if "%" in key or "+" in key else key for key in keys]
         folders = [unquote_plus(folder) for folder in folders]
     rows = [Row(key, int(size), time) for key, size, time in zip(keys, sizes, times, strict=True)]
     return Page(rows, folders, token[1] if token and more else None)
+
+
+def _is_plain(text: str, names: Sequence[str]) -> bool:
+    """Tell whether names stand in a page as they are: no entities, no declarations, no damaged bytes."""
+    return "<!" not in text and not any(sign in name for name in names for sign in "&\ufffd")
+
+
+def _key_count(text: str) -> int | None:
+    found = _KEY_COUNT.search(text)
+    return int(found[1]) if found else None

@@ -15,7 +15,7 @@ from core_dumps.dump import DELETED, STATES, Dump, signal_number
 from core_dumps.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 IN_KEYS = frozenset({"key", "node", "pid", "signal", "timestamp", "thread"})
 """Fields that keys of the default template contain; if a key does not contain one, the metadata decides."""
@@ -135,28 +135,28 @@ def _like(text: str | None, wanted: list[str]) -> bool:
     return text in wanted or any(_is_pattern(value) and fnmatchcase(text, value) for value in wanted)
 
 
-def _holds(dump: Dump, field: str, wanted: list[str]) -> bool:  # noqa: PLR0911  a table
-    match field:
-        case "key":
-            return _like(dump.key, wanted)
-        case "word":
-            return any(_like(name, wanted) for name in _names(dump))
-        case "comm":  # the key holds the thread's name, which some users know better
-            return any(_like(dump.text(name), wanted) for name in ("comm", "thread"))
-        case "exe":
-            return _like(dump.executable, [value.removesuffix(DELETED) for value in wanted])
-        case "signal":
-            return dump.number("signal") in [signal_number(text) for text in wanted]
-        case "state":
-            return any(text in dump.states or text == dump.text("state") for text in wanted)
-        case "sensitive":
-            return dump.sensitive in [text.lower() in _YES for text in wanted]
-        case "fingerprint":
-            return any((dump.text(field) or "").startswith(text) for text in wanted)
-        case "pid":
-            return any(dump.text(name) in wanted for name in ("pid", "ns_pid"))
-        case _:
-            return _like(dump.text(field), wanted)
+def _holds(dump: Dump, field: str, wanted: list[str]) -> bool:
+    test = _TESTS.get(field)
+    return test(dump, wanted) if test else _like(dump.text(field), wanted)
+
+
+def _any_like(dump: Dump, fields: Sequence[str], wanted: list[str]) -> bool:
+    return any(_like(dump.text(field), wanted) for field in fields)
+
+
+_TESTS: dict[str, Callable[[Dump, list[str]], bool]] = {
+    "key": lambda dump, wanted: _like(dump.key, wanted),
+    "word": lambda dump, wanted: any(_like(name, wanted) for name in _names(dump)),
+    "comm": lambda dump, wanted: _any_like(dump, ("comm", "thread"), wanted),
+    "exe": lambda dump, wanted: _like(dump.executable, [value.removesuffix(DELETED) for value in wanted]),
+    "signal": lambda dump, wanted: dump.number("signal") in [signal_number(text) for text in wanted],
+    "state": lambda dump, wanted: any(text in dump.states or text == dump.text("state") for text in wanted),
+    "sensitive": lambda dump, wanted: dump.sensitive in [text.lower() in _YES for text in wanted],
+    "fingerprint": lambda dump, wanted: (dump.text("fingerprint") or "").startswith(tuple(wanted)),
+    "pid": lambda dump, wanted: any(dump.text(name) in wanted for name in ("pid", "ns_pid")),
+}
+"""How a field is compared where equality with wildcards is not what people mean. A dump's key holds the name of its
+thread, which some users know better than that of the process."""
 
 
 def _names(dump: Dump) -> list[str]:

@@ -51,7 +51,7 @@ class Form:
             or identity[5:6] not in (b"\1", b"\2")
         ):
             raise NotACoreError("not an ELF file")
-        self.bits = 64 if identity[4] == 2 else 32  # noqa:
+        self.bits = 64 if identity[4] == 2 else 32
         self.order = "<" if identity[5] == 1 else ">"
         self.word = "Q" if self.bits == 64 else "I"
         self.word_bytes = self.bits // 8
