@@ -57,7 +57,7 @@ class Arrivals:
         self._selector: selectors.BaseSelector | None = None
         self._registered = -1
         self._is_there = False
-        self._scan: Iterator[scan.Found] | None = None
+        self._scan: Iterator[scan.WatchedFile] | None = None
         self._scan_began = 0.0
         self._scan_due = time.monotonic()
         self._earliest_scan = 0.0
@@ -167,7 +167,7 @@ class Arrivals:
         """Scan again so long after the last scan began, or as soon as that allows."""
         self._scan_due = min(self._scan_due, self._scan_began + pause_seconds)
 
-    def _note(self, found: scan.Found, *, reported: bool = False) -> None:
+    def _note(self, found: scan.WatchedFile, *, reported: bool = False) -> None:
         """Take a file into the backlog; one that an event reported, or that was just written, is new."""
         now = time.monotonic()
         if found.partial:

@@ -17,6 +17,7 @@ from core_dump_collector import crashtest, storecheck
 from core_dump_collector.errors import ConfigError
 from core_dump_collector.node import corepattern
 from core_dump_collector.node.corepattern import Target
+from core_dump_collector.node.ownership import is_roots_alone, is_trusted
 from core_dump_collector.s3.errors import RetryableError
 from core_dump_format.text import printable
 
@@ -102,7 +103,7 @@ def _check_rights(fd: int, directory: str) -> Finding:
             Level.FAIL, f"directory {directory}: this user may not delete in it; run as uid {status.st_uid}"
         )
     mode = stat.S_IMODE(status.st_mode)
-    if status.st_uid != 0 or mode & 0o022:
+    if not is_roots_alone(status):
         return Finding(
             Level.WARN,
             f"directory {directory}: others than root may write to it (uid {status.st_uid}, mode {mode:04o}); "
@@ -174,7 +175,7 @@ def _ask_helper(helper: HelperCall) -> Iterator[Finding]:
         status = os.stat(helper.program)
     except OSError:
         return  # the pattern's own finding says so
-    if status.st_uid not in {0, os.geteuid()} or status.st_mode & 0o022:
+    if not is_trusted(status):
         yield Finding(Level.FAIL, f"{helper.program}: others than root can change it; chown root, chmod 0755")
         return
     try:

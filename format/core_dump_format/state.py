@@ -46,7 +46,7 @@ class Thread:
         self.registers, self.pc, self.sp, self.tls = registers, pc, sp, tls
 
 
-class State:
+class ProcessState:
     """The threads (the one that crashed is first), the auxiliary vector and the mapped files of a process."""
 
     def __init__(self, front: Front) -> None:

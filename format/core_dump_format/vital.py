@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from core_dump_format.front import Front
-    from core_dump_format.state import State, Thread
+    from core_dump_format.state import ProcessState, Thread
 
 VITAL_BYTES = 32 << 20
 CRASH_WINDOW_BYTES = 1 << 20
@@ -88,7 +88,7 @@ class Selection:
         self._lacks = False
         self._taken: set[int] = set()
 
-    def run(self, state: State) -> None:
+    def run(self, state: ProcessState) -> None:
         """Copy everything that is vital; raises AbandonedError."""
         if state.threads:
             self._take_crash(state.threads[0])
@@ -187,7 +187,7 @@ class Selection:
         page = self.memory.page
         self.take(thread.tls, page, 2 * page)
 
-    def _take_loader(self, state: State) -> None:
+    def _take_loader(self, state: ProcessState) -> None:
         """Copy the list of loaded libraries: program headers, dynamic section, r_debug, each link_map (<link.h>)."""
         left, self.left = self.left, min(self.left, LOADER_BYTES, self.left // 4)
         share = self.left
@@ -207,7 +207,7 @@ class Selection:
             debug = following
         self.left = left - (share - self.left)
 
-    def _find_debug(self, state: State) -> int:
+    def _find_debug(self, state: ProcessState) -> int:
         """Return the address of the loader's r_debug, or 0."""
         layout = self.front.layout
         row, words = layout.row, layout.words
@@ -256,7 +256,7 @@ class Selection:
         index = self.front.find(sp)
         return self.front.span(index)[1] - sp if index else 0
 
-    def _take_modules(self, state: State) -> None:
+    def _take_modules(self, state: ProcessState) -> None:
         """Copy the first page of each mapping of a program or library, then their small data, the smallest first."""
         front = self.front
         spans = [(start, end, name, front.at(start)) for start, end, name in state.files]
@@ -277,7 +277,7 @@ class Selection:
         for segment in sorted(data, key=data.__getitem__):
             room -= self.take(front.addresses[segment], 0, data[segment], room)
 
-    def _take_ended(self, state: State) -> None:
+    def _take_ended(self, state: ProcessState) -> None:
         """Copy what the loader's data point to: among it the control block of a main thread that has ended.
 
         libthread_db finds no thread at all without it, and the core has no registers of such a thread.

@@ -12,7 +12,7 @@ from core_dump_helper.compress import PIGZ, make_writer
 from core_dump_helper.limits import DiskLimits
 from core_dump_helper.records import open_state
 from core_dump_helper.settings import Settings
-from core_dump_helper.system import DIRECTORY, Refused
+from core_dump_helper.system import DIRECTORY, Refused, is_private
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _inspect_directory(settings: Settings) -> Iterator[tuple[str, str]]:
         return
     try:
         status = os.fstat(directory)
-        if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
+        if not is_private(status):
             yield (
                 "warn",
                 "WATCH_DIR %s: others can change it; chown root: %s; chmod 0700 %s" % (path, path, path),

@@ -10,7 +10,7 @@ from core_dump_helper.crash import read_metadata
 from core_dump_helper.dumpfile import RESULT_SPACE, create_partial, publish, set_attributes
 from core_dump_helper.limits import DiskWatch, Limits
 from core_dump_helper.settings import CONFIG, Settings
-from core_dump_helper.system import CHUNK, DIRECTORY, DISK_FULL, Refused, log
+from core_dump_helper.system import CHUNK, DIRECTORY, DISK_FULL, Refused, is_private, log
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Handler:
         path = self.settings.WATCH_DIR
         directory = os.open(path, DIRECTORY)
         status = os.fstat(directory)
-        if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
+        if not is_private(status):
             self.warnings.append(
                 "WATCH_DIR %a can be changed by others: chown it to root and chmod it to 0700" % path
             )

@@ -88,10 +88,14 @@ def read_fields(path: str, directory: int | None = None) -> dict[bytes, list[byt
     return {key: value.split() for key, _, value in reversed(lines)}
 
 
+def is_private(status: os.stat_result) -> bool:
+    """Return whether only root, or the user of this process, can change a file or directory."""
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+
+
 def check_owner(path: str) -> None:
     """Raise PermissionError unless only root, or the user of this process, can change the file at `path`."""
-    status = os.stat(path)
-    if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
+    if not is_private(os.stat(path)):
         raise PermissionError(1, "others than root can change it")
 
 

@@ -12,7 +12,7 @@ from _thread import start_new_thread
 
 from core_dump_format.front import UnsupportedError, front_bytes, read_front
 from core_dump_format.reorder import Reordered
-from core_dump_format.state import State
+from core_dump_format.state import ProcessState
 from core_dump_format.vital import AbandonedError, Selection, is_known
 from core_dump_helper.memory import open_memory
 from core_dump_helper.system import CHUNK, log
@@ -103,7 +103,7 @@ def _read_front(head: bytearray, read: Callable[[int], bool], limit: int) -> Fro
 
 def _select(front: Front, crash: Crash, limit: int) -> Selection:
     """Copy the vital memory in a thread of its own; return what it has after PREPARE_SECONDS at the latest."""
-    state = State(front)
+    state = ProcessState(front)
     selection = Selection(front, open_memory(crash, state.raw_auxv), limit)
     done: SimpleQueue[str] = SimpleQueue()
     start_new_thread(_run, (selection, state, done))
@@ -117,7 +117,7 @@ def _select(front: Front, crash: Crash, limit: int) -> Selection:
     return selection
 
 
-def _run(selection: Selection, state: State, done: SimpleQueue[str]) -> None:
+def _run(selection: Selection, state: ProcessState, done: SimpleQueue[str]) -> None:
     try:
         selection.run(state)
         done.put("")

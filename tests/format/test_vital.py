@@ -14,7 +14,7 @@ from tests.support.corepair import CoreFile, assert_same_memory
 from core_dump_format import front as fronts
 from core_dump_format.front import UnsupportedError, front_bytes, read_front
 from core_dump_format.reorder import Reordered
-from core_dump_format.state import State
+from core_dump_format.state import ProcessState
 from core_dump_format.vital import Pages, Selection
 
 PAGE = 4096
@@ -121,7 +121,7 @@ def assemble(core, order, pieces):
 def select(core, memory, limit=32 << 20):
     front = read_front(core)
     selection = Selection(front, memory, limit)
-    selection.run(State(front))
+    selection.run(ProcessState(front))
     return front, selection
 
 

@@ -74,12 +74,20 @@ def test_forged_record_does_not_claim_the_object_of_another(bucket, shared_dir):
     assert {s3.body_of(bucket, key) for key in s3.keys_in(bucket)} >= {b"of another", b"mine"}
 
 
-@pytest.mark.usefixtures("_connected")
-def test_record_of_our_own_is_believed_where_only_root_writes(bucket, watch_dir):
+def test_record_of_our_own_is_believed_where_only_root_writes_and_nobody_may_look(seaweed, bucket, watch_dir):
     path = plant(watch_dir, b"sent before", owner=0)
     record(path, "stored", b"sent before")
-    assert send(path, metadata=False).outcome == Outcome.ALREADY_STORED
+    with connected(seaweed.environ(s3.WRITER)):
+        assert send(path, metadata=False).outcome == Outcome.ALREADY_STORED
     assert s3.keys_in(bucket) == {}
+
+
+def test_record_of_our_own_is_compared_with_the_bucket_where_that_may_be_read(seaweed, bucket, watch_dir):
+    path = plant(watch_dir, b"sent before", owner=0)
+    record(path, "stored", b"sent before")
+    with connected(seaweed.environ(s3.ADMIN)):
+        assert send(path, metadata=False).outcome == Outcome.UPLOADED
+    assert s3.body_of(bucket, KEY) == b"sent before"
 
 
 @pytest.mark.usefixtures("_connected")

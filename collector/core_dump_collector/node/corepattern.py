@@ -10,6 +10,8 @@ import stat
 from dataclasses import dataclass
 from enum import StrEnum
 
+from core_dump_collector.node.ownership import is_trusted
+
 PATH = "/proc/sys/kernel/core_pattern"
 HELPER = "core-dump-helper"
 CONFIG = "/etc/core-dump-handler/helper.conf"
@@ -98,7 +100,7 @@ def configured_directory(config: str) -> str:
     try:
         with open(config, "rb") as file:
             status = os.fstat(file.fileno())
-            if status.st_uid not in {0, os.geteuid()} or status.st_mode & 0o022:
+            if not is_trusted(status):
                 return directory
             lines = os.fsdecode(file.read(_MOST_CONFIG_BYTES)).splitlines()
     except OSError:

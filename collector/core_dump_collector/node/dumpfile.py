@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
 from core_dump_collector.node import deletable, rename
+from core_dump_collector.node.ownership import is_trusted
 from core_dump_format.attributes import ATTRIBUTE_NAMES, ATTRIBUTE_PREFIX, SALVAGED, UPLOAD_RECORD
 from core_dump_format.names import PARTIAL_SUFFIX, QUARANTINE, unpartial
 
@@ -232,11 +233,6 @@ def _publish(parent: int, fd: int, name: str) -> str | None:
     published = rename.move(parent, name, parent, unpartial(name))
     os.fsync(parent)
     return published
-
-
-def is_trusted(status: os.stat_result) -> bool:
-    """Tell whether only root and this user can have made or changed a file."""
-    return status.st_uid in {0, os.geteuid()} and not status.st_mode & 0o022
 
 
 def _open_directory(directory: str) -> int:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from core_dump_collector.node import dumpfile
+from core_dump_collector.node.ownership import is_roots_alone, is_trusted
 from core_dump_format.names import QUARANTINE, is_candidate, is_partial, unpartial
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ MOST_QUARANTINED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class WatchedFile:
     """One file of the directory that the collector may have to upload or salvage."""
 
     name: str
@@ -37,7 +36,7 @@ class Found:
     """Only root, or this user, can have made or changed it."""
 
 
-def look(directory: str, name: str, *, patterns: tuple[str, ...]) -> Found | None:
+def look(directory: str, name: str, *, patterns: tuple[str, ...]) -> WatchedFile | None:
     """Return the properties of a file without opening it; None if it is gone or not to be collected."""
     partial = is_partial(name)
     if not is_candidate(unpartial(name) if partial else name, patterns):
@@ -46,12 +45,10 @@ def look(directory: str, name: str, *, patterns: tuple[str, ...]) -> Found | Non
         status = os.lstat(os.path.join(directory, name))
     except OSError:
         return None
-    return Found(
-        name, status.st_size, status.st_mtime_ns, partial, status.st_uid, dumpfile.is_trusted(status)
-    )
+    return WatchedFile(name, status.st_size, status.st_mtime_ns, partial, status.st_uid, is_trusted(status))
 
 
-def scan(directory: str, patterns: tuple[str, ...]) -> Iterator[Found]:
+def scan(directory: str, patterns: tuple[str, ...]) -> Iterator[WatchedFile]:
     """Yield every file that is to be collected, in the order of the directory.
 
     Raises:
@@ -85,5 +82,4 @@ def count_quarantined(directory: str) -> int:
 
 def is_insecure(directory: str) -> bool:
     """Tell whether users other than root may put files into the directory."""
-    status = os.stat(directory)
-    return status.st_uid != 0 or bool(stat.S_IMODE(status.st_mode) & 0o022)
+    return not is_roots_alone(os.stat(directory))

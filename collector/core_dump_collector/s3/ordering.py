@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from core_dump_collector.s3 import compression
 from core_dump_format.front import UnsupportedError, front_bytes, read_front
 from core_dump_format.reorder import Reordered
-from core_dump_format.state import State
+from core_dump_format.state import ProcessState
 from core_dump_format.vital import Pages, Selection, is_known
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def order(descriptor: int, size_bytes: int) -> OrderedCore | None:
         if not is_known(front):
             return None
         selection = Selection(front, _FilePages(descriptor, front), _VITAL_BYTES)
-        selection.run(State(front))
+        selection.run(ProcessState(front))
         if not selection.pieces:
             return None
         ordered = Reordered(front, selection.pieces, Pages.page)
