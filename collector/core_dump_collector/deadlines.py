@@ -18,6 +18,8 @@ J = TypeVar("J")
 
 REQUESTS = 10
 """Requests of one job that may each take all the time that they have."""
+MOST_SECONDS = 24 * 3600.0
+"""No job runs longer, whatever its size: killed there, a multipart upload goes on from the parts that are stored."""
 
 
 def seconds_for(size_bytes: int, request_seconds: float, bytes_per_second: float) -> float:
@@ -28,7 +30,7 @@ def seconds_for(size_bytes: int, request_seconds: float, bytes_per_second: float
         request_seconds: for so long a request may hang.
         bytes_per_second: as slow as a request may be.
     """
-    return REQUESTS * request_seconds + size_bytes / bytes_per_second
+    return min(MOST_SECONDS, REQUESTS * request_seconds + size_bytes / bytes_per_second)
 
 
 @dataclass(slots=True)
