@@ -35,7 +35,7 @@ TABLE = {
     (Answer.NONE, Seen.OTHER):      (COLLISION, COLLISION,   COLLISION, COLLISION,     COLLISION, COLLISION),
     (Answer.NONE, Seen.SILENT):     (COLLISION, COLLISION,   UNDECIDABLE, UNDECIDABLE, UNDECIDABLE, UNDECIDABLE),
     (Answer.NONE, Seen.ABSENT):     (SEND, SEND,             SEND, SEND,               SEND, SEND),
-    (Answer.NONE, Seen.REFUSED):    (SEND, OWN_KEY,          SEND, OWN_KEY,            UNDECIDABLE, UNDECIDABLE),
+    (Answer.NONE, Seen.REFUSED):    (SEND, OWN_KEY,          SEND, UNDECIDABLE,        UNDECIDABLE, UNDECIDABLE),
     (Answer.UNPROVEN, Seen.SAME):   (UPLOADED,) * 6,
     (Answer.UNPROVEN, Seen.OTHER):  (RETRY,) * 6,
     (Answer.UNPROVEN, Seen.SILENT): (UNDECIDABLE,) * 6,

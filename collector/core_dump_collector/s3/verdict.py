@@ -129,7 +129,7 @@ def _compare_crc32(found: str, content: Content) -> Seen:
     return Seen.SILENT if "-" in found else Seen.OTHER  # of other parts, perhaps of the same bytes
 
 
-def judge(answer: Answer, seen: Seen | None, tried: Tried, *, guarded: bool) -> Verdict:  # noqa: PLR0911  a table
+def judge(answer: Answer, seen: Seen | None, tried: Tried, *, guarded: bool) -> Verdict:  # noqa: C901, PLR0911  a table
     """Decide what a response means.
 
     Args:
@@ -154,8 +154,10 @@ def judge(answer: Answer, seen: Seen | None, tried: Tried, *, guarded: bool) -> 
             return Verdict.RETRY
         case Answer.NONE, Seen.SILENT | Seen.REFUSED if tried is Tried.PROVEN:
             return Verdict.ALREADY_STORED
-        case Answer.NONE, Seen.REFUSED if tried is not Tried.ACKNOWLEDGED:
-            return Verdict.SEND if guarded else Verdict.OWN_KEY
+        case Answer.NONE, Seen.REFUSED if guarded and tried is not Tried.ACKNOWLEDGED:
+            return Verdict.SEND
+        case Answer.NONE, Seen.REFUSED if tried is Tried.NEVER:
+            return Verdict.OWN_KEY
         case Answer.NONE | Answer.TAKEN, _ if tried is Tried.NEVER:
             return Verdict.COLLISION
         case _:
