@@ -140,9 +140,9 @@ def test_sigterm_in_mid_upload_ends_in_time_and_the_next_start_finishes(seaweed,
             wait_until(lambda: collector.metric("core_dump_inflight_uploads") == 1, 20)
             assert collector.stop(seconds=8) == 0
             assert collector.startup_file.read_text() == "dead\n"
-    assert (watch_dir / "core-big-1700000000-1-6.gz").exists()
-    with running(watch_dir, seaweed.environ(), tmp_path) as collector:
-        wait_until(lambda: not list(watch_dir.glob("core*")), 60)
+        assert (watch_dir / "core-big-1700000000-1-6.gz").exists()
+        with running(watch_dir, environ, tmp_path):
+            wait_until(lambda: not list(watch_dir.glob("core*")), 60)
     assert dumps_in(bucket) == {"node-1/core-big-1700000000-1-6.gz"}
     assert s3.unfinished_multiparts(bucket) == []
 
@@ -159,8 +159,8 @@ def test_collector_killed_leaves_no_orphan_and_the_next_start_finishes(seaweed, 
             assert family
             collector.kill()
             wait_until(lambda: not any("forkserver" in command_of(pid) for pid in family), 10, "no orphans")
-    with running(watch_dir, seaweed.environ(), tmp_path) as collector:
-        wait_until(lambda: not list(watch_dir.glob("core*")), 60)
+        with running(watch_dir, environ, tmp_path):
+            wait_until(lambda: not list(watch_dir.glob("core*")), 60)
     assert dumps_in(bucket) == {f"node-1/{n}" for n in [*names(0, 50), "core-big-1700000000-1-6.gz"]}
     assert s3.unfinished_multiparts(bucket) == []
 
