@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +45,28 @@ class Node:
         given = {"WATCH_DIR": self.watch_dir, "RATE_LIMIT": 0, "KEEP_FREE_PERCENT": 1} | settings
         with kernel.core_pattern(kernel.install_helper(self.directory, given, python)):
             yield self
+
+    def keep_copy(self):
+        """Keep the kernel's own bytes in the file `copy` while they go to the helper."""
+        installed = kernel.PATTERN.read_text().split()[0][1:]
+        tee = self.directory / "tee"
+        tee.write_text(
+            textwrap.dedent(f"""\
+            #!{sys.executable} -IS
+            import os, subprocess, sys
+            null = os.open("/dev/null", os.O_RDWR)
+            os.dup2(null, 1), os.dup2(null, 2)
+            helper = subprocess.Popen([{installed!r}, *sys.argv[1:]], stdin=subprocess.PIPE, pass_fds=[3])
+            with open({str(self.directory / "copy")!r}, "wb") as copy:
+                while data := os.read(0, 1 << 16):
+                    copy.write(data)
+                    helper.stdin.write(data)
+            helper.stdin.close()
+            helper.wait()
+            """)
+        )
+        tee.chmod(0o755)
+        kernel.PATTERN.write_text(f"|{tee} {kernel.ARGUMENTS}\n")
 
     def expect(self, name, pid):
         """Count dumps of this process as ours: others on this machine may crash at the same time."""

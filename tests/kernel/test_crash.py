@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -67,25 +66,7 @@ def test_hostile_names_neither_run_nor_escape_nor_lose_the_dump(node):
 
 def test_core_is_byte_for_byte_what_the_kernel_wrote_and_gdb_reads_it(node):
     with node.installed(VITAL_BYTES=0):
-        installed = kernel.PATTERN.read_text().split()[0][1:]
-        tee = node.directory / "tee"
-        tee.write_text(
-            textwrap.dedent(f"""\
-            #!{sys.executable} -IS
-            import os, subprocess, sys
-            null = os.open("/dev/null", os.O_RDWR)
-            os.dup2(null, 1), os.dup2(null, 2)
-            helper = subprocess.Popen([{installed!r}, *sys.argv[1:]], stdin=subprocess.PIPE, pass_fds=[3])
-            with open({str(node.directory / "copy")!r}, "wb") as copy:
-                while data := os.read(0, 1 << 16):
-                    copy.write(data)
-                    helper.stdin.write(data)
-            helper.stdin.close()
-            helper.wait()
-            """)
-        )
-        tee.chmod(0o755)
-        kernel.PATTERN.write_text(f"|{tee} {kernel.ARGUMENTS}\n")
+        node.keep_copy()
         pid = node.crash_only(megabytes=20, threads=3, name=b"the culprit")
         wait_until(lambda: node.names() and node.names()[0].endswith(".gz"))
         node.settle()

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import zlib
 from pathlib import Path
 
@@ -18,29 +17,6 @@ from core_dump_format.gzip import inflate_until_damage
 
 SOURCE = Path(__file__).parents[1] / "support" / "vital.c"
 THREADS = 8
-
-
-def install_tee(node):
-    """Keep the kernel's own bytes in the file `copy` while they go to the helper."""
-    installed = kernel.PATTERN.read_text().split()[0][1:]
-    tee = node.directory / "tee"
-    tee.write_text(
-        textwrap.dedent(f"""\
-        #!{sys.executable} -IS
-        import os, subprocess, sys
-        null = os.open("/dev/null", os.O_RDWR)
-        os.dup2(null, 1), os.dup2(null, 2)
-        helper = subprocess.Popen([{installed!r}, *sys.argv[1:]], stdin=subprocess.PIPE, pass_fds=[3])
-        with open({str(node.directory / "copy")!r}, "wb") as copy:
-            while data := os.read(0, 1 << 16):
-                copy.write(data)
-                helper.stdin.write(data)
-        helper.stdin.close()
-        helper.wait()
-        """)
-    )
-    tee.chmod(0o755)
-    kernel.PATTERN.write_text(f"|{tee} {kernel.ARGUMENTS}\n")
 
 
 def backtraces(program, core):
@@ -94,7 +70,7 @@ def die(node, program, *arguments):
 
 def test_every_thread_has_its_backtrace_wherever_the_dump_is_cut(node, program):
     with node.installed():
-        install_tee(node)
+        node.keep_copy()
         die(node, program, "24", str(THREADS))
     found = attributes(node.dump())
     assert found["vital"] == b"whole"
@@ -111,7 +87,7 @@ def test_each_compressor_writes_the_same_memory(node, program, compressor):
     pytest.importorskip("isal")
     path = Path(sys.modules["isal"].__file__).parents[1]
     with node.installed(COMPRESSOR=compressor, PYTHON_PATH=path):
-        install_tee(node)
+        node.keep_copy()
         die(node, program, "24", "2")
     found, core = attributes(node.dump()), node.directory / "core"
     content = node.dump().read_bytes() if compressor == "none" else core_of(node.dump())
@@ -126,7 +102,7 @@ def test_each_compressor_writes_the_same_memory(node, program, compressor):
 @pytest.mark.parametrize("hostile", ["leader", "pages", "nowhere", "libraries"])
 def test_hostile_process_is_dumped_whole(node, program, hostile):
     with node.installed(COMPRESSOR="gzip"):
-        install_tee(node)
+        node.keep_copy()
         die(node, program, "12", "3", hostile)
     found, core = attributes(node.dump()), node.directory / "core"
     core.write_bytes(core_of(node.dump()))
@@ -186,7 +162,7 @@ def test_helper_killed_half_way_leaves_a_partial_with_its_vital_part(node, progr
 
 def test_without_a_vital_part_the_core_is_byte_for_byte_the_kernels(node, program):
     with node.installed(COMPRESSOR="gzip", VITAL_BYTES=0):
-        install_tee(node)
+        node.keep_copy()
         die(node, program, "12", "1")
     found = attributes(node.dump())
     assert found["vital"] == b"none"

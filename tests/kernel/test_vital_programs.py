@@ -12,7 +12,6 @@ from tests.kernel.test_vital import (
     SOURCE,
     assert_every_cut_gives_the_backtraces,
     backtraces,
-    install_tee,
 )
 from tests.support import kernel
 from tests.support.collector import wait_until
@@ -164,7 +163,7 @@ GUESSED = {java, node_js}
 )  # fmt: skip
 def test_program_has_every_backtrace_wherever_its_dump_is_cut(node, crash):
     with node.installed(COMPRESSOR="gzip"):
-        install_tee(node)
+        node.keep_copy()
         program = crash(node)
         wait_until(lambda: any(not name.endswith(".partial") for name in node.names()), 200, "the dump")
         node.settle()
