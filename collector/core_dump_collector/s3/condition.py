@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal
 from core_dump_collector.jobs import RetryReason
 from core_dump_collector.s3.errors import (
     ConditionRefusedError,
-    ConflictError,
     PermanentError,
     RetryableError,
     TakenError,
@@ -87,8 +86,6 @@ def learn(store: Store) -> bool:
         return True  # the store has noted it
     except (ConditionRefusedError, PermanentError):
         return False
-    except ConflictError:
-        raise
     except RetryableError as error:
         if error.reason != RetryReason.FORBIDDEN:
             raise
