@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.support import kernel
-from tests.support.collector import descendants, wait_until
+from tests.support.collector import command_of, descendants, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +49,9 @@ def test_demo_names_whom_it_waits_for_and_leaves_nothing_when_killed(number, tmp
                 break
         else:
             pytest.fail("it did not say whom it waits for")
+        wait_until(
+            lambda: any("flock" in command_of(pid) for pid in descendants(process.pid)), 10, "the wait"
+        )
         started = descendants(process.pid)
         assert os.path.exists(scratch)
         process.send_signal(number)

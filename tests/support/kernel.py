@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.support.cleanup import guardian
+from tests.support.cleanup import guarded, guardian
 
 HELPER = Path(__file__).parents[2] / "helper" / "core-dump-helper"
 FORMAT = Path(__file__).parents[2] / "format" / "core_dump_format"
@@ -84,7 +84,7 @@ def locked(say: Callable[[str], None] = to_stderr) -> Iterator[int]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say(f"{holder(lock.fileno())} uses kernel.core_pattern; waiting until it is free")
-            command = ["flock", "-w", str(LOCK_SECONDS), str(lock.fileno())]
+            command = guarded(["flock", "-w", str(LOCK_SECONDS), str(lock.fileno())])
             with untimed():
                 waited = subprocess.run(command, pass_fds=[lock.fileno()], check=False)
             if waited.returncode:
