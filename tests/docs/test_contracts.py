@@ -1,6 +1,7 @@
 """docs/contracts.md lists what the code writes and reads, all of it and nothing else."""
 
 import inspect
+import json
 import re
 import time
 
@@ -10,7 +11,7 @@ from tests.support.pages import ROOT, codes, column, rows, section
 from core_dump_collector import metadata
 from core_dump_collector.metrics import DROP_REASONS
 from core_dump_collector.node import suppressed
-from core_dump_format import attributes, names
+from core_dump_format import attributes, modules, names
 from core_dump_helper.records import Record
 
 PAGE = "contracts.md"
@@ -18,12 +19,13 @@ NAMES = section(PAGE, "Names in the watch directory")
 ATTRIBUTES = section(PAGE, "Extended attributes of a dump")
 OBJECTS = section(PAGE, "Object and metadata object")
 RECORDS = section(PAGE, "Records of refused dumps")
+MODULES = section(PAGE, "The files behind a crash")
 
 
 def test_names_are_those_that_code_creates_and_recognises():
     listed = [codes(row[0])[0] for row in rows(NAMES, "name")]
     values = {"%e": "app", "%t": "1700000000", "%p": "42", "%s": "11"}
-    state = {f"{suppressed.STATE}/", f"{names.QUARANTINE}/"}
+    state = {f"{suppressed.STATE}/", f"{names.QUARANTINE}/", f"{modules.DIRECTORY}/"}
     assert set(listed) >= state
     for pattern in set(listed) - state - {"core…"}:
         name = re.sub("%.", lambda found: values[found[0]], pattern)
@@ -114,3 +116,24 @@ def test_key_of_a_record_is_the_one_that_the_collector_writes():
 def test_schema_number_is_the_one_that_is_written():
     (row,) = [row for row in rows(OBJECTS, "name") if row[0] == "`schema`"]
     assert f'"schema": {row[1]},' in inspect.getsource(metadata)
+
+
+def test_names_of_modules_are_those_that_the_code_knows():
+    listed = column(MODULES, "in `.modules/`")
+    digest = "ab" * 32
+    names_in_code = [modules.module_name(digest, is_sensitive=flag) for flag in (False, True)]
+    names_in_code += [modules.COLLECTOR_MARK, modules.list_name("DUMP")]
+    assert sorted(name.replace("SHA256", digest) for name in listed) == sorted(names_in_code)
+
+
+def test_fields_of_a_list_of_modules_are_those_that_the_code_writes():
+    kept = modules.Module(b"/lib/a", 1, 2, 0, "ab" * 20, 3, "cd" * 32)
+    listed = modules.ModuleList("core-a-1-2-3.gz", (kept, kept._replace(missing="gone")), 1, "dumpable=2")
+    document = json.loads(modules.render_list(listed))
+    written = {*document, *document["modules"][0], *document["modules"][1]}
+    assert set(column(MODULES, "field")) == written
+    (row,) = [row for row in rows(MODULES, "field") if row[0] == "`missing`"]
+    assert set(codes(row[1])) == modules.MISSING_REASONS
+    assert f"{modules.MOST_MODULES:,} modules" in MODULES
+    assert f"{modules.MOST_PATH_BYTES:,} bytes" in MODULES
+    assert f"{modules.MOST_LIST_BYTES >> 20} MiB" in MODULES
