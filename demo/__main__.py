@@ -78,7 +78,8 @@ def s3_server() -> Iterator[S3Client]:
 def collecting(directory: Path, scratch: Path) -> Iterator[Collector]:
     """Run the collector on a directory; stop it in order."""
     store = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    with running(directory, store | {"BUCKET_NAME": BUCKET, "NODE_NAME": "demo-node"}, scratch) as collector:
+    settings = {"BUCKET_NAME": BUCKET, "NODE_NAME": "demo-node", "KEY_TEMPLATE": ""}
+    with running(directory, store | settings, scratch) as collector:
         say(f"collector watches {directory}")
         yield collector
         code = collector.stop()

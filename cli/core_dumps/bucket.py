@@ -13,12 +13,12 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from core_dump_format.keys import check_template, parse_location
 from core_dump_format.text import printable
+from core_dumps import layouts
 from core_dumps.client import BODY_ERRORS, S3, Page, Row, error_code, explain
 from core_dumps.dump import METADATA_SUFFIX, MOST_METADATA_BYTES, Dump
 from core_dumps.errors import CliError, UsageError
 from core_dumps.pool import Pool
 from core_dumps.status import Status
-from core_dumps.walk import Walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -61,6 +61,10 @@ class Bucket:
     def __init__(self, address: str, template: str) -> None:
         """Prepare the client; no request is sent.
 
+        Args:
+            address: a bucket's name or `s3://bucket/prefix`.
+            template: one KEY_TEMPLATE, or several separated by spaces.
+
         Raises:
             UsageError: the address or the template is invalid.
         """
@@ -69,13 +73,14 @@ class Bucket:
         except ValueError as error:
             raise UsageError(f"--bucket or BUCKET_NAME: {error}") from None
         try:
-            check_template(template)
+            for each in template.split() or [template]:
+                check_template(each)
         except ValueError as error:
             raise UsageError(f"KEY_TEMPLATE={printable(template)!r}: {error}") from None
         self.requests: Counter[str] = Counter()
         self.failures: list[str] = []
         """Why metadata objects could not be read, one line each."""
-        self._template = template
+        self._templates = template.split()
         self._lock = threading.Lock()
         self._status = Status()
         self._s3 = S3()
@@ -96,7 +101,7 @@ class Bucket:
     def find(self, query: Query) -> Iterator[list[Dump]]:
         """Yield the dumps that can match, newest first, without metadata; in groups if keys begin with dates."""
         try:
-            for group in Walk(self._pages, self.prefix, self._template, query).groups():
+            for group in layouts.find(self._pages, self.prefix, self._templates, query):
                 self._status.end()
                 yield group
         finally:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from core_dump_format.keys import DEFAULT_TEMPLATE, FORMER_TEMPLATE
 from core_dump_format.text import printable
 from core_dumps import match, show, when
 from core_dumps.errors import INTERRUPTED, CliError, NoMatchError, UsageError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from core_dumps.bucket import Bucket
     from core_dumps.dump import Dump
 
-DEFAULT_TEMPLATE = "{node}/{name}"
+DEFAULT_TEMPLATES = f"{DEFAULT_TEMPLATE} {FORMER_TEMPLATE}"
 CLOSED_PIPE = 141
 """The status that a shell reports for a program that died of SIGPIPE."""
 MOST_COMPARED = 100
@@ -82,9 +83,12 @@ class Selection:
     key_template: Annotated[
         str,
         typer.Option(
-            "--key-template", envvar="KEY_TEMPLATE", metavar="TEMPLATE", help="KEY_TEMPLATE of the collectors"
+            "--key-template",
+            envvar="KEY_TEMPLATE",
+            metavar="TEMPLATE",
+            help="KEY_TEMPLATE of the collectors; several with spaces between them",
         ),
-    ] = DEFAULT_TEMPLATE
+    ] = DEFAULT_TEMPLATES
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no notes, only errors")] = False
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the number of requests")] = False
 

@@ -12,13 +12,13 @@ from collections import deque
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
-from core_dump_format.keys import clean_segment
+from core_dump_format.keys import UNKNOWN, clean_segment
 from core_dump_format.names import parse_name
 from core_dumps.dump import METADATA_SUFFIX, Dump, Value
 from core_dumps.pool import Pool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from core_dumps.client import Page, Row
     from core_dumps.match import Query
@@ -30,6 +30,7 @@ _RECORD = re.compile(r"storm-[0-9a-f]+-(?P<timestamp>[0-9]{1,12})")
 _PROBE = re.compile(r"\.(condition|check-.*)")
 """Objects by which the collector tests the store."""
 _EVER = 10**11
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
 class Pages(Protocol):
@@ -42,7 +43,9 @@ class Pages(Protocol):
 class Walk:
     """The walk of one query through a template."""
 
-    def __init__(self, pages: Pages, prefix: str, template: str, query: Query) -> None:
+    def __init__(
+        self, pages: Pages, prefix: str, template: str, query: Query, *, foreign: Collection[str] = ()
+    ) -> None:
         """Prepare; nothing is listed yet.
 
         Args:
@@ -50,8 +53,10 @@ class Walk:
             prefix: the beginning of all keys; empty, or ending in a slash.
             template: KEY_TEMPLATE of the keys below the prefix.
             query: selects the dumps.
+            foreign: folders below the prefix whose keys follow other rules.
         """
         self._pages, self._prefix, self._query = pages, prefix, query
+        self._foreign = tuple(prefix + folder for folder in foreign)
         self._segments = template.split("/")
         self._pattern = _pattern(template)
         self._first, self._last = _dates(query)
@@ -75,7 +80,7 @@ class Walk:
                 folders = further
             found = [dump for leaf in pool.map(self._leaf, folders) for dump in leaf]
         if found:
-            yield _newest_first(found)
+            yield newest_first(found)
 
     def _by_day(self, depth: int) -> Iterator[list[Dump]]:
         """Yield the dumps of each day; the more days are consumed, the more are listed ahead."""
@@ -98,7 +103,7 @@ class Walk:
             folders = [below for each in folders for below in self._step(each)]
             if not folders:
                 return []
-        return _newest_first([dump for each in folders for dump in self._leaf(each)])
+        return newest_first([dump for each in folders for dump in self._leaf(each)])
 
     def _deeper(self, pool: Pool, folders: list[tuple[str, int]]) -> list[tuple[str, int]] | None:
         """Return the folders one level down; None if these are to be listed as they are."""
@@ -128,8 +133,12 @@ class Walk:
         # some stores skip a folder whose bare name is given, so start behind the day before (`~` sorts behind `/`)
         after = f"{folder}{self._first}~" if dates and self._first else ""
         pages = self._pages(folder, delimiter="/", after=after)
-        found = [folder for page in pages for folder in page.folders]
-        return [f for f in found if not dates or f.removesuffix("/").rpartition("/")[2] <= self._last]
+        found = [f for page in pages for f in page.folders if f not in self._foreign]
+        return [f for f in found if not dates or self._may_hold(f[len(folder) : -1])]
+
+    def _may_hold(self, date: str) -> bool:
+        """Tell whether a folder is that of a date up to the query's end; dates after 9999 are unknown."""
+        return date <= self._last if _DATE.fullmatch(date) else date == UNKNOWN and self._query.until > _EVER
 
     def _leaf(self, folder: tuple[str, int]) -> list[Dump]:
         """List everything below a folder.
@@ -157,7 +166,7 @@ class Walk:
         """Return the dumps in a listing that can match; each knows whether its metadata object is there too."""
         found = []
         for key, row in rows.items():
-            if _PROBE.fullmatch(key.rpartition("/")[2]):
+            if _PROBE.fullmatch(key.rpartition("/")[2]) or key.startswith(self._foreign):
                 continue
             owner = key.removesuffix(METADATA_SUFFIX)
             if owner == key:
@@ -186,7 +195,8 @@ class Walk:
         return Dump(key, size, timestamp, has_metadata, from_key)
 
 
-def _newest_first(dumps: list[Dump]) -> list[Dump]:
+def newest_first(dumps: list[Dump]) -> list[Dump]:
+    """Sort dumps in place and return them."""
     dumps.sort(key=lambda dump: (dump.timestamp, dump.key), reverse=True)
     return dumps
 

@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from core_dump_collector.errors import ConfigError
 from core_dump_collector.options import UploadOptions
 from core_dump_format.advice import check_endpoint
-from core_dump_format.keys import check_template, parse_location
+from core_dump_format.keys import DEFAULT_TEMPLATE, check_template, parse_location
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,7 +48,7 @@ class Settings(BaseSettings):
         description="Bucket for the dumps: a bare name, or `s3://bucket/prefix`. Required."
     )
     key_template: str = Field(
-        "{node}/{name}",
+        DEFAULT_TEMPLATE,
         description="Key of a dump below the prefix. Fields: node, name, namespace, pod, container, "
         "comm, pid, signal, timestamp, date, hour.",
     )

@@ -11,7 +11,7 @@ from core_dump_collector import __version__
 from core_dump_collector.node import kubernetes
 from core_dump_format.attributes import read_attributes
 from core_dump_format.crc32 import encode_crc32
-from core_dump_format.keys import date_and_hour
+from core_dump_format.keys import build_record_key, date_and_hour
 from core_dump_format.names import parse_name
 
 if TYPE_CHECKING:
@@ -151,6 +151,16 @@ def render(facts: Facts, stored: StoredObject, bucket: str, crash: Mapping[str, 
     if len(rendered) > MOST_BYTES:
         raise ValueError("the metadata object is longer than 64 KiB")  # attributes are bounded: cannot be
     return rendered + b"\n"
+
+
+def record_key(record: Document, options: UploadOptions) -> str:
+    """Return the key of a record: it is made of the record's content, so an object under it is the same record."""
+    facts = dict(record.facts)
+    timestamp = _number(facts.get("timestamp")) or 0
+    pod = _find_pod(facts, options.pod_logs_directory)
+    described = Facts(record.name, facts, options.node_name, timestamp, pod)
+    name = record.name.rpartition("/")[2]
+    return build_record_key(options.prefix, options.key_template, described.key_fields(), name=name)
 
 
 def render_record(record: Document, key: str, options: UploadOptions) -> bytes:

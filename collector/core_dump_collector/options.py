@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from core_dump_format.keys import literal_folder
+
 SENDERS = 2
 """Parts of one object that are sent at the same time. A part is read for its checksum and again to be sent, so
 as many parts want to stay in the page cache: with two, a limit of 128 MiB of memory is not even touched."""
@@ -43,6 +45,11 @@ class UploadOptions:
     workers: int
     pod_logs_directory: str | None
     object_tags: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def node_folder(self) -> str:
+        """Return the folder of the objects by which this node tests the store."""
+        return f"{self.prefix}{literal_folder(self.key_template)}{self.node_name}/"
 
     @property
     def connection_bytes_per_second(self) -> float:

@@ -49,7 +49,7 @@ def verify_store(options: UploadOptions) -> str:
     Raises:
         ConfigError: the probe failed; the message says what to do.
     """
-    key = f"{options.prefix}{options.node_name}/.check-{uuid.uuid4()}"
+    key = f"{options.node_folder}.check-{uuid.uuid4()}"
     with contextlib.closing(Worker(options)) as worker:
         try:
             return _verify(worker.open_store(), key)

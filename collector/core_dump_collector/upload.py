@@ -81,7 +81,7 @@ class Worker:
             case Document():
                 return self._store_record(job)
             case Probe():
-                self.open_store().probe(f"{self._options.prefix}{self._options.node_name}/.probe")
+                self.open_store().probe(f"{self._options.node_folder}.probe")
                 return ProbeResult()
             case _:
                 return self._upload(job)
@@ -120,8 +120,8 @@ class Worker:
                 return RetryReason.INTERNAL, printable(f"{place}: {type(error).__name__}: {error}")
 
     def _store_record(self, document: Document) -> RecordResult:
-        """Store a suppressed-crash record. Its key is made of its content, so one that exists is the same record."""
-        key = f"{self._options.prefix}{self._options.node_name}/{document.name.rpartition('/')[2]}"
+        """Store a suppressed-crash record."""
+        key = metadata.record_key(document, self._options)
         try:
             rendered = metadata.render_record(document, key, self._options)
             documents.put(self.open_store(), key, rendered)

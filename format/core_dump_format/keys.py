@@ -20,6 +20,12 @@ MOST_SEGMENT_BYTES = 225
 TEMPLATE_FIELDS = frozenset(
     ["node", "name", "namespace", "pod", "container", "comm", "pid", "signal", "timestamp", "date", "hour"]
 )
+DEFAULT_TEMPLATE = "dumps/{date}/{node}/{name}"
+"""Dumps have a folder of their own, so that a rule that deletes old dumps does not touch the modules of young ones."""
+FORMER_TEMPLATE = "{node}/{name}"
+"""The default before modules were stored."""
+MODULES_FOLDER = "_modules"
+"""Below the prefix; no key of a dump begins with it."""
 UNKNOWN = "unknown"
 """Replaces a missing value in a key, such as the pod of a process outside Kubernetes."""
 
@@ -76,6 +82,14 @@ def check_template(template: str) -> None:
         raise ValueError("holds no field, so all dumps would share one key; add {name}")
     if any(segment in {"", ".", ".."} for segment in template.split("/")):
         raise ValueError("takes no leading, trailing or double slash and no '.' or '..' between slashes")
+    if template.startswith(f"{MODULES_FOLDER}/"):
+        raise ValueError(f"takes another first folder than {MODULES_FOLDER}, which is that of modules")
+
+
+def literal_folder(template: str) -> str:
+    """Return the folders in which all keys of a template are, such as `dumps/`; empty if there is none."""
+    folder, slash, _ = template.partition("{")[0].rpartition("/")
+    return folder + slash
 
 
 def clean_segment(text: str) -> str:
@@ -97,10 +111,27 @@ def build_key(prefix: str, template: str, fields: Mapping[str, str | int | None]
     wanted = template.format_map(values)
     if suffix and wanted.endswith(suffix):
         wanted = wanted[: -len(suffix)]
-    if not suffix and wanted.endswith(".json"):
-        wanted += "_"  # a dump must not take the key of another dump's metadata object
+    if not suffix and wanted.endswith((".json", ".modules")):
+        wanted += "_"  # neither the dump nor its metadata object may take a key that belongs to another dump
+    if wanted.startswith(f"{MODULES_FOLDER}/"):
+        wanted = f"_{wanted}"
     segments = [_shorten(segment, MOST_SEGMENT_BYTES - len(suffix)) for segment in wanted.split("/")]
     return _shorten(prefix + "/".join(segments), MOST_KEY_BYTES - len(suffix)) + suffix
+
+
+def build_record_key(prefix: str, template: str, fields: Mapping[str, str | int | None], *, name: str) -> str:
+    """Return the key of a record that has no dump, in the folder of the node's dumps of that time.
+
+    Args:
+        prefix: as configured, empty or ending in a slash.
+        template: a KEY_TEMPLATE that `check_template` accepts.
+        fields: values of the template.
+        name: the last segment, which ends in `.json`.
+    """
+    folders = template.split("/")[:-1]
+    if not any("{node}" in folder for folder in folders):
+        folders.append("{node}")
+    return build_key(prefix, "/".join([*folders, name[:-5]]), fields, suffix="") + name[-5:]
 
 
 def _shorten(text: str, room: int) -> str:

@@ -114,12 +114,12 @@ def filled(cli, gz):
 def test_filters_and_requests(filled):
     told = filled.run("list", "-v", "--node", "n1", "--no-legend", "-n", "2")
     assert len(told.stdout.splitlines()) == 2
-    assert told.stderr == "core-dumps: requests: 2 GetObject, 1 ListObjectsV2\n", (
-        "one folder, and what is shown"
+    assert told.stderr == "core-dumps: requests: 2 GetObject, 2 ListObjectsV2\n", (
+        "one folder of each layout, and what is shown"
     )
     told = filled.run("list", "-v", "--no-legend", "-S", "-3h30min")
     assert len(told.stdout.splitlines()) == 9
-    assert "9 GetObject, 4 ListObjectsV2" in told.stderr, "the nodes, then each; older metadata is not read"
+    assert "9 GetObject, 5 ListObjectsV2" in told.stderr, "days, nodes, each node; older metadata is not read"
     assert len(filled.json("-U", "-3h30min")) == 3
     assert len(filled.json("--namespace", "a", "-S", "-3h30min")) == 6
     assert filled.json("-r") == filled.json(), "newest first, as in coredumpctl"

@@ -8,7 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from tests.support.keyspace import key_space, serving
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.keyspace import KeySpace, key_space, serving
+
+from core_dumps.dump import Dump
+from core_dumps.layouts import merge
 
 END = 1_772_409_600  # of 2026-03-01, UTC
 COUNT, NODES, DAYS = 8000, 20, 4
@@ -99,3 +104,82 @@ def test_reader_that_goes_away_ends_the_listing(cli, large):
             space.release.set()
             assert process.wait(30) == 141
             assert "Traceback" not in process.stderr.read()
+
+
+def both_layouts():
+    """Return a bucket in which the collectors of half of the nodes still use the old layout, and modules."""
+    space = key_space(400, 4, "dumps/{date}/{node}/{name}", days=4, end=END)
+    former = ("node-001", "node-003")
+    bodies = {}
+    for key, body in space.bodies.items():
+        _, _, node, name = key.split("/")
+        bodies[f"{node}/{name}" if node in former else key] = body
+    return KeySpace(bodies | {f"_modules/sha256/{number:064x}": b"ELF" for number in range(3)})
+
+
+def test_dumps_of_both_layouts_are_one_list_newest_first(cli):
+    cli.environ["BUCKET_NAME"] = "dumps"
+    space = both_layouts()
+    found, requests = rows(cli, space)
+    assert [row["pid"] for row in found] == list(range(1399, 999, -1))
+    assert requests["ListObjectsV2"] == 1 + 4 + 1 + 2, "the days, each, the old nodes, each"
+    found, requests = rows(cli, space, "--node", "node-001")
+    assert [row["pid"] for row in found] == list(range(1397, 999, -4))
+    assert requests["ListObjectsV2"] == 1 + 4 + 1
+    found, _ = rows(cli, space, "--node", "node-002", "-S", "2026-03-01")
+    assert {row["node"] for row in found} == {"node-002"}
+
+
+def test_modules_are_no_dumps_whatever_the_template(cli):
+    cli.environ["BUCKET_NAME"] = "dumps"
+    bodies = both_layouts().bodies
+    for template in ("{name}", "{node}/{name}"):
+        cli.environ["KEY_TEMPLATE"] = template
+        found, _ = rows(cli, KeySpace(bodies))
+        assert len(found) == 400
+
+
+def test_dump_whose_time_no_calendar_has_is_listed(cli):
+    cli.environ["BUCKET_NAME"] = "dumps"
+    keys = ["dumps/unknown/n/core-a-999999999999-1-11.gz", "dumps/2026-03-01/n/core-a-1772368000-2-11.gz"]
+    space = KeySpace(dict.fromkeys(keys, b"x"))
+    assert [row["corefile"] for row in rows(cli, space)[0]] == ["incomplete"] * 2
+    assert len(rows(cli, space, "-U", "2026-03-02")[0]) == 1
+
+
+def test_objects_by_which_nodes_test_the_store_cost_no_listing(cli):
+    cli.environ["BUCKET_NAME"] = "dumps"
+    space = key_space(4, 1, "dumps/{date}/{node}/{name}", days=1, end=END)
+    probes = {f"dumps/10-0-0-{number}/.condition": b"" for number in range(50)}
+    found, requests = rows(cli, KeySpace(space.bodies | probes))
+    assert len(found) == 4
+    assert requests["ListObjectsV2"] == 1 + 1 + 1
+
+
+def test_record_that_both_layouts_hold_is_listed_once(cli):
+    cli.environ["BUCKET_NAME"] = "dumps"
+    record = json.dumps({"state": "suppressed", "reason": "rate_limit"}).encode()
+    names = ["dumps/2026-03-01/n/storm-ab-1772368000.json", "n/storm-ab-1772368000.json"]
+    names += ["m/storm-ab-1772368000.json"]
+    found, _ = rows(cli, KeySpace(dict.fromkeys(names, record)))
+    assert [row["corefile"] for row in found] == ["suppressed"] * 2
+
+
+@given(st.lists(st.lists(st.lists(st.integers(0, 30), max_size=4), max_size=4), min_size=1, max_size=3))
+def test_merged_streams_are_complete_and_newest_first(streams):
+    """The numbers of a stream are put into order and keep their cuts, which may leave groups empty of all but some."""
+    made, every = [], []
+    for number, groups in enumerate(streams):
+        left = sorted(
+            (Dump(f"{number}-{n}", 1, at, False, {}) for n, at in enumerate(at for g in groups for at in g)),
+            key=lambda dump: (dump.timestamp, dump.key),
+            reverse=True,
+        )
+        every += left
+        cut = []
+        for group in filter(None, groups):
+            cut.append(left[: len(group)])
+            left = left[len(group) :]
+        made.append(iter(cut))
+    found = [dump for group in merge(made) for dump in group]
+    assert found == sorted(every, key=lambda dump: (dump.timestamp, dump.key), reverse=True)

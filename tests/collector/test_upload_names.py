@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from core_dump_collector import config
 from core_dump_collector.errors import ConfigError
 from core_dump_format.attributes import NUMBERS, TEXTS, TRUNCATED_REASONS, read_attributes
-from core_dump_format.keys import TEMPLATE_FIELDS, build_key, check_template, date_and_hour
+from core_dump_format.keys import (
+    TEMPLATE_FIELDS,
+    build_key,
+    build_record_key,
+    check_template,
+    date_and_hour,
+    literal_folder,
+)
 from core_dump_format.names import CoreName, content_mark, is_candidate, parse_name, with_copy
 from core_dump_format.text import printable
 
@@ -114,6 +121,29 @@ def test_keys_of_long_fields_that_differ_at_the_end_stay_different():
     assert max(map(len, keys)) == 990
 
 
+def test_no_dump_takes_the_key_of_what_belongs_to_another_dump_or_of_a_module():
+    for name in ("a.gz.json", "a.gz.modules"):
+        assert build_key("", "{name}", {"name": name}, suffix="") == f"{name}_"
+    taken = {"comm": "_modules", "name": "sha256"}
+    assert build_key("p/", "{comm}/{name}", taken, suffix="") == "p/__modules/sha256"
+
+
+@pytest.mark.parametrize(
+    ("template", "folder", "record"),
+    [
+        ("dumps/{date}/{node}/{name}", "dumps/", "dumps/2026-11-28/n/"),
+        ("{node}/{name}", "", "n/"),
+        ("{name}", "", "n/"),
+        ("a/b-{date}/{comm}", "a/", "a/b-2026-11-28/n/"),
+        ("{date}/{node}-{comm}/{name}", "", "2026-11-28/n-unknown/"),
+    ],
+)
+def test_record_without_a_dump_is_in_the_folder_of_the_dumps_of_its_node(template, folder, record):
+    fields = {"date": "2026-11-28", "node": "n", "name": "x"}
+    assert literal_folder(template) == folder
+    assert build_record_key("p/", template, fields, name="storm-ab-1.json") == f"p/{record}storm-ab-1.json"
+
+
 def test_raw_cores_get_gz_and_compressed_ones_keep_theirs():
     for name in ("core-a-1-2-11", "core-a-1-2-11.gz"):
         assert (
@@ -134,7 +164,8 @@ def test_unknown_fields_are_said_to_be_unknown():
         ("{name.__class__}", "not a field"),
         ("{0}", "not a field"), ("{}", "not a field"), ("{name", "KEY_TEMPLATE"), ("a}", "KEY_TEMPLATE"),
         ("all-the-same", "share one key"), ("/{name}", "slash"), ("{name}/", "slash"), ("a//{name}", "slash"),
-        ("../{name}", "'..'"), ("a b/{name}", "takes A-Z"), ("é{name}", "takes A-Z"), ("{{x}}{name}", "takes A-Z"),
+        ("../{name}", "'..'"), ("_modules/{name}", "_modules"),
+        ("a b/{name}", "takes A-Z"), ("é{name}", "takes A-Z"), ("{{x}}{name}", "takes A-Z"),
     ],
 )  # fmt: skip
 def test_a_wrong_template_is_one_clear_line(template, said):

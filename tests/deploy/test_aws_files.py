@@ -15,6 +15,7 @@ from botocore.exceptions import ClientError
 from tests.support import collector, deploy, s3
 
 from core_dump_collector.config import Settings
+from core_dump_format.keys import literal_folder
 
 IAM = deploy.ROOT / "iam"
 TEMPLATE = deploy.ROOT / "ecs/core-dumps.yaml"
@@ -169,6 +170,24 @@ def test_policy_decides_whether_a_dump_that_is_there_is_recognised(watch_dir, tm
             collector.wait_until(lambda: not dump.exists(), 60, "the upload")
         with connect(endpoint, "s3", admin) as client:
             assert len(s3.keys_in(client)) == objects
+
+
+def test_rules_expire_dumps_and_no_modules(tmp_path):
+    """By the prefix that the default template gives to dumps, in the stack and in the file alike."""
+    rules = json.loads((IAM / "lifecycle.json").read_text())
+    with (
+        enforcing_server(tmp_path, policy("write-only")["Statement"]) as (endpoint, admin, _),
+        connect(endpoint, "s3", admin) as client,
+    ):
+        client.create_bucket(Bucket=s3.BUCKET)
+        client.put_bucket_lifecycle_configuration(Bucket=s3.BUCKET, LifecycleConfiguration=rules)
+        kept = client.get_bucket_lifecycle_configuration(Bucket=s3.BUCKET)["Rules"]
+    (expiring,) = [rule for rule in kept if "Expiration" in rule]
+    folder = literal_folder(Settings.model_fields["key_template"].default)
+    assert (expiring["Filter"]["Prefix"], expiring["Status"]) == (folder, "Enabled")
+    resources, _ = container()
+    own = resources["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
+    assert [rule["Prefix"] for rule in own if "ExpirationInDays" in rule] == [folder]
 
 
 def test_enforcement_is_real_for_an_identity_that_may_only_read(watch_dir, tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import stat
 import tempfile
@@ -154,7 +155,7 @@ def test_dump_of_a_pod_is_in_the_bucket_under_the_pods_name(node, store, bucket,
         assert probe(pod, "livenessProbe")
         assert status_of(pod, "collector").items() >= CONFINED.items()
         assert pod.stop("collector") == 0
-    assert key.startswith(f"shop/{POD}/{NODE}/core-")
+    assert re.match(rf"dumps/[0-9-]{{10}}/shop/{POD}/{NODE}/core-", key)
     assert [sidecar[name] for name in ("namespace", "pod", "container")] == ["shop", POD, "app"]
     assert (sidecar["pod_uid"], sidecar["container_id"]) == (crashing.uid, crashing.containers["app"])
     assert (sidecar["state"], sidecar["uid"], sidecar["hostname"]) == (
@@ -179,7 +180,7 @@ def test_file_way_collects_what_the_kernel_writes_into_the_volume_of_a_pod(node,
             wait_until(lambda: crashing.exited("app"), 60, "the crash")
             key, sidecar = collected(bucket)
         assert pod.stop("collector") == 0
-    assert key.startswith(f"{NODE}/core-sh-")
+    assert re.match(rf"dumps/[0-9-]{{10}}/{NODE}/core-sh-", key)
     assert sidecar["signal"] == 11
     assert stat.S_IMODE(watch_dir.stat().st_mode) == 0o1733
     assert list(watch_dir.glob("core*")) == []

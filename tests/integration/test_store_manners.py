@@ -23,6 +23,7 @@ from core_dump_collector.s3.condition import Condition
 from core_dump_collector.s3.record import Attempt, State
 from core_dump_collector.s3.store import Store
 from core_dump_format.attributes import UPLOAD_RECORD
+from core_dump_format.keys import DEFAULT_TEMPLATE
 from core_dump_format.names import parse_name
 
 SIZES = {"small": 1000, "multipart": 5 * MEBIBYTE + 1000}
@@ -415,6 +416,19 @@ def test_record_of_refused_dumps_counts_as_stored_only_on_proof(manners, reason)
         assert (result.stored, result.retry_reason) == (reason is None, reason)
         if result.stored:
             assert json.loads(store.objects["node-1/storm-0123-1700000000.json"])["suppressed"] == 3
+
+
+def test_default_keys_are_below_one_folder_that_a_lifecycle_rule_can_name(path):
+    record = Document(".helper/storm-01-1700000000.json", (("suppressed", 3), ("timestamp", 1700000000)))
+    path.write_bytes(b"dump")
+    default = {"key_template": DEFAULT_TEMPLATE}
+    with fake_s3(Manners(head=403)) as store, connected(store.environ()):
+        assert send(path, **default).key == f"dumps/2023-11-14/node-1/{path.name}"
+        assert send_record(record, **default).stored
+        assert all(key.startswith("dumps/") for key in store.objects)
+        assert {"dumps/node-1/.condition", "dumps/2023-11-14/node-1/storm-01-1700000000.json"} < set(
+            store.objects
+        )
 
 
 def test_dump_whose_metadata_object_is_not_proven_stays_and_is_not_sent_again(path):

@@ -160,6 +160,7 @@ def running(
     settings = {
         "BUCKET_NAME": "dumps",
         "NODE_NAME": "node-1",
+        "KEY_TEMPLATE": "{node}/{name}",  # does not depend on the day
         "METRICS_ADDRESS": "127.0.0.1",
         "METRICS_PORT": "0",
         "STARTUP_FILE": str(startup_file),

@@ -28,6 +28,7 @@ def options(**changes: Any) -> UploadOptions:
     values: dict[str, Any] = {
         "bucket_name": "dumps",
         "node_name": "node-1",
+        "key_template": "{node}/{name}",
         "part_bytes": 5 * MEBIBYTE,
         "connect_timeout_seconds": 2,
         "read_timeout_seconds": 10,

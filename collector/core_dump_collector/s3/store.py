@@ -57,7 +57,7 @@ class Store:
         self.place = Place(options.bucket, endpoint.netloc)
         self.sends_checksums = sends_checksums(client)
         self.condition = Condition(options.conditional, endpoint.hostname or "")
-        self.condition_key = f"{options.prefix}{options.node_name}/{PROBE_NAME}"
+        self.condition_key = options.node_folder + PROBE_NAME
         self.may_list = True
         """Whether ListMultipartUploads is allowed, as far as this client has seen."""
         owner = options.expected_bucket_owner
