@@ -16,6 +16,7 @@ from core_dumps import show
 from core_dumps.app import app
 from core_dumps.errors import CliError, UsageError
 from core_dumps.options import Json, Selection, with_selection
+from core_dumps.pager import NoPager, paged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -50,6 +51,7 @@ def list_dumps(
     ] = False,
     json: Annotated[Json, typer.Option(help="Print JSON")] = Json.OFF,
     no_legend: Annotated[bool, typer.Option("--no-legend", help="Print no header")] = False,
+    no_pager: NoPager = False,
 ) -> None:
     """List dumps, newest first. This is the default command."""
     from core_dumps import match, tables
@@ -67,9 +69,11 @@ def list_dumps(
         dumps = itertools.chain([first], found)
         if group and not field:
             groups = tables.groups(dumps)[:limit][:: -1 if oldest_first else 1]
-            _print_groups(groups, json, legend=not no_legend)
+            with paged(off=no_pager):
+                _print_groups(groups, json, legend=not no_legend)
         else:
-            _print_dumps(dumps, field, json, legend=not no_legend)
+            with paged(off=no_pager):
+                _print_dumps(dumps, field, json, legend=not no_legend)
 
 
 def _print_dumps(dumps: Iterable[Dump], field: str | None, json: Json, *, legend: bool) -> None:
@@ -160,7 +164,11 @@ def _delete(bucket: Bucket, dumps: list[Dump]) -> None:
 
 @app.command()
 @with_selection
-def stats(selection: Selection, json: Annotated[Json, typer.Option(help="Print JSON")] = Json.OFF) -> None:
+def stats(
+    selection: Selection,
+    json: Annotated[Json, typer.Option(help="Print JSON")] = Json.OFF,
+    no_pager: NoPager = False,
+) -> None:
     """Count crashes by executable and signal, and plot them over time."""
     from core_dumps import plot, tables
 
@@ -168,11 +176,12 @@ def stats(selection: Selection, json: Annotated[Json, typer.Option(help="Print J
         dumps = list(selection.dumps(bucket))
         if not dumps:
             raise selection.no_match(bucket)
-    console = show.console()
-    if json is not Json.OFF:
-        tables.print_json(console, tables.stat_documents(dumps), json)
-        return
-    tables.print_rows(console, ("COUNT", "SIG", "EXE"), tables.stat_rows(dumps), legend=True)
-    console.print()
-    for line in plot.plot([dump.timestamp for dump in dumps], console.width, sys.stdout.encoding):
-        console.print(line)
+    with paged(off=no_pager):
+        console = show.console()
+        if json is not Json.OFF:
+            tables.print_json(console, tables.stat_documents(dumps), json)
+            return
+        tables.print_rows(console, ("COUNT", "SIG", "EXE"), tables.stat_rows(dumps), legend=True)
+        console.print()
+        for line in plot.plot([dump.timestamp for dump in dumps], console.width, sys.stdout.encoding):
+            console.print(line)

@@ -15,6 +15,7 @@ from core_dumps import show, when
 from core_dumps.app import app
 from core_dumps.errors import CliError, UsageError
 from core_dumps.options import Json, Selection, with_selection
+from core_dumps.pager import NoPager, paged
 
 if TYPE_CHECKING:
     from core_dumps import debugger
@@ -29,6 +30,7 @@ def info(
     selection: Selection,
     no_core: Annotated[bool, typer.Option("--no-core", help="Read only the metadata, not the core")] = False,
     json: Annotated[Json, typer.Option(help="Print JSON")] = Json.OFF,
+    no_pager: NoPager = False,
 ) -> None:
     """Show the metadata and the core of the newest matching dump."""
     from core_dumps import details, tables
@@ -37,6 +39,7 @@ def info(
     with selection.open() as bucket:
         dump = selection.newest(bucket)
         head = None if no_core or dump.size_bytes is None else read_head(bucket, dump)
+    with paged(off=no_pager):
         if json is Json.OFF:
             details.print_info(show.console(), bucket.name, dump, head)
         else:
@@ -147,13 +150,15 @@ def bt(
     arguments: Extra = "",
     executable: Executable = None,
     full: Full = False,
+    no_pager: NoPager = False,
 ) -> None:
     """Print the backtraces of the newest matching dump."""
     from core_dumps import debugger
 
     session = _session(selection, sysroot or [], debugger_program, executable, full=full)
     backtrace = debugger.Backtrace(lambda line: typer.echo(printable(line.expandtabs(), 10_000)))
-    code = backtrace.run(session.command(arguments, batch=True))
+    with paged(off=no_pager):
+        code = backtrace.run(session.command(arguments, batch=True))
     if code:
         raise CliError(f"{debugger_program} failed (exit {code})")
     if not backtrace.resolved:

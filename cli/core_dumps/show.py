@@ -85,9 +85,15 @@ def coloured_state(name: str) -> str:
 
 def console(file: TextIO | None = None) -> Console:
     """Return a console: colours only on a terminal, none with NO_COLOR; markup in content is not interpreted."""
-    from rich.console import Console  # noqa: PLC0415  --help does not need it
+    from rich import console as rich_console  # noqa: PLC0415  --help does not need it
 
-    return Console(file=file or sys.stdout, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    class PipedConsole(rich_console.Console):
+        """A console that leaves a closed pipe to its caller; rich would end the process with status 1."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return PipedConsole(file=file or sys.stdout, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def note(text: str) -> None:

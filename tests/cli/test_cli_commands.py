@@ -404,13 +404,16 @@ def test_output_to_nowhere_ends_with_a_line_or_in_silence(filled):
     assert done.stderr.startswith("core-dumps: writing the output: No space left")
     reading, writing = os.pipe()
     os.close(reading)
-    done = filled.run("list", code=141, capture_output=False, stdout=writing, stderr=subprocess.PIPE)
+    for command in ("list", "info"):
+        done = filled.run(
+            command, "-q", code=141, capture_output=False, stdout=writing, stderr=subprocess.PIPE
+        )
+        assert done.stderr == "", command
     os.close(writing)
-    assert done.stderr == ""
 
 
-def on_terminal(cli, *arguments, answer=b""):
-    """Return what the command writes to a terminal, at which somebody types an answer."""
+def on_terminal(cli, *arguments, answer=b"", code=None):
+    """Return what the command writes to a terminal, at which somebody types an answer; check its exit status."""
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "core_dumps.cli", *arguments]
     with subprocess.Popen(
@@ -427,7 +430,7 @@ def on_terminal(cli, *arguments, answer=b""):
             if not piece:
                 break
             text += piece
-        process.wait()
+        assert process.wait() == code or code is None, text
     os.close(master)
     return text.decode()
 
@@ -443,6 +446,22 @@ def test_colours_only_on_a_terminal_and_not_with_no_color(filled):
     assert "\x1b[3" not in on_terminal(filled, "list")
     del filled.environ["NO_COLOR"]
     assert "\x1b" not in filled.run("list").stdout
+
+
+def test_terminal_has_a_pager_that_may_be_left_early_and_a_pipe_has_none(filled):
+    filled.environ["PAGER"] = "sed s/^/paged:/"
+    text = on_terminal(filled, "list", "-n", "5")
+    assert text.count("paged:") == 6, "a header and five rows"
+    assert "\x1b[1m" in text, "the pager shows colours"
+    assert "paged:" not in on_terminal(filled, "list", "--no-pager")
+    assert "paged:" not in filled.run("list").stdout
+    for words in (["info"], ["stats"]):
+        assert "paged:" in on_terminal(filled, *words), words
+    for none in ("cat", "no-such-pager"):
+        filled.environ["PAGER"] = none
+        assert "NODE" in on_terminal(filled, "list")
+    filled.environ["PAGER"] = "true"
+    assert "NODE" not in on_terminal(filled, "list", code=0), "leaving the pager early is no failure"
 
 
 def test_bad_surroundings_get_one_line(cli):
