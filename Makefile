@@ -52,9 +52,9 @@ mutants: $(READY) packages ## ONLY=regex: change one line that decides about a l
 test-swift: $(READY) packages ## a store without checksums and conditions; needs Debian's swift-* and memcached
 	SWIFT=1 $(BIN)/python -m pytest tests/integration/test_store_swift.py $(PYTEST_FLAGS)
 
-test-programs: $(READY) packages ## crash Redis, Java, Node, Python and others; minutes; installs them
+test-programs: $(READY) packages ## crash programs of many languages, and Redis; minutes; installs them
 	@sh tests/support/packages.sh programs
-	PROGRAMS=1 $(BIN)/python -m pytest tests/kernel/test_vital_programs.py $(PYTEST_FLAGS)
+	PROGRAMS=1 $(BIN)/python -m pytest tests/kernel/test_vital_programs.py tests/kernel/test_languages.py $(PYTEST_FLAGS)
 
 test-large: $(READY) packages ## LARGE_GIB=10: dumps of that size; minutes, and twice the disk
 	LARGE_GIB=$(LARGE_GIB) $(BIN)/python -m pytest --timeout 1800 tests/integration/test_large_dumps.py $(PYTEST_FLAGS)

@@ -28,6 +28,9 @@ if [ "${1:-}" = programs ]; then # what `make test-programs` crashes
     need redis-server /usr/bin/redis-server
     need default-jdk-headless /usr/bin/java
     need nodejs /usr/bin/node
+    need golang-go /usr/bin/go
+    need delve /usr/bin/dlv
+    need rustc /usr/bin/rustc "$HOME/.cargo/bin/rustc"
     need python3 /usr/bin/python3
     need elfutils /usr/bin/eu-stack
     [ -n "$missing" ] || exit 0
