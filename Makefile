@@ -19,8 +19,9 @@ run: $(DEMO_READY) ## BUCKET_NAME=b [WATCH_DIR=/core_dumps]: collect this machin
 picture: $(READY) packages ## the terminal picture of the README, from real crashes
 	@$(BIN)/python -m demo.picture
 
-test: $(READY) packages ## every test tier; kernel tests need root
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+JOBS ?= 2
+test: $(READY) packages ## JOBS=n PYTEST_FLAGS='-k name': every test tier; kernel tests need root
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_FLAGS)
 
 check: $(READY) ## lint, types, oldest Python of the helper
 	$(BIN)/ruff check .

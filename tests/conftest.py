@@ -52,6 +52,14 @@ def watch_dir(tmp_path):
     return directory
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Keep the tests of a file in one process, and those that change this machine, `xdist_group("machine")`, too."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def pytest_report_header():
     """Say how the kernel tier is run."""
     if os.geteuid() != 0:

@@ -25,9 +25,10 @@ from tests.support.collector import running, wait_until
 from core_dump_collector.fingerprint import fingerprint
 from core_dumps.buildid import read_build_id
 
-pytestmark = pytest.mark.skipif(
-    not kernel.can_crash(), reason="crashes real processes, needs root: sudo make test"
-)
+pytestmark = [
+    pytest.mark.xdist_group("machine"),
+    pytest.mark.skipif(not kernel.can_crash(), reason="crashes real processes, needs root: sudo make test"),
+]
 
 PYTHON_CRASH = "import ctypes; ctypes.string_at(0)"
 

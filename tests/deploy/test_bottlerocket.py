@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from tests.support import collector, deploy, kernel, s3
 
+pytestmark = pytest.mark.xdist_group("machine")
+
 FOLDER = deploy.ROOT / "bottlerocket"
 PREPARE = FOLDER / "bootstrap/prepare.sh"
 WATCH_DIR = Path("/var/core_dumps")
@@ -158,17 +160,19 @@ def node():
     """Give this machine the directory and the pattern of one way, as a Bottlerocket node gets them."""
     if not kernel.can_crash():
         pytest.skip("sets kernel.core_pattern, needs root: sudo make test")
-    if WATCH_DIR.exists():
-        pytest.skip(f"{WATCH_DIR} exists: this machine uses what the test would make")
 
     @contextlib.contextmanager
     def prepared(way):
-        deploy.succeed(PREPARE, way, env={"CORE_DUMP_ROOT": "/", "PATH": os.environ["PATH"]})
-        with kernel.core_pattern(pattern_of(way)):
-            yield
+        with kernel.core_pattern(pattern_of(way)):  # alone on this machine from here on
+            if WATCH_DIR.exists():
+                pytest.skip(f"{WATCH_DIR} exists: this machine uses what the test would make")
+            try:
+                deploy.succeed(PREPARE, way, env={"CORE_DUMP_ROOT": "/", "PATH": os.environ["PATH"]})
+                yield
+            finally:
+                shutil.rmtree(WATCH_DIR, ignore_errors=True)
 
-    yield prepared
-    shutil.rmtree(WATCH_DIR, ignore_errors=True)
+    return prepared
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from tests.support import deploy
 
 from core_dump_collector.config import Settings
 
+pytestmark = pytest.mark.xdist_group("machine")
+
 SYSCTL = deploy.ROOT / "sysctl"
 UNIT = SYSCTL / "core-dump-collector.service"
 CGROUP_UNIT = SYSCTL / "core-dump-cgroup.service"

@@ -16,6 +16,8 @@ from tests.support import collector, deploy, kernel
 from core_dump_collector.node import host as configure_host
 from core_dump_setup import cgroup
 
+pytestmark = pytest.mark.xdist_group("machine")
+
 SYSCTL = deploy.ROOT / "sysctl"
 INSTALL, UNINSTALL = SYSCTL / "install.sh", SYSCTL / "uninstall.sh"
 PROGRAM = Path("/usr/libexec/core-dump-handler/core-dump-helper")
@@ -64,10 +66,9 @@ def host():
     """This machine without us, its core pattern `core` and ours alone; left as it was."""
     if not kernel.can_crash():
         pytest.skip("sets kernel.core_pattern, needs root: sudo make test")
-    taken = list(map(str, installed()))
-    if taken:
-        pytest.skip(f"{', '.join(taken)} exists: this machine uses what the test would install")
-    with kernel.core_pattern("core"):
+    with kernel.core_pattern("core"):  # alone on this machine from here on
+        if taken := list(map(str, installed())):
+            pytest.skip(f"{', '.join(taken)} exists: this machine uses what the test would install")
         try:
             yield
         finally:

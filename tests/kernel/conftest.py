@@ -20,12 +20,14 @@ from tests.support.collector import wait_until
 DUMP = re.compile(r"core-(.*)-\d+-(\d+)-\d+(-\d+)?(\.gz)?(\.partial)?")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Skip this tier as an ordinary user."""
-    if kernel.can_crash():
-        return
+    """Keep this tier in one process; skip it as an ordinary user."""
     for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
+        if not item.path.is_relative_to(Path(__file__).parent):
+            continue
+        item.add_marker(pytest.mark.xdist_group("machine"))
+        if not kernel.can_crash():
             item.add_marker(pytest.mark.skip(reason="crashes real processes, needs root: sudo make test"))
 
 
