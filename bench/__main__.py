@@ -1,37 +1,62 @@
-"""`python -m bench [--only crashes|collector] [--rounds N] [--no-write]`: measure, print, draw."""
+"""`python -m bench [--only crashes|collector|hold] [--against REV] [--rounds N] [--no-write]`: measure, print, draw."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 from tests.support.cleanup import exit_on_signals, temporary_directory
 
 from bench import machine
 from bench.report import Report, Table
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 def main() -> None:
     """Run the benchmarks."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", choices=["crashes", "collector"], help="one half of it")
-    parser.add_argument("--rounds", type=int, default=2, help="alternating rounds (2)")
+    parser.add_argument("--only", choices=["crashes", "collector", "hold"], help="one part of it")
+    parser.add_argument(
+        "--against", metavar="REV", help="with --only hold: compare the helper with its revision REV"
+    )
+    parser.add_argument("--rounds", type=int, help="alternating rounds (2; of --only hold 20)")
     parser.add_argument("--no-write", action="store_true", help="leave docs/benchmarks.md alone")
     options = parser.parse_args()
+    if (options.only == "hold") != bool(options.against):
+        parser.error("--only hold and --against REV belong together")
     exit_on_signals()
+    machine.require_root()
+    report = Report(write=not options.no_write)
+    begin = time.monotonic()
+    with temporary_directory("cdb.", "/var/tmp") as root:
+        same = compare(root, report, options) if options.against else measure(root, report, options)
+    print(f"\n{(time.monotonic() - begin) / 60:.1f} minutes")
+    if not same:
+        raise SystemExit("the process is held longer than before")
+
+
+def measure(root: Path, report: Report, options: argparse.Namespace) -> bool:
+    """Measure beside the peers."""
     machine.require()
     from bench import collecting, crashes  # noqa: PLC0415  what they import may just have been installed
 
-    report = Report(write=not options.no_write)
-    begin = time.monotonic()
     lines = [[line] for line in machine.describe()]
     report.add(Table("machine", [time.strftime("%Y-%m-%d", time.gmtime())], lines))
-    with temporary_directory("cdb.", "/var/tmp") as root:
-        if options.only != "collector":
-            crashes.run(root, report, options.rounds)
-        if options.only != "crashes":
-            collecting.run(root, report, options.rounds)
-    print(f"\n{(time.monotonic() - begin) / 60:.1f} minutes")
+    if options.only != "collector":
+        crashes.run(root, report, options.rounds or 2)
+    if options.only != "crashes":
+        collecting.run(root, report, options.rounds or 2)
+    return True
+
+
+def compare(root: Path, report: Report, options: argparse.Namespace) -> bool:
+    """Measure beside an older version; return whether the hold times are the same within noise."""
+    from bench import against  # noqa: PLC0415  needs isal alone of what is measured
+
+    return against.run(root, report, max(options.rounds or 0, against.LEAST_PAIRS), options.against)
 
 
 if __name__ == "__main__":

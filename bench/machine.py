@@ -73,14 +73,22 @@ def _debian(name: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout or "absent"
 
 
-def require() -> None:
-    """Install what is missing, from PyPI into this environment and from Debian; exit with a line when it cannot be.
+def require_root() -> None:
+    """Exit with a line for an ordinary user.
 
     Raises:
-        SystemExit: not root, not Debian, or an installation failed.
+        SystemExit: not root.
     """
     if os.geteuid() != 0:
-        raise SystemExit("make bench crashes processes through the real kernel: run it as root")
+        raise SystemExit("the benchmark crashes processes through the real kernel: run it as root")
+
+
+def require() -> None:
+    """Install what is missing, from PyPI into this environment and from Debian.
+
+    Raises:
+        SystemExit: not Debian, or an installation failed.
+    """
     missing = [f"{name}" for name, path in (("isal", "igzip"), ("pigz", "pigz")) if not _on_path(path)]
     if missing:
         subprocess.run(["apt-get", "update", "-qq"], check=True)

@@ -101,6 +101,10 @@ def loaded(what: str) -> Iterator[int]:
     try:
         _wait_loaded(process)
         yield process.pid
+    except BaseException:  # it did not crash
+        process.kill()
+        process.wait()
+        raise
     finally:
         if process.stdout:
             process.stdout.close()
