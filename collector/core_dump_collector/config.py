@@ -162,6 +162,11 @@ class Settings(BaseSettings):
         None,
         description="The kubelet's `/var/log/pods`, mounted read-only, from which the name of a dump's pod is read.",
     )
+    kernel_log: Literal["auto", "off"] = Field(
+        "auto",
+        description="Read the kernel log and count the dumps that were lost before they reached the directory; `auto`: "
+        "if this process may read it (CAP_SYSLOG), `off`: never.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Lowest level that is logged."
     )

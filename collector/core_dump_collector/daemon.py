@@ -25,6 +25,8 @@ from core_dump_collector.errors import ConfigError
 from core_dump_collector.executors import choose_temporary_directory
 from core_dump_collector.health import HEARTBEAT_SECONDS, Health, Server
 from core_dump_collector.jobs import Job, Probe, Salvage
+from core_dump_collector.losses import kernellog
+from core_dump_collector.losses.watcher import KernelLog
 from core_dump_collector.metrics import Metrics, raise_to
 from core_dump_collector.node import corepattern, scan
 from core_dump_collector.node.suppressed import SuppressedCrashes
@@ -60,6 +62,7 @@ class Daemon:
         self._breaker = CircuitBreaker()
         self._store = Reachability()
         self._records = SuppressedCrashes(directory)
+        self._kernel_log = _watch_kernel_log(directory, settings, self._metrics, self._records)
         self._arrivals = Arrivals(directory, settings, self._backlog, self._observer, self._metrics)
         self._results = Results(
             directory,
@@ -68,6 +71,7 @@ class Daemon:
             self._breaker,
             self._store,
             self._records,
+            self._kernel_log,
             self._metrics,
         )
         self._log_writer = log_writer
@@ -141,9 +145,10 @@ class Daemon:
             self._arrivals.partials.start(partial)
             self._pool.submit(Salvage(self._directory, partial))
         if self._pool.has_room:
-            document = self._records.next_document(time.time(), now)
-            if document is not None:
-                self._pool.submit(document)
+            for owner in (self._records, self._kernel_log):
+                document = owner.next_document(time.time(), now)
+                if document is not None:
+                    self._pool.submit(document)
         while self._pool.has_room and self._breaker.allows(now, self._pool.in_flight):
             name = self._backlog.take(now)
             if name is None:
@@ -187,8 +192,10 @@ class Daemon:
         look(Look.CORE_PATTERN, lambda: metrics.pattern_ours.set(int(corepattern.leads_to(directory))))
         look(Look.OWNER, lambda: metrics.insecure.set(int(scan.is_insecure(directory))))
         look(Look.QUARANTINE, lambda: metrics.quarantined.set(scan.count_quarantined(directory)))
-        for reason, number in (look(Look.RECORDS, self._records.count_new) or {}).items():
-            metrics.dropped.labels(reason).inc(number)
+        refusals = look(Look.RECORDS, self._records.take_new) or []
+        for refusal in refusals:
+            metrics.dropped.labels(refusal.reason).inc(refusal.number)
+        look(Look.KERNEL_LOG, lambda: self._kernel_log.follow(refusals))
 
     def _report_readiness(self) -> None:
         """Be ready while the directory is there, its last scan succeeded, and the store takes dumps."""
@@ -228,6 +235,7 @@ class Daemon:
         self._health.set_state(collecting=False, obstacle="stopping")
         log.info("stopping", in_flight=self._pool.in_flight, waiting=self._backlog.waiting)
         self._arrivals.close()
+        self._observer.look(Look.KERNEL_LOG, self._kernel_log.close)
         while self._pool.in_flight > self._store.is_probing and self._stop_requests < 2:  # noqa: PLR2004  the second signal
             left = min(deadline, self._beat_due) - time.monotonic()
             if deadline <= time.monotonic():
@@ -248,6 +256,20 @@ class Daemon:
         self._server.stop()
         log.info("stopped", left=len(self._backlog), seconds=round(time.monotonic() - started, 1))
         return clean
+
+
+def _watch_kernel_log(
+    directory: str, settings: Settings, metrics: Metrics, records: SuppressedCrashes
+) -> KernelLog:
+    kernel_log = KernelLog(
+        directory,
+        metrics.losses,
+        sees_node=not corepattern.is_contained(),
+        open_reader=kernellog.open_reader if settings.kernel_log == "auto" else None,
+    )
+    for refusal in records.known():
+        kernel_log.note_refusal(refusal)
+    return kernel_log
 
 
 def _require_directory(directory: str) -> None:

@@ -11,6 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 
 from core_dump_collector import __version__
 from core_dump_collector.jobs import Outcome, RetryReason, UploadResult
+from core_dump_collector.losses.counters import LossMetrics
+from core_dump_collector.losses.messages import REFUSALS
 from core_dump_collector.observation import Look
 
 if TYPE_CHECKING:
@@ -22,12 +24,14 @@ _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
 _BYTES = tuple(float(4**n * 1024) for n in range(13))
 """1 KiB to 16 GiB."""
 _SIGNALS = {int(s): s.name for s in signals.Signals}
-DROP_REASONS = (
-    *("rate_limit", "keep_free", "max_total_bytes", "inodes", "disk_full", "no_slot"),
-    *("directory", "rlimit", "ignored_signal"),
-)
 _STORED = frozenset({Outcome.UPLOADED, Outcome.ALREADY_STORED})
 _UPLOADS = (Outcome.UPLOADED, Outcome.ALREADY_STORED, Outcome.QUARANTINED)
+_ENDS = {
+    Outcome.UPLOADED: "stored",
+    Outcome.ALREADY_STORED: "stored",
+    Outcome.QUARANTINED: "quarantined",
+    Outcome.DISCARDED: "discarded",
+}
 _SKIPPED = (Outcome.BUSY, Outcome.VANISHED, Outcome.REFUSED)
 
 
@@ -45,6 +49,7 @@ class Metrics:
         self._add_backlog(self.registry)
         self._add_node(self.registry)
         self._add_process(self.registry)
+        self.losses = LossMetrics(self.registry)
 
     def _add_uploads(self, r: CollectorRegistry) -> None:
         self.uploads = Counter(
@@ -97,7 +102,7 @@ class Metrics:
             "Dumps in quarantine/: the store refused them for good.",
             registry=r,
         )
-        _preset(self.dropped, DROP_REASONS)
+        _preset(self.dropped, REFUSALS)
 
     def _add_backlog(self, r: CollectorRegistry) -> None:
         self.backlog_files = Gauge("core_dump_backlog_files", "Dumps that wait on disk.", registry=r)
@@ -167,6 +172,8 @@ class Metrics:
             self.discarded.inc()
         elif result.outcome in _SKIPPED:
             self.skipped.labels(result.outcome).inc()
+        if result.outcome in _ENDS:
+            self.losses.see(_ENDS[result.outcome])
         if result.retry_reason is not None:
             self.retries.labels(result.retry_reason).inc()
         if result.outcome not in _STORED:
@@ -207,7 +214,8 @@ def _preset(metric: MetricWrapperBase, values: Iterable[str]) -> None:
 def render_markdown() -> str:
     """Return the table of docs/metrics.md."""
     rows = ["| metric | type | labels | what |", "|---|---|---|---|"]
-    for value in vars(Metrics()).values():
+    metrics = Metrics()
+    for value in (*vars(metrics).values(), *vars(metrics.losses).values()):
         if isinstance(value, (Counter, Gauge, Histogram)):
             name = value._name + ("_total" if value._type == "counter" else "")  # noqa: SLF001
             labels = ", ".join(value._labelnames)  # noqa: SLF001

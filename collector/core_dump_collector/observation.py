@@ -28,6 +28,7 @@ class Look(StrEnum):
     CORE_PATTERN = "core_pattern"
     QUARANTINE = "quarantine"
     RECORDS = "records"
+    KERNEL_LOG = "kernel_log"
     STARTUP_FILE = "startup_file"
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from core_dump_collector.backlog import Backlog
     from core_dump_collector.breaker import CircuitBreaker
     from core_dump_collector.jobs import AnyResult, UploadResult
+    from core_dump_collector.losses.watcher import KernelLog
     from core_dump_collector.metrics import Metrics
     from core_dump_collector.node.suppressed import SuppressedCrashes
     from core_dump_collector.partials import Partials
@@ -33,6 +34,7 @@ class Results:
     breaker: CircuitBreaker
     store: Reachability
     records: SuppressedCrashes
+    kernel_log: KernelLog
     metrics: Metrics
 
     def apply(self, result: AnyResult) -> None:
@@ -51,7 +53,8 @@ class Results:
             log.error("a result for a file that was not being uploaded", file=result.name)
 
     def _apply_record(self, result: RecordResult, now: float) -> None:
-        self.records.finish(result.name, now, stored=result.stored)
+        for owner in (self.records, self.kernel_log):
+            owner.finish(result.name, now, stored=result.stored)
         shown = "uploaded" if result.stored else "retry"
         log.info("suppressed-crash record", file=result.name, result=shown, detail=result.detail)
 
@@ -72,6 +75,7 @@ class Results:
             self.metrics.salvaged.inc()
             log.warning("salvaged an abandoned partial dump", file=result.published)
         elif result.published is not None:
+            self.kernel_log.lose_partial(result.name)
             log.warning("removed an abandoned partial dump that was empty", file=result.name)
         elif result.detail:
             log.warning("cannot salvage a partial dump", file=result.name, error=result.detail)
@@ -94,6 +98,7 @@ class Results:
                 self.store.note_upload(None, now)
                 gone = not os.path.lexists(os.path.join(self.directory, name))
                 self.backlog.finish(name, gone=gone)
+                self.kernel_log.note_dump(name)
                 log.info(
                     result.outcome.value,
                     bytes=result.stored_bytes,

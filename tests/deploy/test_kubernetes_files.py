@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,21 @@ def test_probes_ask_where_the_collector_answers(rendered):
     }
     assert {probe["port"] for probe in probes.values()} == {port["name"]}
     assert [probe["path"] for probe in probes.values()] == ["/livez", "/livez", "/readyz"]
+
+
+@pytest.mark.parametrize(("overlay", "works"), [("amazon-linux", True), ("bottlerocket-file", False)])
+def test_kernel_log_component_adds_one_capability_and_replaces_none(overlay, works, tmp_path):
+    yaml = pytest.importorskip("yaml")
+    shutil.copytree(FOLDER, tmp_path / "kubernetes")
+    (tmp_path / "kubernetes/kustomization.yaml").write_text(
+        f"resources: [overlays/{overlay}]\ncomponents: [components/kernel-log]\n"
+    )
+    done = deploy.run(deploy.tool("kubectl"), "kustomize", tmp_path / "kubernetes")
+    assert (done.returncode == 0) is works, done.stderr
+    if works:
+        (daemon,) = [o for o in yaml.safe_load_all(done.stdout) if o["kind"] == "DaemonSet"]
+        context = daemon["spec"]["template"]["spec"]["containers"][0]["securityContext"]
+        assert context["capabilities"] == {"drop": ["ALL"], "add": ["SYSLOG"]}
 
 
 def test_pod_monitor_selects_the_daemonsets_pods(rendered):

@@ -129,8 +129,8 @@ def test_unit_is_exposed_as_little_as_the_page_says(unit):
     said = deploy.succeed(
         deploy.tool("systemd-analyze"), "security", "--offline=true", "--threshold=20", unit
     )
-    assert "1.6 OK" in said
-    assert "1.6" in (deploy.ROOT / "docs/amazon-linux.md").read_text()
+    assert "1.9 OK" in said
+    assert "1.9" in (deploy.ROOT / "docs/amazon-linux.md").read_text()
 
 
 def test_unit_stops_before_its_directory_is_unmounted_and_ends_its_workers_itself():

@@ -9,7 +9,7 @@ import pytest
 from tests.support.pages import ROOT, codes, column, rows, section
 
 from core_dump_collector import metadata
-from core_dump_collector.metrics import DROP_REASONS
+from core_dump_collector.losses.messages import REFUSALS
 from core_dump_collector.node import suppressed
 from core_dump_format import attributes, modules, names
 from core_dump_helper.records import Record
@@ -95,9 +95,9 @@ def test_fields_of_a_record_are_those_that_the_helper_writes():
 
 def test_reasons_for_refusal_are_all_those_of_the_code():
     (line,) = [line for line in RECORDS.splitlines() if "Reasons: " in line]
-    assert codes(line.partition("Reasons: ")[2].partition(".")[0]) == list(DROP_REASONS)
+    assert codes(line.partition("Reasons: ")[2].partition(".")[0]) == list(REFUSALS)
     sources = "".join(path.read_text() for path in (ROOT / "helper/core_dump_helper").glob("*.py"))
-    for reason in DROP_REASONS:
+    for reason in REFUSALS:
         assert f'"{reason}"' in sources, f"no helper refuses for {reason}"
 
 

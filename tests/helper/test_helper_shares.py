@@ -9,7 +9,7 @@ import pytest
 from tests.support.collector import wait_until
 from tests.support.cores import simple as elf
 
-from core_dump_collector.metrics import DROP_REASONS
+from core_dump_collector.losses.messages import REFUSALS
 from core_dump_collector.node import suppressed
 from core_dump_helper.core import Memory
 from core_dump_helper.crash import read_files
@@ -200,7 +200,7 @@ def test_each_reason_is_counted_on_a_full_disk(small_disk):
     records = Records(open_state(directory))
     records.prepare()
     use_up(small_disk.watch_dir, "block")
-    reasons = set(DROP_REASONS) - {"rate_limit"}
+    reasons = set(REFUSALS) - {"rate_limit"}
     for number in range(5):
         for reason in reasons:
             records.update(record_of(b"user:%d" % number, b"/app", reason), 0)

@@ -38,21 +38,26 @@ def write(state, name=HASH, mode=0o600, **changes):
     draft.rename(state / name)
 
 
+def counted(crashes):
+    """Return the new refusals by reason."""
+    return {refusal.reason: refusal.number for refusal in crashes.take_new()}
+
+
 def test_only_what_is_new_since_the_start_is_counted(watch_dir, state):
     write(state, suppressed=3)
     crashes = SuppressedCrashes(str(watch_dir))
-    assert crashes.count_new() == {}
+    assert crashes.take_new() == []
     write(state, suppressed=5)
     write(state, "f" * 24, reason="keep_free", suppressed=1)
-    assert crashes.count_new() == {"rate_limit": 2, "keep_free": 1}
-    assert crashes.count_new() == {}
+    assert counted(crashes) == {"rate_limit": 2, "keep_free": 1}
+    assert crashes.take_new() == []
     write(state, first=NOW + 60, suppressed=4)
-    assert crashes.count_new() == {"rate_limit": 4}, "a new window counts from zero"
+    assert counted(crashes) == {"rate_limit": 4}, "a new window counts from zero"
 
 
 def test_no_state_is_nothing_refused(watch_dir):
-    assert SuppressedCrashes(str(watch_dir)).count_new() == {}
-    assert SuppressedCrashes(str(watch_dir / "gone")).count_new() == {}
+    assert SuppressedCrashes(str(watch_dir)).take_new() == []
+    assert SuppressedCrashes(str(watch_dir / "gone")).take_new() == []
 
 
 def plant_link(state):
@@ -90,7 +95,7 @@ UNTRUSTED = {
 def test_what_others_may_have_written_or_is_damaged_is_left_out(watch_dir, state, make):
     crashes = SuppressedCrashes(str(watch_dir))
     make(state)
-    assert crashes.count_new() == {}
+    assert crashes.take_new() == []
     assert crashes.next_document(NOW + 1000, 0) is None
 
 
@@ -104,7 +109,7 @@ def test_state_of_another_user_is_left_out(watch_dir, state, tmp_path, what):
         state.symlink_to(tmp_path / "elsewhere")
     else:
         os.chown(state / HASH if what == "record" else state, 12345, 12345)
-    assert crashes.count_new() == {}
+    assert crashes.take_new() == []
 
 
 def test_record_is_stored_once_when_its_window_is_over(watch_dir, state):
@@ -119,7 +124,7 @@ def test_record_is_stored_once_when_its_window_is_over(watch_dir, state):
     assert crashes.next_document(NOW + 100, now=20) is None, "a pause after a failure"
     assert crashes.next_document(NOW + 100, now=100) == document
     assert crashes.finish(document.name, 100, stored=True)
-    crashes.count_new()
+    crashes.take_new()
     assert crashes.next_document(NOW + 100, now=200) is None
     assert not crashes.finish("core-a-1700000000-1-11.gz", 200, stored=True)
 
@@ -136,7 +141,7 @@ def test_window_that_a_new_one_replaced_is_stored_too(watch_dir, state):
     write(state)
     crashes = SuppressedCrashes(str(watch_dir))
     write(state, first=NOW + 60, suppressed=0)
-    crashes.count_new()
+    crashes.take_new()
     assert crashes.next_document(NOW + 61, now=0).name.endswith(f"-{NOW}.json")
 
 

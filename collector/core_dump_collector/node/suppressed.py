@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 from core_dump_collector.jobs import Document
-from core_dump_collector.metrics import DROP_REASONS
+from core_dump_collector.losses.messages import REFUSALS
 from core_dump_format.attributes import ATTRIBUTE_PREFIX, read_attributes
 
 if TYPE_CHECKING:
@@ -62,6 +62,19 @@ class Record:
         return Document(f"{STATE}/storm-{self.name}-{self.first}.json", (*self.workload, *facts.items()))
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Dumps of one workload that the helper refused."""
+
+    reason: str
+    number: int
+    signal: int
+    """0 if unknown."""
+    first: int
+    """Unix seconds, as `last`: when they were refused."""
+    last: int
+
+
 class SuppressedCrashes:
     """Counts the dumps that the helper refused since this daemon started."""
 
@@ -75,18 +88,22 @@ class SuppressedCrashes:
         self._in_flight = ""
         self._due = 0.0
 
-    def count_new(self) -> dict[str, int]:
-        """Return how many dumps were refused since the last call, by reason."""
-        new: dict[str, int] = {}
+    def known(self) -> list[Refusal]:
+        """Return what was refused before this daemon started, as far as records tell."""
+        return [_refusal(record, record.suppressed, record.first) for record in self._seen.values()]
+
+    def take_new(self) -> list[Refusal]:
+        """Return what was refused since the last call."""
+        new: list[Refusal] = []
         records = {record.name: record for record in _read_records(self._directory)}
         for name, record in records.items():
             before = self._seen.get(name)
-            same = before is not None and before.first == record.first
-            if before is not None and not same:
+            if before is not None and before.first != record.first:
                 self._add(before)
-            more = record.suppressed - (before.suppressed if before is not None and same else 0)
+                before = None
+            more = record.suppressed - (before.suppressed if before is not None else 0)
             if more > 0:
-                new[record.reason] = new.get(record.reason, 0) + more
+                new.append(_refusal(record, more, before.last if before is not None else record.first))
         self._seen = records
         return new
 
@@ -131,6 +148,11 @@ class SuppressedCrashes:
             self._over[document.name] = document
 
 
+def _refusal(record: Record, number: int, first: int) -> Refusal:
+    signal = dict(record.workload).get("signal", 0)
+    return Refusal(record.reason, number, signal if isinstance(signal, int) else 0, first, record.last)
+
+
 def _read_records(directory: str) -> Iterator[Record]:
     """Yield the records that only root, or this user, can have written; skip everything else."""
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
@@ -171,7 +193,7 @@ def _parse(name: str, text: bytes) -> Record | None:
     pairs = {key: unquote_to_bytes(value) for key, _, value in (x.partition(b"=") for x in text.split(b"\n"))}
     reason = pairs.get(b"reason", b"").decode("ascii", "replace")
     counts = [pairs.get(key.encode(), b"") for key in _COUNTS]
-    if reason not in DROP_REASONS or not all(re.fullmatch(rb"[0-9]{1,15}", count) for count in counts):
+    if reason not in REFUSALS or not all(re.fullmatch(rb"[0-9]{1,15}", count) for count in counts):
         return None
     told = {
         key: pairs.get(key.encode(), b"") for key in ("exe", "container_id", "pod_uid", "origin", "signal")

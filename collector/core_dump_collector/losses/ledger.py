@@ -1,0 +1,215 @@
+"""Owns which crashes are losses: each is counted once, whoever tells of it. Pure; the clock is the caller's.
+
+A loss that the kernel or the helper names is counted at once. A fault is a loss only if nothing explains it for a
+while: a line of the helper, a dropped dump, a refusal that was recorded, or a dump. An explanation explains one fault.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from core_dump_collector.losses.messages import (
+    HELPER_FAILURES,
+    Drop,
+    Dropped,
+    Fault,
+    HelperCannotCount,
+    HelperFailed,
+    HelperRefused,
+    HelperTold,
+    Suppressed,
+)
+
+if TYPE_CHECKING:
+    from core_dump_collector.losses.messages import Event
+
+GRACE_SECONDS = 360.0
+"""After a fault: a helper may wait 300 s for a slot before it tells of the crash."""
+SLACK_SECONDS = 10.0
+"""Between two accounts of one crash, whose times come from different clocks."""
+SUPPRESSED_SECONDS = 2.0
+"""After the number of suppressed lines the kernel prints the line that it suppressed before."""
+_MOST = 4000
+_NOT_IN_NAME = re.compile(rb"[^A-Za-z0-9._+-]")
+
+
+class Kind(StrEnum):
+    """Who lost a dump."""
+
+    KERNEL = "kernel"
+    HELPER = "helper"
+    NO_TRACE = "no_trace"
+    """A process died of a fault, and nobody tells of a dump."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A crash, or several of one kind, without a dump."""
+
+    kind: Kind
+    reason: str
+    seconds: float
+    """Unix time."""
+    comm: bytes = b""
+    pid: int = 0
+    """0 if it is not known; in the process's own namespace where the kernel tells of it."""
+    signal: int = 0
+    number: int = 1
+
+
+@dataclass(slots=True)
+class Explanation:
+    """Something that explains faults: from when to when, and of which process, as far as known."""
+
+    first: float
+    last: float
+    comm: bytes | None = None
+    """As a file's name holds it; None for any."""
+    pid: int = 0
+    signal: int = 0
+    number: int = 1
+    is_dump: bool = False
+    """A dump of this crash was seen."""
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The faults that wait for an explanation, and the explanations that wait for a fault."""
+
+    grace_seconds: float = GRACE_SECONDS
+    _faults: deque[tuple[float, Fault]] = field(default_factory=deque)
+    _explanations: deque[Explanation] = field(default_factory=lambda: deque(maxlen=_MOST))
+    _uncounting: dict[int, float] = field(default_factory=dict)
+    """Helpers that said that they cannot record refusals, by pid."""
+    _suppressed: tuple[float, int] | None = None
+    _last_drop: float = 0.0
+    _without_trace: deque[float] = field(default_factory=lambda: deque(maxlen=_MOST))
+    """Times of faults that were counted, in case the kernel tells of them later as a number."""
+
+    @property
+    def oldest_fault(self) -> float | None:
+        """Return the time of the oldest fault that was not judged yet."""
+        return self._faults[0][0] if self._faults else None
+
+    def add(self, event: Event, seconds: float) -> list[Loss]:
+        """Take an event of the kernel log, in its order; return what is lost at once."""
+        match event:
+            case Fault():
+                self._faults.append((seconds, event))
+            case Dropped():
+                return self._add_drop(event, seconds)
+            case Suppressed(number, faults=False):
+                lost = self._name_suppressed(Drop.UNNAMED)
+                self._suppressed = (seconds, number)
+                return lost
+            case HelperTold():
+                self._explain_by_helper(event, seconds)
+            case HelperFailed(reason, comm, pid, signal):
+                self._explain_by_helper(event, seconds)
+                return [Loss(Kind.HELPER, reason, seconds, comm, pid, signal)]
+            case HelperCannotCount(helper):
+                self._uncounting[helper] = seconds
+            case HelperRefused(helper, reason, comm, pid, signal):
+                if self._uncounting.pop(helper, None) is not None and reason in HELPER_FAILURES:
+                    self._explain_by_helper(event, seconds)
+                    return [Loss(Kind.HELPER, reason, seconds, comm, pid, signal)]
+            case _:
+                pass
+        return []
+
+    def explain_by_dump(self, comm: bytes, timestamp: int, signal: int) -> None:
+        """Note a dump that exists or is stored, by what its name says."""
+        comm = name_form(comm)
+        for told in self._explanations:
+            same = told.pid and not told.is_dump and (told.comm, told.signal) == (comm, signal)
+            if same and told.first <= timestamp <= told.last + SLACK_SECONDS:
+                told.is_dump = True  # the helper has told of this crash: one explanation is enough
+                return
+        first, last = timestamp - SLACK_SECONDS, timestamp + SLACK_SECONDS
+        self._explain(Explanation(first, last, comm, signal=signal, is_dump=True))
+
+    def explain_by_record(self, first: float, last: float, signal: int, number: int) -> None:
+        """Note refusals that the helper has recorded between two times; the record does not name the thread."""
+        self._explain(
+            Explanation(first - SLACK_SECONDS, last + SLACK_SECONDS, None, signal=signal, number=number)
+        )
+
+    def settle(self, now: float) -> list[Loss]:
+        """Return the faults that nothing has explained in time, and suppressed lines that nothing has named."""
+        lost: list[Loss] = []
+        if self._suppressed is not None and now - self._suppressed[0] > SUPPRESSED_SECONDS:
+            lost += self._name_suppressed(Drop.UNNAMED)
+        while self._faults and (now - self._faults[0][0] >= self.grace_seconds or len(self._faults) > _MOST):
+            seconds, fault = self._faults.popleft()
+            if not self._use_explanation(fault, seconds):
+                self._without_trace.append(seconds)
+                lost.append(Loss(Kind.NO_TRACE, Kind.NO_TRACE, seconds, fault.comm, fault.tid, fault.signal))
+        horizon = now - 2 * self.grace_seconds - SLACK_SECONDS
+        while self._explanations and self._explanations[0].last < horizon:
+            self._explanations.popleft()
+        self._uncounting = {pid: at for pid, at in self._uncounting.items() if at > horizon}
+        return lost
+
+    def must_look_for_dumps(self, now: float) -> bool:
+        """Tell whether a fault is about to be judged of whose process the helper has told nothing."""
+        told = {one.pid for one in self._explanations}
+        return any(now - at >= self.grace_seconds and fault.tid not in told for at, fault in self._faults)
+
+    def _add_drop(self, event: Dropped, seconds: float) -> list[Loss]:
+        lost = self._name_suppressed(event.reason)
+        lost.append(Loss(Kind.KERNEL, event.reason, seconds, event.comm, event.pid))
+        comm = name_form(event.comm) if event.comm else None
+        self._explain(Explanation(seconds - SLACK_SECONDS, seconds + 1, comm))
+        self._last_drop = seconds
+        return lost
+
+    def _name_suppressed(self, reason: Drop) -> list[Loss]:
+        """Return the losses whose lines the kernel has suppressed, without those that were counted as faults."""
+        if self._suppressed is None:
+            return []
+        seconds, number = self._suppressed
+        self._suppressed = None
+        counted = sum(1 for at in self._without_trace if self._last_drop <= at <= seconds)
+        self._without_trace.clear()
+        self._explain(Explanation(self._last_drop - 1, seconds, None, number=number))
+        left = number - min(number, counted)
+        return [Loss(Kind.KERNEL, reason, seconds, number=left)] if left else []
+
+    def _explain_by_helper(self, event: HelperTold | HelperFailed | HelperRefused, seconds: float) -> None:
+        if not any(one.pid and one.pid == event.pid for one in self._explanations):
+            first = seconds - self.grace_seconds
+            self._explain(Explanation(first, seconds + 1, name_form(event.comm), event.pid, event.signal))
+
+    def _explain(self, explanation: Explanation) -> None:
+        self._explanations.append(explanation)
+
+    def _use_explanation(self, fault: Fault, seconds: float) -> bool:
+        found = self._find(fault, seconds)
+        if found is not None:
+            found.number -= 1
+        return found is not None
+
+    def _find(self, fault: Fault, seconds: float) -> Explanation | None:
+        """Return the explanation that fits best: of this process, then of this name, then of any."""
+        comm = name_form(fault.comm)
+        others = {waiting.tid for _, waiting in self._faults if waiting.tid != fault.tid}
+        fits = [
+            one
+            for one in self._explanations
+            if one.number > 0
+            and one.first <= seconds <= one.last
+            and (not one.signal or not fault.signal or one.signal == fault.signal)
+            and (one.comm is None or one.comm == comm or one.pid == fault.tid)
+            and one.pid not in others
+        ]
+        return max(fits, key=lambda one: (one.pid == fault.tid, one.comm is not None), default=None)
+
+
+def name_form(comm: bytes) -> bytes:
+    """Return a thread's name as the name of a dump holds it (docs/contracts.md)."""
+    clean = _NOT_IN_NAME.sub(b"_", comm) or b"_"
+    return b"_" + clean[1:] if clean[:1] in {b"-", b"."} else clean

@@ -1,0 +1,252 @@
+"""Reading the kernel log: both interfaces, lost records, forged lines, and where a restarted collector goes on."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from core_dump_collector.losses import kernellog, position, watcher
+from core_dump_collector.losses.counters import LossMetrics
+from core_dump_collector.losses.kernellog import Batch, DeviceReader, Line, SyscallReader
+from core_dump_collector.losses.position import Position
+from core_dump_collector.losses.watcher import KernelLog
+
+DROP = b"coredump: 12(app): over core_pipe_limit, skipping core dump"
+
+
+def test_records_of_the_device_are_numbered_and_unescaped(tmp_path):
+    parse = DeviceReader._parse
+    line = parse(DeviceReader, rb"28,1803,1129252718,-;a\x0ab" + b"\n SUBSYSTEM=x\n")
+    assert line == Line(1129252718, 3, b"a\nb", 1803)
+    assert parse(DeviceReader, b"6,1,5,-,caller=T12;x\n") == Line(5, 0, b"x", 1)
+    assert parse(DeviceReader, b"nonsense") is None
+    (tmp_path / "file").write_bytes(b"6,1,5,-;x\n")
+    with pytest.raises(OSError, match="No such device"):
+        DeviceReader(str(tmp_path / "file"))
+
+
+def test_lines_of_one_record_are_joined_so_that_none_can_be_forged():
+    text = (
+        b"cut off\n<6>[    1.000001] x\n<6>[    1.000001] " + DROP + b"\n<6>[    1.000001] y[1,2+3]\n"
+        b"<4>[    1.000002][  T12] one\n<12>[12345.678901] of a user\n"
+    )
+    assert SyscallReader.split(text) == [
+        Line(1_000_001, 0, b"x\n" + DROP + b"\ny[1,2+3]"),
+        Line(1_000_002, 0, b"one"),
+        Line(12_345_678_901, 1, b"of a user"),
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="reads the log of this machine")
+@pytest.mark.parametrize("opened", [lambda: DeviceReader(kernellog.DEVICE), SyscallReader])
+def test_new_record_is_read_once(opened):
+    reader = opened()
+    mark = f"kernel-log-test {os.getpid()} {time.monotonic_ns()}"
+    while reader.read().lines:
+        pass
+    with open(kernellog.DEVICE, "wb", buffering=0) as device:
+        device.write(f"<28>{mark}\n<28>".encode())
+        device.write(b"<31>end\n")  # a record is readable once it is complete
+    assert [line.facility for line in reader.read().lines if mark.encode() in line.text] == [3]
+    assert not [line for line in reader.read().lines if mark.encode() in line.text]
+    reader.close()
+
+
+CAPABILITIES = """
+import sys
+from core_dump_collector.losses import kernellog
+try:
+    print(kernellog.open_reader(sys.argv[1]).name)
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="drops capabilities")
+@pytest.mark.parametrize(
+    ("capabilities", "device", "found"),
+    [
+        ("-all,+syslog", "/nonexistent", "syslog(2)"),
+        ("-all,+syslog", kernellog.DEVICE, kernellog.DEVICE),
+        ("-all", "/nonexistent", "Operation not permitted"),
+        ("-all", kernellog.DEVICE, "Operation not permitted"),
+    ],
+)
+def test_cap_syslog_alone_reads_the_log_where_it_is_restricted(capabilities, device, found):
+    with open("/proc/sys/kernel/dmesg_restrict") as file:
+        if file.read().strip() != "1":
+            pytest.skip("kernel.dmesg_restrict is 0: everybody may read the log")
+    command = ["setpriv", f"--bounding-set={capabilities}", f"--inh-caps={capabilities}"]
+    done = subprocess.run(
+        [*command, sys.executable, "-c", CAPABILITIES, device], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == found, done.stderr
+
+
+class Script:
+    """A kernel log whose records a test writes."""
+
+    name = "a test"
+
+    def __init__(self, lines=()):
+        self.lines, self.lost = list(lines), 0
+
+    def read(self):
+        lines, self.lines = tuple(self.lines), []
+        lost, self.lost = self.lost, 0
+        return Batch(lines, lost)
+
+    def close(self):
+        pass
+
+
+class Denied:
+    def __call__(self):
+        raise PermissionError(1, "Operation not permitted")
+
+
+class Watched:
+    """A watch on a scripted log."""
+
+    def __init__(self, directory, lines=(), opener=None):
+        self.registry = CollectorRegistry()
+        self.metrics = LossMetrics(self.registry)
+        self.script = Script(lines)
+        self.log = KernelLog(
+            str(directory), self.metrics, sees_node=True, open_reader=opener or (lambda: self.script)
+        )
+        self.log.follow()
+
+    def write(self, *texts, facility=0, sequence=-1):
+        now = time.monotonic_ns() // 1000
+        self.script.lines += [Line(now + i, facility, text, sequence) for i, text in enumerate(texts)]
+        self.log.follow()
+
+    def value(self, name, **labels):
+        return self.registry.get_sample_value(name, labels)
+
+    def documents(self):
+        while (document := self.log.next_document(time.time(), time.monotonic())) is not None:
+            yield document.name, dict(document.facts)
+            self.log.finish(document.name, time.monotonic(), stored=True)
+
+
+def dropped(watched, reason="pipe_limit"):
+    return watched.value("core_dump_kernel_dropped_total", reason=reason)
+
+
+def test_unreadable_log_is_not_watched_and_shows_no_zero(tmp_path):
+    watched = Watched(tmp_path, opener=Denied())
+    assert watched.value("core_dump_kernel_log_watched") == 0
+    assert dropped(watched) is None
+    assert watched.value("core_dump_oom_kills_total") is None
+    assert "CAP_SYSLOG" in watched.log.obstacle
+
+
+def test_loss_is_counted_and_recorded_with_name_and_pid(tmp_path):
+    watched = Watched(tmp_path)
+    watched.write(DROP)
+    assert dropped(watched) == 1
+    assert watched.value("core_dump_crashes_seen_total", outcome="kernel") == 1
+    [(name, facts)] = watched.documents()
+    assert name.startswith(".kernel-log/storm-")
+    assert (facts["comm"], facts["pid"], facts["reason"], facts["suppressed"]) == ("app", 12, "pipe_limit", 1)
+    assert abs(facts["timestamp"] - time.time()) < 5
+
+
+def test_many_losses_of_one_name_are_two_records(tmp_path):
+    watched = Watched(tmp_path)
+    watched.write(*[DROP] * 50)
+    assert dropped(watched) == 50
+    assert len(list(watched.documents())) == 1
+    [(_, facts)] = [
+        (document.name, dict(document.facts))
+        for document in [watched.log.next_document(time.time() + watcher.GRACE_SECONDS * 2, time.monotonic())]
+    ]
+    assert facts["suppressed"] == 49
+
+
+def test_restart_counts_nothing_twice_and_nothing_too_few(tmp_path):
+    before = Watched(tmp_path)
+    before.write(DROP)
+    list(before.documents())
+    before.log.close()
+    now = time.monotonic_ns() // 1000
+    old = Line(position.load(str(tmp_path)).read, 0, DROP)
+    after = Watched(tmp_path, [old, Line(now, 0, DROP), Line(now + 1, 0, DROP)])
+    assert dropped(after) == 2
+    assert after.value("core_dump_kernel_log_lost_total") == 0
+
+
+def test_record_that_was_not_stored_before_a_restart_is_stored_after_it_and_not_counted(tmp_path):
+    before = Watched(tmp_path)
+    before.write(DROP)
+    line = Line(position.load(str(tmp_path)).read, 0, DROP)
+    name = before.log.next_document(time.time(), time.monotonic()).name
+    after = Watched(tmp_path, [line])
+    assert dropped(after) == 0
+    assert [found.rpartition("-")[0] for found, _ in after.documents()] == [name.rpartition("-")[0]]
+
+
+@pytest.mark.parametrize("sequence", [-1, 7])
+def test_first_start_begins_at_the_end_of_the_log_and_another_boot_at_its_start(tmp_path, sequence):
+    line = Line(1000, 0, DROP, sequence)
+    first = Watched(tmp_path, [line])
+    assert (dropped(first), list(first.documents())) == (0, [])
+    position.save(str(tmp_path), Position("abc-1", 7, 1, 2, 3))
+    assert dropped(Watched(tmp_path, [line])) == 1
+
+
+def test_records_overwritten_while_no_collector_ran_are_counted(tmp_path):
+    now = time.monotonic_ns() // 1000
+    position.save(str(tmp_path), Position(kernellog.boot_id(), 100, now - 9, now - 9, now - 9))
+    watched = Watched(tmp_path, [Line(now, 0, b"x", 150), Line(now + 1, 0, b"y", 151)])
+    assert watched.value("core_dump_kernel_log_lost_total") == 49
+    watched.script.lost = 3
+    watched.log.follow()
+    assert watched.value("core_dump_kernel_log_lost_total") == 52
+
+
+@pytest.mark.parametrize("value", [b"", b"1 x", b"1 b 1 2 3 " + b"9" * 30, b"\xff" * 50, b"2 b -1 1 2 3"])
+def test_damaged_position_is_none(tmp_path, value):
+    os.setxattr(tmp_path, position.ATTRIBUTE, value)
+    assert position.load(str(tmp_path)) is None
+
+
+def test_missing_helper_is_told_from_one_that_cannot_be_executed(tmp_path):
+    (tmp_path / "helper").write_text("")
+    watched = Watched(tmp_path)
+    watched.write(
+        b"coredump: 1(a): |%s/gone -P1 pipe failed" % os.fsencode(tmp_path),
+        b"coredump: 2(b): |%s/helper -P2 pipe failed" % os.fsencode(tmp_path),
+    )
+    assert (dropped(watched, "helper_missing"), dropped(watched, "helper_not_started")) == (1, 1)
+
+
+def test_fault_is_explained_by_a_dump_that_waits_and_lost_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(watcher, "GRACE_SECONDS", 0.0)
+    (tmp_path / f"core-a b-{int(time.time())}-7-11").write_bytes(b"")
+    watched = Watched(tmp_path)
+    fault = b"[12]: segfault at 8 ip 000055ae8bdc918f sp 00007ffebcb78e90 error 6 in x[1,2+3]"
+    watched.write(b"a b" + fault, b"other" + fault)
+    watched.log.follow()
+    assert watched.value("core_dump_crashes_seen_total", outcome="no_trace") == 1
+    assert [facts["comm"] for _, facts in watched.documents()] == ["other"]
+
+
+def test_oom_kills_and_suppressed_faults_are_no_crashes(tmp_path):
+    watched = Watched(tmp_path)
+    watched.write(b"Out of memory: Killed process 4 (hog) total-vm:1kB, anon-rss:1kB")
+    watched.write(b"show_signal_msg: 13 callbacks suppressed")
+    assert watched.value("core_dump_oom_kills_total") == 1
+    assert watched.value("core_dump_faults_suppressed_total") == 13
+    assert watched.value("core_dump_crashes_seen_total", outcome="no_trace") == 0
+
+
+def test_empty_partial_of_a_killed_helper_is_a_loss(tmp_path):
+    watched = Watched(tmp_path)
+    watched.log.lose_partial(f"core-app-{int(time.time())}-7-6.gz.partial")
+    assert watched.value("core_dump_helper_failures_total", reason="killed") == 1
