@@ -25,13 +25,16 @@ from core_dump_collector.errors import ConfigError
 from core_dump_collector.executors import choose_temporary_directory
 from core_dump_collector.health import HEARTBEAT_SECONDS, Health, Server
 from core_dump_collector.jobs import Job, Probe, Salvage
+from core_dump_collector.landing import Fact, Overview, sized
 from core_dump_collector.losses import kernellog
 from core_dump_collector.losses.watcher import KernelLog
 from core_dump_collector.metrics import Metrics, raise_to
 from core_dump_collector.node import corepattern, scan
+from core_dump_collector.node.installed import identify_helper
 from core_dump_collector.node.suppressed import SuppressedCrashes
 from core_dump_collector.observation import Look, Observer
 from core_dump_collector.pool import Pool
+from core_dump_collector.processes import Workers
 from core_dump_collector.reachability import Reachability
 from core_dump_collector.results import Results
 
@@ -62,6 +65,7 @@ class Daemon:
         self._breaker = CircuitBreaker()
         self._store = Reachability()
         self._records = SuppressedCrashes(directory)
+        self._workers = Workers()
         self._kernel_log = _watch_kernel_log(directory, settings, self._metrics, self._records)
         self._arrivals = Arrivals(directory, settings, self._backlog, self._observer, self._metrics)
         self._results = Results(
@@ -76,6 +80,7 @@ class Daemon:
         )
         self._log_writer = log_writer
         self._stop_requests = 0
+        self._quarantined = 0
         self._health = Health(settings.startup_file, self._observer)
         self._server = Server(settings, self._health, self._metrics.registry)
         choose_temporary_directory(directory)
@@ -191,11 +196,59 @@ class Daemon:
         look(Look.FREE_SPACE, lambda: metrics.observe_disk(directory))
         look(Look.CORE_PATTERN, lambda: metrics.pattern_ours.set(int(corepattern.leads_to(directory))))
         look(Look.OWNER, lambda: metrics.insecure.set(int(scan.is_insecure(directory))))
-        look(Look.QUARANTINE, lambda: metrics.quarantined.set(scan.count_quarantined(directory)))
+        look(Look.QUARANTINE, self._observe_quarantine)
+        look(Look.HELPER, self._observe_helper)
+        look(Look.WORKERS, lambda: metrics.observe_workers(self._workers.measure()))
+        metrics.refused_bytes.set(self._results.measure_refused())
         refusals = look(Look.RECORDS, self._records.take_new) or []
         for refusal in refusals:
             metrics.dropped.labels(refusal.reason).inc(refusal.number)
         look(Look.KERNEL_LOG, lambda: self._kernel_log.follow(refusals))
+        look(Look.OVERVIEW, self._show_overview)
+
+    def _observe_quarantine(self) -> None:
+        self._quarantined, size = scan.measure_quarantined(self._directory)
+        self._metrics.observe_quarantine(self._quarantined, size)
+
+    def _observe_helper(self) -> None:
+        version, config = identify_helper()
+        version = version or self._results.helper_version
+        if version or config:
+            self._metrics.observe_helper(version, config)
+
+    def _show_overview(self) -> None:
+        self._health.overview = Overview(self._settings.node_name, self._facts(), self._results.recent)
+
+    def _facts(self) -> tuple[Fact, ...]:
+        """Return what the page at `/` says besides whether the daemon is ready."""
+        files, size = os.statvfs(self._directory), self._backlog.size_bytes
+        free, total = files.f_bavail * files.f_frsize, files.f_blocks * files.f_frsize
+        waiting, oldest = self._backlog.waiting, self._backlog.oldest_seconds(time.time())
+        backlog = f"{waiting} dumps, {sized(size)}; the oldest waits {oldest:.0f} s" if waiting else "empty"
+        store, reason = self._store, self._store.reason
+        reached = (
+            f"does not take dumps: {reason}"
+            if reason
+            else "takes dumps"
+            if store.is_known
+            else "not asked yet"
+        )
+        ours, insecure = corepattern.leads_to(self._directory), scan.is_insecure(self._directory)
+        quarantined = self._quarantined
+        obstacle = self._kernel_log.obstacle
+        return (
+            Fact(
+                "Directory", f"{self._directory}{', open to other users' if insecure else ''}", not insecure
+            ),
+            Fact("File system", f"{sized(free)} free of {sized(total)}", free * 10 > total),
+            Fact(
+                "Core pattern", "leads here" if ours else "leads elsewhere: crashes leave no dump here", ours
+            ),
+            Fact("Backlog", backlog),
+            Fact("Quarantine", f"{quarantined} dumps" if quarantined else "empty", not quarantined),
+            Fact("Store", reached, store.is_known and reason is None),
+            Fact("Kernel log", f"not watched: {obstacle}" if obstacle else "watched", not obstacle),
+        )
 
     def _report_readiness(self) -> None:
         """Be ready while the directory is there, its last scan succeeded, and the store takes dumps."""

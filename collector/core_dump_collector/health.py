@@ -1,4 +1,4 @@
-"""Owns the HTTP server for /livez, /readyz and /metrics, and the state that they show.
+"""Owns the HTTP server for /livez, /readyz, /metrics and the page at `/`, and the state that they show.
 
 Many idle or slow connections do not keep a scrape out: each connection has a deadline, and when too many are open
 the oldest is closed.
@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.exposition import choose_encoder
 
+from core_dump_collector import landing
 from core_dump_collector.errors import ConfigError
 from core_dump_collector.startupfile import StartupFile
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from prometheus_client import CollectorRegistry
 
     from core_dump_collector.config import Settings
@@ -49,6 +52,8 @@ class Health:
         self.obstacle = "starting"
         """Why the daemon is not ready; empty if it is."""
         self._stuck = False
+        self.overview = landing.Overview()
+        """For the page at `/`."""
         self._startup_file: StartupFile | None = None
         if startup_file is not None:
             self._startup_file = StartupFile(startup_file, HEARTBEAT_SECONDS, self._turns, observer)
@@ -94,8 +99,12 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = "core-dump-collector"
     sys_version = ""
 
+    def do_HEAD(self) -> None:
+        """Answer as to GET, without the body."""
+        self.do_GET()
+
     def do_GET(self) -> None:
-        """Answer the three paths."""
+        """Answer the four paths."""
         match self.path.partition("?")[0]:
             case "/metrics":
                 encode, content_type = choose_encoder(self.headers.get("Accept", ""))
@@ -104,6 +113,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer_health("" if self.server.health.is_live else DEAD)
             case "/readyz":
                 self._answer_health(self.server.health.why_not_ready)
+            case "/":
+                health = self.server.health
+                page = landing.render(health.overview, health.why_not_ready)
+                self._answer(HTTPStatus.OK, page, "text/html; charset=utf-8", landing.HEADERS)
             case _:
                 self._answer(HTTPStatus.NOT_FOUND, b"/metrics /livez /readyz\n", "text/plain")
 
@@ -113,19 +126,24 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(HTTPStatus.OK, b"ok\n", "text/plain")
 
-    def _answer(self, status: HTTPStatus, body: bytes, content_type: str) -> None:
+    def _answer(
+        self, status: HTTPStatus, body: bytes, content_type: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the base class's name
         """Log nothing: requests of strangers do not belong in the log."""
 
 
 class Server(ThreadingHTTPServer):
-    """Serves /metrics, /livez and /readyz until it is stopped."""
+    """Serves /metrics, /livez, /readyz and `/` until it is stopped."""
 
     daemon_threads = True
     block_on_close = False

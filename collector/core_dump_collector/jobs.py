@@ -165,6 +165,10 @@ class UploadResult:
     retry_reason: RetryReason | None = None
     detail: str = ""
     """One line for the log, without control characters."""
+    crashed_at: int | None = None
+    """Unix seconds, as the kernel says, if the dump is stored."""
+    helper_version: str = ""
+    """Of the helper that wrote the dump, if nobody else can have said so."""
     undeleted: Undeleted | None = None
     """Set if the dump is stored and only deleting it has to be tried again."""
 

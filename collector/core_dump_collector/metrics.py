@@ -5,9 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import signal as signals
+import time
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 
 from core_dump_collector import __version__
 from core_dump_collector.jobs import Outcome, RetryReason, UploadResult
@@ -20,7 +28,10 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics import MetricWrapperBase
 
+    from core_dump_collector.processes import Usage
+
 _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
+_LATENCY_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 6 * 3600, 86400, 7 * 86400)
 _BYTES = tuple(float(4**n * 1024) for n in range(13))
 """1 KiB to 16 GiB."""
 _SIGNALS = {int(s): s.name for s in signals.Signals}
@@ -43,6 +54,7 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a third of all samples, which nobody asks for
         self.registry = CollectorRegistry()
         self._shown_store: tuple[bool, str] | None = None
+        self._shown_helper: tuple[str, str] | None = None
         self._add_uploads(self.registry)
         self._add_dumps(self.registry)
         self._add_losses(self.registry)
@@ -65,6 +77,17 @@ class Metrics:
             "From opening a dump to its unlinking.",
             registry=r,
             buckets=_SECONDS,
+        )
+        self.last_success = Gauge(
+            "core_dump_last_success_timestamp_seconds",
+            "Unix time at which a dump was last stored; 0 before the first.",
+            registry=r,
+        )
+        self.crash_to_bucket = Histogram(
+            "core_dump_crash_to_bucket_seconds",
+            "From a crash to its dump in the bucket.",
+            registry=r,
+            buckets=_LATENCY_SECONDS,
         )
         self.inflight = Gauge("core_dump_inflight_uploads", "Dumps being uploaded.", registry=r)
         self.store_reachable = Gauge(
@@ -102,6 +125,12 @@ class Metrics:
             "Dumps in quarantine/: the store refused them for good.",
             registry=r,
         )
+        self.quarantined_bytes = Gauge("core_dump_quarantined_bytes", "Their size on disk.", registry=r)
+        self.refused_bytes = Gauge(
+            "core_dump_refused_bytes",
+            "Size of files in the directory that the collector refuses to upload.",
+            registry=r,
+        )
         _preset(self.dropped, REFUSALS)
 
     def _add_backlog(self, r: CollectorRegistry) -> None:
@@ -112,6 +141,9 @@ class Metrics:
         )
 
     def _add_node(self, r: CollectorRegistry) -> None:
+        self.size_bytes = Gauge(
+            "core_dump_watch_directory_size_bytes", "Size of the watch directory's file system.", registry=r
+        )
         self.free_bytes = Gauge(
             "core_dump_watch_directory_free_bytes", "Free space of its file system.", registry=r
         )
@@ -125,6 +157,12 @@ class Metrics:
         )
         self.pattern_ours = Gauge(
             "core_dump_core_pattern_ours", "1 if a crash on the node leads to this directory.", registry=r
+        )
+        self.helper_info = Gauge(
+            "core_dump_helper_info",
+            "Always 1; release and configuration (SHA-256) of the helper on the node, as far as known.",
+            ["version", "config"],
+            registry=r,
         )
         self.inotify_active = Gauge(
             "core_dump_inotify_active",
@@ -141,6 +179,12 @@ class Metrics:
         )
 
     def _add_process(self, r: CollectorRegistry) -> None:
+        ProcessCollector(registry=r)
+        self.workers = Gauge("core_dump_worker_processes", "Worker processes that run.", registry=r)
+        self.workers_resident = Gauge(
+            "core_dump_workers_resident_memory_bytes", "Resident memory of all workers.", registry=r
+        )
+        self.workers_cpu = Counter("core_dump_workers_cpu_seconds", "CPU time of all workers.", registry=r)
         self.rebuilds = Counter(
             "core_dump_pool_rebuilds", "Times a worker died and the pool was restarted.", registry=r
         )
@@ -178,6 +222,10 @@ class Metrics:
             self.retries.labels(result.retry_reason).inc()
         if result.outcome not in _STORED:
             return
+        now = time.time()
+        self.last_success.set(now)
+        if result.crashed_at is not None:
+            self.crash_to_bucket.observe(max(0.0, now - result.crashed_at))
         self.upload_bytes.inc(result.stored_bytes if result.outcome is Outcome.UPLOADED else 0)
         self.upload_seconds.observe(result.seconds)
         self.dump_bytes.observe(result.read_bytes)
@@ -196,9 +244,28 @@ class Metrics:
         """Read the free space of the watch directory's file system."""
         status = os.statvfs(directory)
         self.free_bytes.set(status.f_bavail * status.f_frsize)
+        self.size_bytes.set(status.f_blocks * status.f_frsize)
+
+    def observe_quarantine(self, files: int, size_bytes: int) -> None:
+        """Show what lies in quarantine/."""
+        self.quarantined.set(files)
+        self.quarantined_bytes.set(size_bytes)
+
+    def observe_helper(self, version: str, config: str) -> None:
+        """Show what is known of the helper: one sample."""
+        if (version, config) != self._shown_helper:
+            self._shown_helper = (version, config)
+            self.helper_info.clear()
+            self.helper_info.labels(version, config).set(1)
+
+    def observe_workers(self, usage: Usage) -> None:
+        """Show what the workers use."""
+        self.workers.set(usage.processes)
+        self.workers_resident.set(usage.resident_bytes)
+        raise_to(self.workers_cpu, usage.cpu_seconds)
 
 
-def raise_to(counter: Counter, total: int) -> bool:
+def raise_to(counter: Counter, total: float) -> bool:
     """Raise a counter to a total that is counted elsewhere; tell whether it was lower."""
     missed: float = total - counter._value.get()  # noqa: SLF001  the only reader there is
     if missed > 0:

@@ -29,6 +29,9 @@ class Look(StrEnum):
     QUARANTINE = "quarantine"
     RECORDS = "records"
     KERNEL_LOG = "kernel_log"
+    HELPER = "helper"
+    WORKERS = "workers"
+    OVERVIEW = "overview"
     STARTUP_FILE = "startup_file"
 
 

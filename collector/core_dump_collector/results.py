@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import structlog
 
 from core_dump_collector.jobs import Outcome, ProbeResult, RecordResult, SalvageResult
+from core_dump_collector.landing import MOST_DUMPS, Recent
+from core_dump_collector.node.installed import VERSION
 
 if TYPE_CHECKING:
     from core_dump_collector.backlog import Backlog
@@ -23,8 +26,12 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+_MOST_REFUSED = 1000
+_GOOD = frozenset({Outcome.UPLOADED, Outcome.ALREADY_STORED})
+_SHOWN = _GOOD | {Outcome.QUARANTINED, Outcome.DISCARDED, Outcome.REFUSED, Outcome.RETRY}
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Results:
     """Applies results, one at a time, to everything that depends on them."""
 
@@ -36,6 +43,12 @@ class Results:
     records: SuppressedCrashes
     kernel_log: KernelLog
     metrics: Metrics
+    recent: tuple[Recent, ...] = ()
+    """The last attempts at dumps, newest first; one for each dump."""
+    helper_version: str = ""
+    """Of the helper that wrote the dump that was stored last."""
+    _refused: OrderedDict[str, int] = field(default_factory=OrderedDict)
+    """Sizes of the files that were refused, by name."""
 
     def apply(self, result: AnyResult) -> None:
         """Apply one result."""
@@ -48,9 +61,41 @@ class Results:
             self._apply_probe(result, now)
         elif self.backlog.is_in_flight(result.name):
             self.metrics.observe(result)
+            self._remember(result)
             self._apply_upload(result, now)
         else:
             log.error("a result for a file that was not being uploaded", file=result.name)
+
+    def measure_refused(self) -> int:
+        """Return the bytes of the files that were refused and are still there."""
+        for name in list(self._refused):
+            self._note_refused(name)
+        return sum(self._refused.values())
+
+    def _note_refused(self, name: str) -> None:
+        self._refused.pop(name, None)
+        try:
+            self._refused[name] = os.lstat(os.path.join(self.directory, name)).st_size
+        except (OSError, ValueError):
+            return
+        while len(self._refused) > _MOST_REFUSED:
+            self._refused.popitem(last=False)
+
+    def _remember(self, result: UploadResult) -> None:
+        """Keep what the page at `/` and the gauges show of a result."""
+        if result.outcome is Outcome.REFUSED:
+            self._note_refused(result.name)
+        if VERSION.fullmatch(result.helper_version):
+            self.helper_version = result.helper_version
+        if result.outcome in _SHOWN:
+            shown = result.outcome.value
+            if result.retry_reason is not None:
+                shown = f"waits: {result.retry_reason}"
+            elif result.truncated:
+                shown = f"{shown}, truncated ({result.truncated})"
+            recent = Recent(result.name, shown, time.time(), result.outcome in _GOOD)
+            others = (one for one in self.recent if one.name != result.name)
+            self.recent = (recent, *others)[:MOST_DUMPS]
 
     def _apply_record(self, result: RecordResult, now: float) -> None:
         for owner in (self.records, self.kernel_log):

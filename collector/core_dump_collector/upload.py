@@ -232,4 +232,6 @@ def _result(
         truncated=facts.truncated,
         sensitive=facts.sensitive is not None,
         detail=detail,
+        crashed_at=facts.timestamp if stored and "timestamp" in facts.attributes else None,
+        helper_version=str(facts.attributes.get("helper_version", "")) if dump.is_trusted else "",
     )

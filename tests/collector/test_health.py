@@ -57,6 +57,32 @@ def test_metrics_are_served(served):
     assert b"things_total 3.0" in body
 
 
+@pytest.mark.parametrize("path", ["/", "/metrics", "/livez", "/readyz", "/other"])
+def test_head_is_answered_as_get_without_a_body(served, path):
+    server, _ = served
+    answers = {}
+    for method in ("GET", "HEAD"):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.request(method, path)
+        answer = connection.getresponse()
+        answers[method] = (answer.status, answer.headers["Content-Type"], answer.headers["Content-Length"])
+        body = answer.read()
+        assert bool(body) is (method == "GET")
+        connection.close()
+    assert answers["GET"] == answers["HEAD"]
+
+
+def test_page_lets_no_script_run(served):
+    server, _ = served
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection.request("GET", "/?x=<script>")
+    answer = connection.getresponse()
+    assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert b"<script" not in answer.read()
+    connection.close()
+
+
 def serve(address):
     settings = config.load({"bucket_name": "dumps", "metrics_port": "0", "metrics_address": address})
     return Server(settings, Health(None, observer()), CollectorRegistry())

@@ -256,7 +256,7 @@ def test_thousand_crashes_of_which_a_fifth_is_lost_in_six_ways_are_counted_one_b
     for turn in range(33):
         if turn % 8 == 0:
             time.sleep(RATE_LIMIT_SECONDS)  # a suppressed line on a fault cannot be told apart
-        losses.no_trace(pick.choice([11, 4]))
+        losses.no_trace()
     stored = losses.truth["stored", ""]
     losses.check(300)
     print(f"{sum(losses.truth.values())} crashes, {stored} stored: {dict(losses.truth)}")  # noqa: T201

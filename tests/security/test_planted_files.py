@@ -163,7 +163,7 @@ def test_quarantine_of_another_user_gets_no_dump(shared_dir):
 
 def test_quarantine_planted_as_a_link_is_not_counted_through(shared_dir):
     (shared_dir / "quarantine").symlink_to("/etc")
-    assert scan.count_quarantined(str(shared_dir)) == 0
+    assert scan.measure_quarantined(str(shared_dir)) == (0, 0)
 
 
 @pytest.mark.usefixtures("_connected")

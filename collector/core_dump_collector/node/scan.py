@@ -62,20 +62,21 @@ def scan(directory: str, patterns: tuple[str, ...]) -> Iterator[WatchedFile]:
                     yield found
 
 
-def count_quarantined(directory: str) -> int:
-    """Return how many files lie in quarantine/, at most MOST_QUARANTINED."""
+def measure_quarantined(directory: str) -> tuple[int, int]:
+    """Return how many files lie in quarantine/, at most MOST_QUARANTINED, and their bytes."""
     try:
         fd = os.open(
             os.path.join(directory, QUARANTINE),
             os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
         )
     except OSError:
-        return 0
+        return 0, 0
     try:
         with os.scandir(fd) as entries:
-            return sum(1 for _ in islice(entries, MOST_QUARANTINED))
+            sizes = [entry.stat(follow_symlinks=False).st_size for entry in islice(entries, MOST_QUARANTINED)]
+        return len(sizes), sum(sizes)
     except OSError:
-        return 0
+        return 0, 0
     finally:
         os.close(fd)
 
