@@ -36,6 +36,7 @@ def test_log_that_nobody_reads_costs_its_lines_alone(seaweed, bucket, watch_dir,
         "STARTUP_FILE": str(tmp_path / "startup"),
         "LOG_LEVEL": "debug",
         "AWS_EC2_METADATA_DISABLED": "true",
+        "KERNEL_LOG": "off",
     }
     command = [*COMMAND, "run", str(watch_dir)]
     with subprocess.Popen(command, env=dict(os.environ) | environ, stderr=write) as process:

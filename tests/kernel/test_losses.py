@@ -192,7 +192,10 @@ def losses(node, seaweed, bucket, tmp_path, request):
     with (
         node.installed(),
         running(
-            node.watch_dir, seaweed.environ(), tmp_path, program=COLLECTOR.format(grace=grace)
+            node.watch_dir,
+            seaweed.environ() | {"KERNEL_LOG": "auto"},
+            tmp_path,
+            program=COLLECTOR.format(grace=grace),
         ) as collector,
     ):
         wait_until(lambda: collector.metric("core_dump_kernel_log_watched") == 1, 10, "the log to be watched")
