@@ -1,4 +1,4 @@
-"""Owns reading the front of a core in the bucket without downloading it: ranged GETs that grow."""
+"""Owns reading the front of a core in the bucket without downloading it: its vital part, else ranged GETs that grow."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from core_dump_format.gzip import inflate_until_damage
 from core_dump_format.stream import Forward
 from core_dumps.errors import CliError
 from core_dumps.parts import Remote
+from core_dumps.vital import read_vital, vital_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 FIRST_BYTES = 128 * 1024
 MOST_BYTES = 8 * 1024 * 1024
-"""The most that is read of an object."""
+"""The most that is read of an object without a vital part."""
 MOST_CORE_BYTES = 64 * 1024 * 1024
 """The most that is decompressed."""
 
@@ -47,12 +48,16 @@ def ranges(bucket: Bucket, dump: Dump) -> Iterator[bytes]:
 
 
 def read_head(bucket: Bucket, dump: Dump) -> Head:
-    """Read the front of a core; if it is damaged or cannot be read, the result says why."""
-    blocks = ranges(bucket, dump)
-    pieces = inflate_until_damage(blocks) if dump.compressed else blocks
-    source = Forward.over(pieces, MOST_CORE_BYTES)
+    """Read the front of a core, or its vital part whole and verified; if that fails, the result says why.
+
+    The vital part holds the headers, the notes and the first page of each module: `info` needs nothing else.
+    """
     head = Head()
     try:
+        is_vital = vital_bytes(dump) is not None
+        blocks = [read_vital(bucket, dump)] if is_vital else ranges(bucket, dump)
+        pieces = inflate_until_damage(blocks) if is_vital or dump.compressed else blocks
+        source = Forward.over(pieces, MOST_CORE_BYTES)
         head.core = read_core(source)
         head.build_ids, _ = read_build_ids(head.core, source)
     except (NotACoreError, CliError) as error:

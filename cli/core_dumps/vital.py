@@ -18,7 +18,7 @@ from core_dumps.errors import RefusedError
 from core_dumps.parts import Remote, unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from core_dumps.bucket import Bucket
     from core_dumps.dump import Dump
@@ -44,13 +44,8 @@ def fetch_vital(bucket: Bucket, dump: Dump, path: str, progress: Progress) -> No
         RefusedError: it differs from what was uploaded.
         CliError: it cannot be read.
     """
-    size = vital_bytes(dump)
-    if size is None:
-        raise RefusedError(f"{printable(dump.key)}: its metadata names no vital part")
-    progress.start("vital part", size)
-    packed = b"".join(_read(bucket, dump, size, progress))
-    if zlib.crc32(packed) != dump.number("vital_crc32"):
-        raise RefusedError("the CRC-32 of the vital part is not the one that was uploaded: not kept")
+    progress.start("vital part", vital_bytes(dump) or 0)
+    packed = read_vital(bucket, dump, progress.advance)
     core = bytearray()
     for piece in unpack([packed]):
         core += piece
@@ -63,10 +58,24 @@ def fetch_vital(bucket: Bucket, dump: Dump, path: str, progress: Progress) -> No
     _write(path, core)
 
 
-def _read(bucket: Bucket, dump: Dump, size: int, progress: Progress) -> Iterator[bytes]:
+def read_vital(bucket: Bucket, dump: Dump, advance: Callable[[int], None] = lambda _: None) -> bytes:
+    """Return the compressed vital part of a dump, verified; `advance` is called with the length of each piece.
+
+    Raises:
+        RefusedError: it differs from what was uploaded.
+        CliError: it cannot be read.
+    """
+    size = vital_bytes(dump)
+    if size is None:
+        raise RefusedError(f"{printable(dump.key)}: its metadata names no vital part")
+    pieces = []
     for piece in Remote(bucket, dump, size, None, None).read(0, size):
-        progress.advance(len(piece))
-        yield piece
+        advance(len(piece))
+        pieces.append(piece)
+    packed = b"".join(pieces)
+    if zlib.crc32(packed) != dump.number("vital_crc32"):
+        raise RefusedError("the CRC-32 of the vital part is not the one that was uploaded: not kept")
+    return packed
 
 
 def _write(path: str, core: bytearray) -> None:
