@@ -60,6 +60,8 @@ class Pages:
     """What a selection reads from: the memory of a process, or a raw core."""
 
     page = 4096
+    refused = 0
+    """Pages that were left out because reading them could take for ever."""
 
     def read(self, address: int, size: int) -> bytes:
         """Return the memory at an address, up to the first page that cannot be read."""
@@ -99,7 +101,7 @@ class Selection:
             self._take_modules(state)
             self._take_ended(state)
             self._take_pointed(state.threads)
-        self.is_whole = not self._lacks and bool(self.pieces)
+        self.is_whole = not self._lacks and not self.memory.refused and bool(self.pieces)
 
     def take(
         self, address: int, below: int, above: int, most: int | None = None, *, always: bool = False

@@ -6,6 +6,7 @@ import os
 
 from core_dump_format.vital import Pages
 from core_dump_helper.crash import is_identical
+from core_dump_helper.mappings import Mappings
 from core_dump_helper.system import read_fields, read_file
 
 TYPE_CHECKING = False  # `typing` costs 7 ms
@@ -17,25 +18,32 @@ if TYPE_CHECKING:
 MAX_AUXV_BYTES = 4096
 ENTRY_BYTES = 8
 """Of one page in /proc/PID/pagemap."""
+PRESENT = 0x40
+"""The most significant byte of an entry is at least this if bit 63 or 62 is set."""
+OF_NO_FILE = bytes(flag for flag in range(256) if flag < PRESENT or not flag & 0x20)
+"""Such bytes of pages that are absent, or belong to no file: bit 61 is clear."""
 
 
 class ProcessMemory(Pages):
-    """Reads /proc/PID/mem where /proc/PID/pagemap shows that a page is there.
+    """Reads /proc/PID/mem where /proc/PID/pagemap shows that a page is there, and cannot be withdrawn for ever.
 
     Any other page may have to be fetched from a file, and a file system that the crashed process serves may never
     answer: no signal ends the wait of a thread in such a read.
     """
 
-    def __init__(self, mem: int, pagemap: int) -> None:
-        """Store both descriptors."""
+    def __init__(self, mem: int, pagemap: int, mappings: Mappings) -> None:
+        """Store what to read with."""
         self.page = os.sysconf("SC_PAGESIZE")
-        self._mem, self._pagemap = mem, pagemap
+        self.refused = 0
+        """Pages that were not read, because their file system may never answer."""
+        self._mem, self._pagemap, self._mappings = mem, pagemap, mappings
         self._known = 0, 0
 
     def close(self) -> None:
-        """Close both descriptors."""
+        """Close all descriptors."""
         os.close(self._mem)
         os.close(self._pagemap)
+        self._mappings.close()
 
     def read(self, address: int, size: int) -> bytes:
         """Return the memory at an address, up to the first page that is absent or cannot be read."""
@@ -56,21 +64,42 @@ class ProcessMemory(Pages):
     def resident(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield the parts of a range whose pages are in memory or swapped out (proc_pid_pagemap(5), bits 63 and 62).
 
-        Other pages would be zeros, or would have to be fetched from a file.
+        Other pages would be zeros, or would have to be fetched from a file. So would pages of a file (bit 61), if its
+        file system withdraws them.
+
+        Args:
+            start: address of the first page.
+            end: end of the last page.
         """
         page, first = self.page, None
         flags = self._flags(start, end)
+        if flags.translate(None, OF_NO_FILE):
+            flags = self._refuse(start, flags)
         for number, flag in enumerate(flags):
             address = start + number * page
-            if flag >= 0x40 and first is None:
+            if flag >= PRESENT and first is None:
                 first = address
-            elif flag < 0x40 and first is not None:
+            elif flag < PRESENT and first is not None:
                 self._known = first, address
                 yield first, address
                 first = None
         if first is not None:
             self._known = first, start + len(flags) * page
             yield self._known
+
+    def _refuse(self, start: int, flags: bytes) -> bytes:
+        """Return the flags of pages from an address on; none for pages whose file system may never answer."""
+        kept, until = bytearray(flags), start
+        for number, flag in enumerate(flags):
+            if flag in OF_NO_FILE:
+                continue
+            address = start + number * self.page
+            if address >= until:
+                until = self._mappings.trusted_until(address)
+            if address >= until:
+                kept[number] = 0
+                self.refused += 1
+        return bytes(kept)
 
     def _flags(self, start: int, end: int) -> bytes:
         """Return the most significant byte of each page's entry."""
@@ -102,7 +131,7 @@ def open_memory(crash: Crash, auxv: bytes) -> ProcessMemory:
     try:
         mem = os.open("mem", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
         pagemap = os.open("pagemap", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-        memory = ProcessMemory(mem, pagemap)
+        memory = ProcessMemory(mem, pagemap, Mappings(directory))
         found = read_file("auxv", MAX_AUXV_BYTES, directory)
         size = min(len(found), len(auxv))
         if (

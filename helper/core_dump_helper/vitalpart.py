@@ -112,6 +112,8 @@ def _select(front: Front, crash: Crash, limit: int) -> Selection:
     except Empty:
         failure = "reading its memory took longer than %d s" % PREPARE_SECONDS
     selection.is_abandoned = True
+    if not failure and selection.memory.refused:
+        failure = "%d pages belong to a file system that may never answer" % selection.memory.refused
     if failure:
         log("%s: its vital part is not whole: %s" % (crash, failure))
     return selection

@@ -5,6 +5,7 @@ import struct
 import tempfile
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -232,6 +233,7 @@ def test_list_of_libraries_that_loops_is_walked_once():
     memory = Held([span], words=loader(FIRST, links))
     core = kernel_core([span], status(FIRST + 0xFF000) + auxv(phdr=FIRST, phnum=2))
     _, selection = select(core, memory)
+    assert selection.pieces[0][1] == FIRST + 0xFF000 - PAGE, "the crashing thread's stack comes first"
     for link in links:
         assert any(start <= link < start + len(content) for _, start, content in selection.pieces)
     assert memory.reads < 1000
@@ -335,3 +337,41 @@ def test_a_million_segments_are_refused_at_once():
     with pytest.raises(UnsupportedError, match=str(fronts.MAX_SEGMENTS)):
         front_bytes(head)
     assert time.monotonic() - started < 1
+
+
+class Wild(Held):
+    """Memory that is never the same twice: half of its words are addresses of it, or close to them."""
+
+    def __init__(self, spans, random):
+        super().__init__(spans)
+        self.random = random
+
+    def read(self, address, size):
+        data = bytearray(super().read(address, size))
+        for at in range(0, len(data) - 7, 8):
+            start, held, _, _ = self.random.choice(self.spans)
+            word = self.random.choice((start + self.random.randrange(held), self.random.getrandbits(64)))
+            struct.pack_into("<Q", data, at, word)
+        return bytes(data)
+
+    def resident(self, start, end):
+        middle = self.random.randrange(start, end + 1, PAGE)
+        for first, last in ((start, middle), (middle + PAGE, end)):
+            if first < last:
+                yield first, last
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0), st.lists(st.tuples(*[st.integers(0, 2**64 - 1)] * 5), max_size=5))
+def test_memory_that_changes_and_points_anywhere_costs_neither_a_byte_nor_a_limit(seed, lies):
+    limit = 40 * PAGE
+    notes = b"".join(status(*threads) + auxv(phdr=phdr, phnum=phnum) for *threads, phdr, phnum in lies)
+    stack = status(SPANS[0][0] + 0x1000, SPANS[1][0] + 0x1000, SPANS[2][0])
+    files = struct.pack("<8Q", 2, PAGE, *SPANS[3][:2], 0, *SPANS[4][:2], 0) + b"/a\0/a\0"
+    core = kernel_core(SPANS, stack + notes + auxv(phdr=SPANS[5][0], phnum=9) + note(0x46494C45, files))
+    memory = Wild(SPANS, Random(seed))
+    front, selection = select(core, memory, limit)
+    assert sum(len(content) for _, _, content in selection.pieces) <= limit
+    assert memory.reads < 20_000
+    order = Reordered(front, selection.pieces, PAGE)
+    assert len(assemble(core, order, selection.pieces)) == order.length

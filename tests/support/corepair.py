@@ -76,6 +76,12 @@ class CoreFile:
 
 def assert_same_memory(kernel: Path, dump: Path) -> None:
     """Compare every byte of memory, all notes and the headers of two cores; nothing is missing and nothing twice."""
+    assert not differing_segments(kernel, dump)
+
+
+def differing_segments(kernel: Path, dump: Path) -> list[Row]:
+    """Return the kernel's segments whose memory differs in the dump, after comparing notes and headers."""
+    differing = []
     old, new = CoreFile(kernel), CoreFile(dump)
     assert new.raw_notes().startswith(old.raw_notes())
     addresses = [row.address for row in new.loads]
@@ -89,8 +95,8 @@ def assert_same_memory(kernel: Path, dump: Path) -> None:
             place = row.offset + at - row.address
             size = max(0, min(row.size - (at - row.address), piece.size))
             assert size == piece.size
-            differs = old.data[place : place + size] != new.data[piece.offset : piece.offset + size]
-            assert not differs, f"{piece.address:x}, {size} bytes"
+            if old.data[place : place + size] != new.data[piece.offset : piece.offset + size]:
+                differing.append(row)
             at += piece.memory
             if at >= row.address + row.memory:
                 break
@@ -101,3 +107,4 @@ def assert_same_memory(kernel: Path, dump: Path) -> None:
     spans = sorted((row.offset, row.offset + row.size) for row in new.loads if row.size)
     assert all(end == start for (_, end), (start, _) in itertools.pairwise(spans))
     assert spans[-1][1] == os.path.getsize(dump)
+    return differing
