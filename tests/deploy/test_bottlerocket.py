@@ -128,6 +128,28 @@ def test_bootstrap_script_moves_a_file_away_that_has_the_name(tmp_path):
     assert moved.read_text() == "mine"
 
 
+@needs_root
+def test_bootstrap_script_lets_the_kernel_write_stacks_first_where_it_can(tmp_path):
+    (tmp_path / "var").mkdir()
+    prepare(tmp_path, "dd")
+    sort = tmp_path / "proc/sys/kernel/core_sort_vma"
+    assert not sort.exists(), "an older kernel has none"
+    sort.parent.mkdir(parents=True)
+    sort.write_text("0\n")
+    assert "cannot" not in prepare(tmp_path, "dd")
+    assert sort.read_text() == "1\n"
+    sort.unlink()
+    sort.mkdir()
+    said = prepare(tmp_path, "dd")
+    assert "cannot set kernel.core_sort_vma" in said
+    assert "is ready for dd" in said
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_settings_name_no_sysctl_that_an_older_kernel_refuses(way):
+    assert set(rendered(way)["kernel"]["sysctl"]) == {"kernel.core_pattern"}
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -163,7 +185,8 @@ def node():
 
     @contextlib.contextmanager
     def prepared(way):
-        with kernel.core_pattern(pattern_of(way)):  # alone on this machine from here on
+        sort = kernel.SORT_VMA.exists() or None  # what the script sets
+        with kernel.core_pattern(pattern_of(way), sort_vma=sort):  # alone on this machine from here on
             if WATCH_DIR.exists():
                 pytest.skip(f"{WATCH_DIR} exists: this machine uses what the test would make")
             try:

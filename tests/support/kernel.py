@@ -24,6 +24,8 @@ FORMAT = Path(__file__).parents[2] / "format" / "core_dump_format"
 CRASHER = Path(__file__).with_name("crash.c")
 KERNEL = Path("/proc/sys/kernel")
 PATTERN = KERNEL / "core_pattern"
+SORT_VMA = KERNEL / "core_sort_vma"
+"""Since Linux 6.15."""
 LOCK = Path("/run/lock/core-pattern.lock")
 LOCK_SECONDS = 3600
 """Longest wait for others on this machine."""
@@ -94,7 +96,11 @@ def locked(say: Callable[[str], None] = to_stderr) -> Iterator[int]:
 
 @contextlib.contextmanager
 def core_pattern(
-    pattern: str, pipe_limit: int | None = None, say: Callable[[str], None] = to_stderr
+    pattern: str,
+    pipe_limit: int | None = None,
+    say: Callable[[str], None] = to_stderr,
+    *,
+    sort_vma: bool | None = None,
 ) -> Iterator[str]:
     """Set the core pattern, alone on this machine; yield the old one, which every exit path restores.
 
@@ -102,6 +108,7 @@ def core_pattern(
         pattern: see core(5).
         pipe_limit: `kernel.core_pipe_limit`, where it matters.
         say: prints the line that tells whom we wait for.
+        sort_vma: `kernel.core_sort_vma`, where it matters.
 
     Raises:
         ValueError: the kernel did not take a value as it is.
@@ -112,6 +119,8 @@ def core_pattern(
     values = {PATTERN: pattern + "\n"}
     if pipe_limit is not None:
         values[KERNEL / "core_pipe_limit"] = f"{pipe_limit}\n"
+    if sort_vma is not None:
+        values[SORT_VMA] = f"{int(sort_vma)}\n"
     with locked(say) as lock:
         before = [word for path in values for word in (str(path), path.read_text())]
         with guardian(RESTORE, *before, keep=[lock]):
