@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from core_dump_format.keys import check_template, parse_location
+from core_dump_format.keys import MODULES_LIST_SUFFIX, check_template, parse_location
 from core_dump_format.text import printable
 from core_dumps import layouts
 from core_dumps.client import BODY_ERRORS, S3, Page, Row, error_code, explain
@@ -186,7 +186,7 @@ class Bucket:
     def delete(self, dumps: Iterable[Dump]) -> Iterator[Deletion]:
         """Delete dumps and yield the outcome of each; end early if a whole request failed.
 
-        A metadata object is deleted only after its dump, so a refused dump keeps both.
+        Metadata object and list of modules are deleted only after their dump, so a refused dump keeps them.
         """
         coming = iter(dumps)
         while batch := list(itertools.islice(coming, MOST_DELETED)):
@@ -194,9 +194,16 @@ class Bucket:
             refused = self._delete_keys(objects)
             rest = [dump for dump in batch if dump.key not in refused]
             stays = self._delete_keys([dump.key + METADATA_SUFFIX for dump in rest if dump.has_metadata])
+            listed = [dump.key + MODULES_LIST_SUFFIX for dump in rest if dump.has_modules]
+            stays |= {
+                key.removesuffix(MODULES_LIST_SUFFIX) + METADATA_SUFFIX: why
+                for key, why in self._delete_keys(listed).items()
+            }
             for dump in batch:
                 left = stays.get(dump.key + METADATA_SUFFIX)
-                metadata_left = left and f"the dump is deleted, its metadata object is not: {left}"
+                metadata_left = (
+                    left and f"the dump is deleted, its metadata or list of modules is not: {left}"
+                )
                 yield Deletion(dump, refused.get(dump.key) or metadata_left)
             if len(refused) + len(stays) >= len(batch):
                 return

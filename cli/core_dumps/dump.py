@@ -46,6 +46,8 @@ class Dump:
     """Fields of the metadata object, once read."""
     damage: str | None = None
     """Why the metadata object was refused."""
+    has_modules: bool = False
+    """Whether the bucket holds a list of the modules."""
     failure: str | None = None
     """Why the store did not give the metadata object."""
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 import string
 from collections import deque
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
-from core_dump_format.keys import UNKNOWN, clean_segment
+from core_dump_format.keys import MODULES_LIST_SUFFIX, UNKNOWN, clean_segment
 from core_dump_format.names import parse_name
 from core_dumps.dump import METADATA_SUFFIX, Dump, Value
 from core_dumps.pool import Pool
@@ -171,7 +172,8 @@ class Walk:
             owner = key.removesuffix(METADATA_SUFFIX)
             if owner == key:
                 dump = self._dump(key, row.size_bytes, row, has_metadata=f"{key}{METADATA_SUFFIX}" in rows)
-            elif owner not in rows:
+                dump = replace(dump, has_modules=f"{key}{MODULES_LIST_SUFFIX}" in rows)
+            elif owner not in rows and not key.endswith(MODULES_LIST_SUFFIX):
                 dump = self._dump(owner, None, row, has_metadata=True)
             else:
                 continue

@@ -79,6 +79,18 @@ class Settings(BaseSettings):
         default=True,
         description="Compute a fingerprint of each crash from its core; takes at most 2 s a dump.",
     )
+    modules: bool = Field(
+        default=True,
+        description="Store the executables and libraries of crashed processes, each once, and a list of them with "
+        "each dump, so that it can be opened wherever it is read. false: the helper copies none either.",
+    )
+    module_delay_seconds: float = Field(
+        300,
+        ge=0,
+        le=86400,
+        description="Executables and libraries are uploaded after a random time of up to so many seconds, so that "
+        "nodes with the same ones do not all send them at once.",
+    )
     checksum: Literal["when_supported", "when_required"] | None = Field(
         None,
         description="`when_required` for S3-compatible stores that refuse checksums (Backblaze B2, Ceph, Swift). "

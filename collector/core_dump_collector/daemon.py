@@ -29,6 +29,7 @@ from core_dump_collector.landing import Fact, Overview, sized
 from core_dump_collector.losses import kernellog
 from core_dump_collector.losses.watcher import KernelLog
 from core_dump_collector.metrics import Metrics, raise_to
+from core_dump_collector.modules import ModuleUploads
 from core_dump_collector.node import corepattern, scan
 from core_dump_collector.node.installed import identify_helper
 from core_dump_collector.node.suppressed import SuppressedCrashes
@@ -86,6 +87,7 @@ class Daemon:
         choose_temporary_directory(directory)
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._pool = Pool(settings.workers, settings.upload_options(), self._wake)
+        self._modules = ModuleUploads(directory, settings, self._metrics, self._observer)
         self._beat_due = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._on_wake)
@@ -119,6 +121,8 @@ class Daemon:
         if now >= self._beat_due:
             self._beat(now)
         self._arrivals.advance(now)
+        busy = self._backlog.in_flight > 0
+        self._modules.advance(now, reachable=self._store.is_known and self._store.reason is None, busy=busy)
         self._report_readiness()
         self._submit()
         self._gauge()
@@ -126,7 +130,7 @@ class Daemon:
             key.data()
 
     def _pause(self) -> float:
-        due = [self._beat_due, self._arrivals.due]
+        due = [self._beat_due, self._arrivals.due, self._modules.due]
         if self._pool.has_room:
             due.append(self._store.probe_due)
             waiting = (self._arrivals.partials.next_due(), self._next_upload())
@@ -289,6 +293,7 @@ class Daemon:
         log.info("stopping", in_flight=self._pool.in_flight, waiting=self._backlog.waiting)
         self._arrivals.close()
         self._observer.look(Look.KERNEL_LOG, self._kernel_log.close)
+        self._modules.stop()
         while self._pool.in_flight > self._store.is_probing and self._stop_requests < 2:  # noqa: PLR2004  the second signal
             left = min(deadline, self._beat_due) - time.monotonic()
             if deadline <= time.monotonic():

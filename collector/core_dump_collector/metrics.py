@@ -21,6 +21,7 @@ from core_dump_collector import __version__
 from core_dump_collector.jobs import Outcome, RetryReason, UploadResult
 from core_dump_collector.losses.counters import LossMetrics
 from core_dump_collector.losses.messages import REFUSALS
+from core_dump_collector.moduleevents import DROPPED, STORED
 from core_dump_collector.observation import Look
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Metrics:
         self._add_uploads(self.registry)
         self._add_dumps(self.registry)
         self._add_losses(self.registry)
+        self._add_modules(self.registry)
         self._add_backlog(self.registry)
         self._add_node(self.registry)
         self._add_process(self.registry)
@@ -132,6 +134,35 @@ class Metrics:
             registry=r,
         )
         _preset(self.dropped, REFUSALS)
+
+    def _add_modules(self, r: CollectorRegistry) -> None:
+        self.modules = Counter(
+            "core_dump_modules",
+            "Executables and libraries of crashed processes that the bucket has, by result.",
+            ["result"],
+            registry=r,
+        )
+        self.module_bytes = Counter(
+            "core_dump_module_upload_bytes", "Bytes of executables and libraries stored in S3.", registry=r
+        )
+        self.modules_dropped = Counter(
+            "core_dump_modules_dropped",
+            "Executables and libraries deleted without being stored, by reason.",
+            ["reason"],
+            registry=r,
+        )
+        self.module_lists = Counter(
+            "core_dump_module_lists", "Lists of the modules of a dump, by result.", ["result"], registry=r
+        )
+        self.modules_waiting = Gauge(
+            "core_dump_modules_waiting_files", "Executables and libraries that wait on disk.", registry=r
+        )
+        self.modules_waiting_bytes = Gauge(
+            "core_dump_modules_waiting_bytes", "Their size on disk.", registry=r
+        )
+        _preset(self.modules, STORED)
+        _preset(self.modules_dropped, DROPPED)
+        _preset(self.module_lists, ("published", "dropped"))
 
     def _add_backlog(self, r: CollectorRegistry) -> None:
         self.backlog_files = Gauge("core_dump_backlog_files", "Dumps that wait on disk.", registry=r)

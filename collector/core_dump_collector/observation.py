@@ -32,6 +32,7 @@ class Look(StrEnum):
     HELPER = "helper"
     WORKERS = "workers"
     OVERVIEW = "overview"
+    MODULES = "modules"
     STARTUP_FILE = "startup_file"
 
 

@@ -32,6 +32,7 @@ class UploadOptions:
     upload_sensitive: bool
     metadata: bool
     fingerprint: bool
+    modules: bool
     checksum: Literal["when_supported", "when_required"] | None
     conditional: Literal["auto", "true", "false"]
     addressing_style: str

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError
 
-from core_dump_collector import fingerprint, metadata
+from core_dump_collector import fingerprint, metadata, modulelist
 from core_dump_collector.jobs import (
     Document,
     Job,
@@ -137,11 +137,11 @@ class Worker:
                 known = job.sighting.undeleted if job.sighting else None
                 if known is not None and known.identity == dump.identity:
                     return _delete_stored(dump, known)
-                return self._upload_open(dump)
+                return self._upload_open(dump, job.directory)
         except dumpfile.UnfitError as unfit:
             return UploadResult(job.name, _OUTCOME_OF_UNFIT[unfit.why], detail=str(unfit))
 
-    def _upload_open(self, dump: DumpFile) -> UploadResult:
+    def _upload_open(self, dump: DumpFile, directory: str) -> UploadResult:
         options, raw = self._options, dump.attributes()
         facts = metadata.gather(dump, raw, options)
         if facts.sensitive is not None and not options.upload_sensitive:
@@ -169,6 +169,8 @@ class Worker:
         except PermanentError as error:
             name = dump.quarantine()
             return _result(dump, facts, Outcome.QUARANTINED, f"{error}; moved to quarantine/{name}")
+        if options.modules:
+            modulelist.pass_on(store, dump, directory, stored.key, facts.sensitive or "")
         return _delete(dump, facts, stored, outcome, transfer.note)
 
 

@@ -13,9 +13,10 @@ from core_dump_format.text import printable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MOST_KEY_BYTES = 990
-"""S3 accepts 1,024; the rest is for `-CRC32xSIZE` and `.json`. (Amazon S3 User Guide, "Creating object key names")"""
-MOST_SEGMENT_BYTES = 225
+MOST_KEY_BYTES = 980
+"""S3 accepts 1,024; the rest is for `-CRC32xSIZE` and `.modules.json`. (Amazon S3 User Guide, "Creating object key
+names")"""
+MOST_SEGMENT_BYTES = 220
 """Between slashes: some stores keep objects as files, whose names have at most 255 bytes."""
 TEMPLATE_FIELDS = frozenset(
     ["node", "name", "namespace", "pod", "container", "comm", "pid", "signal", "timestamp", "date", "hour"]
@@ -26,6 +27,8 @@ FORMER_TEMPLATE = "{node}/{name}"
 """The default before modules were stored."""
 MODULES_FOLDER = "_modules"
 """Below the prefix; no key of a dump begins with it."""
+MODULES_LIST_SUFFIX = ".modules.json"
+"""Added to the key of a dump, for the list of its modules."""
 UNKNOWN = "unknown"
 """Replaces a missing value in a key, such as the pod of a process outside Kubernetes."""
 
@@ -90,6 +93,11 @@ def literal_folder(template: str) -> str:
     """Return the folders in which all keys of a template are, such as `dumps/`; empty if there is none."""
     folder, slash, _ = template.partition("{")[0].rpartition("/")
     return folder + slash
+
+
+def module_key(prefix: str, sha256: str) -> str:
+    """Return the key of the module whose content has this SHA-256 (hexadecimal)."""
+    return f"{prefix}{MODULES_FOLDER}/sha256/{sha256}"
 
 
 def clean_segment(text: str) -> str:

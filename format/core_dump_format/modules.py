@@ -41,7 +41,7 @@ UNKNOWN_REASON = "unknown"
 
 _MODULE = re.compile(r"module-(?P<sha256>[0-9a-f]{64})(?P<sensitive>-sensitive)?\.gz")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_BUILD_ID = re.compile(r"[0-9a-f]{8,128}")
+BUILD_ID = re.compile(r"[0-9a-f]{8,128}")
 _ADDRESS = re.compile(r"0x[0-9a-f]{1,16}")
 _DUMP = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*")
 _SENSITIVE = re.compile(r"[a-z0-9_=-]{1,64}")
@@ -227,7 +227,7 @@ def _parse_rows(rows: list[Any]) -> Iterable[Module]:
         path = unescape_path(_text(row, "path", None, 4 * MOST_PATH_BYTES))
         if not path or len(path) > MOST_PATH_BYTES or b"\0" in path:
             raise ListError("a path is empty, too long or holds NUL")
-        module = Module(path, start, end, offset, _text(row, "build_id", _BUILD_ID, 128, ""))
+        module = Module(path, start, end, offset, _text(row, "build_id", BUILD_ID, 128, ""))
         if "missing" in row:
             reason = _text(row, "missing", None, 64)
             yield module._replace(missing=reason if reason in MISSING_REASONS else UNKNOWN_REASON)

@@ -301,6 +301,24 @@ def test_rm_reports_each_dump_and_leaves_no_half_of_a_pair(filled):
     assert sorted(key.rpartition("-")[2] for key in left) == ["7.gz", "7.gz.json"]
 
 
+def test_list_of_modules_is_no_dump_and_goes_with_its_dump(cli, gz):
+    for number in (1, 2):
+        key = f"n1/core-app-177200000{number}-{number}-11.gz"
+        cli.put(key, gz(b"x"), {"pid": number})
+        cli.put_raw(f"{key}.modules.json", b"{}")
+    cli.put_raw("n1/core-gone-1772000000-9-11.gz.modules.json", b"{}")
+    assert [row["pid"] for row in cli.json()] == [2, 1]
+    assert "deleted 1 of 1" in cli.run("rm", "1", "--yes").stdout
+    with cli.server.client() as client:
+        left = [key.rpartition("/")[2] for key in keys_in(client, prefix=f"{cli.prefix}/")]
+    assert sorted(left) == [
+        "core-app-1772000002-2-11.gz",
+        "core-app-1772000002-2-11.gz.json",
+        "core-app-1772000002-2-11.gz.modules.json",
+        "core-gone-1772000000-9-11.gz.modules.json",
+    ]
+
+
 def test_rm_reports_each_dump_where_the_store_deletes_singly(filled):
     def before(request):
         if request.method == "POST":

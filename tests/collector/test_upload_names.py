@@ -11,6 +11,7 @@ from core_dump_collector import config
 from core_dump_collector.errors import ConfigError
 from core_dump_format.attributes import NUMBERS, TEXTS, TRUNCATED_REASONS, read_attributes
 from core_dump_format.keys import (
+    MOST_KEY_BYTES,
     TEMPLATE_FIELDS,
     build_key,
     build_record_key,
@@ -118,7 +119,7 @@ def test_keys_of_long_fields_that_differ_at_the_end_stay_different():
     template = "{name}/{name}/{name}/{name}/{name}"
     keys = {build_key("", template, {"name": "a" * 250 + c}, suffix=".gz") for c in "bcd"}
     assert len(keys) == 3
-    assert max(map(len, keys)) == 990
+    assert max(map(len, keys)) == MOST_KEY_BYTES
 
 
 def test_no_dump_takes_the_key_of_what_belongs_to_another_dump_or_of_a_module():

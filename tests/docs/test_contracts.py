@@ -10,7 +10,7 @@ from tests.support.pages import ROOT, codes, column, rows, section
 
 from core_dump_collector import metadata
 from core_dump_collector.losses.messages import REFUSALS
-from core_dump_collector.node import suppressed
+from core_dump_collector.node import modulefiles, suppressed
 from core_dump_format import attributes, modules, names
 from core_dump_helper.records import Record
 
@@ -122,7 +122,7 @@ def test_names_of_modules_are_those_that_the_code_knows():
     listed = column(MODULES, "in `.modules/`")
     digest = "ab" * 32
     names_in_code = [modules.module_name(digest, is_sensitive=flag) for flag in (False, True)]
-    names_in_code += [modules.COLLECTOR_MARK, modules.list_name("DUMP")]
+    names_in_code += [modules.COLLECTOR_MARK, modules.list_name("DUMP"), f"DUMP{modulefiles.RECEIPT_SUFFIX}"]
     assert sorted(name.replace("SHA256", digest) for name in listed) == sorted(names_in_code)
 
 

@@ -160,6 +160,7 @@ def running(
     settings = {
         "BUCKET_NAME": "dumps",
         "NODE_NAME": "node-1",
+        "MODULES": "false",  # tests of modules set it; others look at all that is in the directory
         "KEY_TEMPLATE": "{node}/{name}",  # does not depend on the day
         "METRICS_ADDRESS": "127.0.0.1",
         "METRICS_PORT": "0",

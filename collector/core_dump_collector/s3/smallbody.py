@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _HEADERS = {
     "ChecksumCRC32": "x-amz-checksum-crc32",
+    "ContentEncoding": "Content-Encoding",
     "ContentType": "Content-Type",
     "ExpectedBucketOwner": "x-amz-expected-bucket-owner",
     "IfNoneMatch": "If-None-Match",

@@ -83,8 +83,7 @@ class Store:
                 **self._checksum(crc32),
                 **_condition(conditional),
                 **self._object,
-                **self._dump,
-                **headers,
+                **(self._dump | dict(headers)),
             )
         )
 

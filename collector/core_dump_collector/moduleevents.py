@@ -1,0 +1,38 @@
+"""Owns the messages from a pass over modules to the daemon."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """What a pass reports; bounded, so it can be a metric label."""
+
+    SENDING = "sending"
+    FAILED = "failed"
+    UPLOADED = "uploaded"
+    PRESENT = "present"
+    UNPROVEN = "unproven"
+    WITHHELD = "withheld"
+    DROPPED_AGE = "age"
+    DROPPED_SPACE = "space"
+    DROPPED_WRONG = "wrong"
+    DROPPED_REFUSED = "refused"
+    LIST_PUBLISHED = "list published"
+    LIST_DROPPED = "list dropped"
+
+
+STORED = (Kind.UPLOADED, Kind.PRESENT, Kind.UNPROVEN)
+DROPPED = (Kind.DROPPED_AGE, Kind.DROPPED_SPACE, Kind.DROPPED_WRONG, Kind.DROPPED_REFUSED, Kind.WITHHELD)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that a pass did, or is about to do."""
+
+    kind: Kind
+    name: str
+    """The file; the reason, for a failure."""
+    size_bytes: int = 0
+    detail: str = ""

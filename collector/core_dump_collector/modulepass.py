@@ -1,0 +1,229 @@
+"""Owns one pass over `.modules/`, in a process of its own: publishes lists, stores modules, removes what is too old.
+
+Dumps go through the worker pool and wait for nothing here. A module is deleted when the bucket has an object under its
+key, a list when it is published; whatever ends the pass, the next one finds the rest on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import time
+from typing import TYPE_CHECKING
+
+from botocore.exceptions import BotoCoreError
+
+from core_dump_collector.moduleevents import Event, Kind
+from core_dump_collector.node.modulefiles import RECEIPT_SUFFIX, Contents, File, ModuleFiles
+from core_dump_collector.s3 import classify, documents
+from core_dump_collector.s3.client import make_client
+from core_dump_collector.s3.errors import PermanentError, RetryableError, StoreError
+from core_dump_collector.s3.modules import MOST_BYTES, Stored, store_module
+from core_dump_collector.s3.parts import FilePart
+from core_dump_collector.s3.store import Store
+from core_dump_format.gzip import DamagedError, inflate
+from core_dump_format.keys import MODULES_LIST_SUFFIX
+from core_dump_format.modules import (
+    KNOWN_SECONDS,
+    MOST_MODULE_BYTES,
+    ListError,
+    list_name,
+    parse_list,
+    parse_module_name,
+)
+from core_dump_format.names import PARTIAL_SUFFIX
+from core_dump_format.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from core_dump_collector.options import UploadOptions
+
+MOST_WAITING_BYTES = 4 << 30
+"""Modules and lists that wait. The helper has a limit of its own; this one holds whatever has filled the directory."""
+SETTLED_SECONDS = 60.0
+"""A partial file, or a receipt without a list, is left alone for so long."""
+ORPHAN_SECONDS = 3600.0
+"""A list whose dump is not in the watch directory is kept for so long."""
+
+
+class Pass:
+    """One pass over the directory."""
+
+    def __init__(self, directory: str, options: UploadOptions, report: Callable[[Event], None]) -> None:
+        """Prepare; the client is made when something is sent."""
+        self._directory = directory
+        self._options = options
+        self._report = report
+        self._client: Store | None = None
+
+    def run(self, *, sends: bool, modules: bool) -> None:
+        """Clean up; then, if allowed, publish lists and store modules.
+
+        Args:
+            sends: the store takes objects, as far as is known.
+            modules: modules are due as well.
+        """
+        try:
+            with ModuleFiles(self._directory) as files:
+                found = self._clean(files, files.scan())
+                for dump in found.receipts if sends else ():
+                    self._publish(files, dump, found)
+                waiting = found.modules if sends and modules else []
+                for file in random.sample(waiting, len(waiting)):  # nodes that crash together share the work
+                    self._send(files, file)
+        except RetryableError as error:
+            self._report(Event(Kind.FAILED, error.reason, detail=printable(str(error))))
+        except OSError as error:
+            self._report(Event(Kind.FAILED, "local_io", detail=printable(error.strerror or str(error))))
+        finally:
+            if self._client is not None:
+                self._client.close()
+
+    def _store(self) -> Store:
+        if self._client is None:
+            try:
+                self._client = Store(make_client(self._options), self._options)
+            except BotoCoreError as error:
+                raise classify.translate(error) from error
+        return self._client
+
+    # What is removed
+
+    def _clean(self, files: ModuleFiles, found: Contents) -> Contents:
+        """Remove what nobody will send, and return the rest."""
+        now = time.time()
+        for file in found.partials:
+            if now - file.modified_at > SETTLED_SECONDS:
+                files.remove_abandoned(file.name)
+        modules = [file for file in found.modules if not self._is_withheld(files, file)]
+        modules = [file for file in modules if not self._is_outdated(files, file, now)]
+        for dump, file in found.receipts.items():
+            if now - file.modified_at > SETTLED_SECONDS and not files.expects_list(dump):
+                files.remove(file.name)
+        lists = {dump: file for dump, file in found.lists.items() if not self._is_orphan(files, dump, found)}
+        return self._make_room(files, Contents(modules, lists, found.receipts))
+
+    def _is_withheld(self, files: ModuleFiles, file: File) -> bool:
+        parsed = parse_module_name(file.name)
+        if self._options.upload_sensitive or parsed is None or not parsed.is_sensitive:
+            return False
+        return self._drop(files, file, Kind.WITHHELD)
+
+    def _is_outdated(self, files: ModuleFiles, file: File, now: float) -> bool:
+        return now - file.modified_at > KNOWN_SECONDS and self._drop(files, file, Kind.DROPPED_AGE)
+
+    def _is_orphan(self, files: ModuleFiles, dump: str, found: Contents) -> bool:
+        file = found.lists[dump]
+        if dump in found.receipts or time.time() - file.modified_at < ORPHAN_SECONDS:
+            return False
+        names = (dump, dump + PARTIAL_SUFFIX)
+        if any(os.path.lexists(os.path.join(self._directory, name)) for name in names):
+            return False
+        return self._drop(files, file, Kind.LIST_DROPPED)
+
+    def _make_room(self, files: ModuleFiles, found: Contents) -> Contents:
+        """Remove the oldest modules, then the oldest lists, until the rest fits."""
+        excess = found.size_bytes - MOST_WAITING_BYTES
+        for file in sorted(found.modules, key=lambda file: file.modified_at):
+            if excess > 0 and self._drop(files, file, Kind.DROPPED_SPACE):
+                found.modules.remove(file)
+                excess -= file.size_bytes
+        for dump, file in sorted(found.lists.items(), key=lambda item: item[1].modified_at):
+            if excess > 0 and self._drop(files, file, Kind.LIST_DROPPED):
+                del found.lists[dump]
+                excess -= file.size_bytes
+        return found
+
+    def _drop(self, files: ModuleFiles, file: File, kind: Kind) -> bool:
+        if files.remove(file.name):
+            self._report(Event(kind, file.name, file.size_bytes))
+        return True
+
+    # What is sent
+
+    def _publish(self, files: ModuleFiles, dump: str, found: Contents) -> None:
+        """Publish the list of a dump that is stored; a list that is not one, or of another dump, is removed."""
+        file, receipt = found.lists.get(dump), files.read_receipt(dump)
+        if file is None:
+            return
+        kind, detail = Kind.LIST_DROPPED, "the receipt is of no use"
+        try:
+            content = files.read_list(dump)
+            listed = parse_list(content)
+            withheld = listed.sensitive and not self._options.upload_sensitive
+            if listed.dump != dump:
+                detail = "it is the list of another dump"
+            elif withheld:
+                detail = "of a sensitive dump"
+            elif receipt is not None and receipt.bucket == self._options.bucket:
+                documents.put(self._store(), receipt.key + MODULES_LIST_SUFFIX, content)
+                kind, detail = Kind.LIST_PUBLISHED, receipt.key
+        except (ListError, PermanentError) as error:
+            detail = printable(str(error))
+        files.remove(list_name(dump))
+        files.remove(dump + RECEIPT_SUFFIX)
+        self._report(Event(kind, file.name, file.size_bytes, detail))
+
+    def _send(self, files: ModuleFiles, file: File) -> None:
+        """Store one module and delete it; one that cannot be read is left for its age to remove."""
+        try:
+            fd = files.open(file.name)
+        except OSError:
+            return
+        try:
+            size = os.fstat(fd).st_size
+            self._report(Event(Kind.SENDING, file.name, size))
+            outcome, detail = self._store_open(file.name, FilePart(fd, 1, 0, size, last=True))
+            if files.remove(file.name, fd):
+                self._report(Event(outcome, file.name, size, detail))
+        finally:
+            os.close(fd)
+
+    def _store_open(self, name: str, part: FilePart) -> tuple[Kind, str]:
+        parsed = parse_module_name(name)
+        if parsed is None or not has_content(part, parsed.sha256):
+            return Kind.DROPPED_WRONG, "its content is not that of its name"
+        if part.size_bytes > MOST_BYTES:
+            return Kind.DROPPED_REFUSED, "larger than one request can store"
+        try:
+            stored = store_module(self._store(), self._options.prefix, parsed.sha256, part)
+        except PermanentError as error:
+            return Kind.DROPPED_REFUSED, printable(str(error))
+        return _KINDS[stored], ""
+
+
+_KINDS = {
+    Stored.UPLOADED: Kind.UPLOADED,
+    Stored.PRESENT: Kind.PRESENT,
+    Stored.UNPROVEN: Kind.UNPROVEN,
+}
+
+
+def has_content(part: FilePart, sha256: str) -> bool:
+    """Tell whether a gzip file is whole and its content has this SHA-256."""
+    digest, size_bytes = hashlib.sha256(), 0
+    try:
+        for piece in inflate(map(bytes, part.blocks())):
+            digest.update(piece)
+            size_bytes += len(piece)
+            if size_bytes > MOST_MODULE_BYTES:
+                return False
+    except DamagedError:
+        return False
+    return digest.hexdigest() == sha256
+
+
+def run(
+    directory: str, options: UploadOptions, report: Callable[[Event], None], *, sends: bool, modules: bool
+) -> None:
+    """Make one pass; a fault of ours is reported, and the next pass goes on."""
+    try:
+        Pass(directory, options, report).run(sends=sends, modules=modules)
+    except StoreError as error:
+        report(Event(Kind.FAILED, "server", detail=printable(str(error))))
+    except Exception as error:  # noqa: BLE001  the boundary of the process
+        with contextlib.suppress(OSError):
+            report(Event(Kind.FAILED, "internal", detail=printable(repr(error))))

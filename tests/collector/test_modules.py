@@ -1,0 +1,89 @@
+"""When a pass over modules starts: spread over time, after dumps, and not to a store that is down."""
+
+from __future__ import annotations
+
+import pytest
+from tests.support import modules as support
+
+from core_dump_collector import config, modules
+from core_dump_collector.metrics import Metrics
+from core_dump_collector.modules import BUSY_SECONDS, CLEAN_PAUSE_SECONDS, POLL_SECONDS, ModuleUploads
+from core_dump_collector.node import modulefiles
+from core_dump_collector.observation import Observer
+from core_dump_format.modules import COLLECTOR_MARK, DIRECTORY
+
+NAME = "core-app-1700000000-42-11.gz"
+
+
+class Uploads(ModuleUploads):
+    """Notes what would be started."""
+
+    def _start(self, now, *, sends, modules):
+        self.started.append((now, sends, modules))
+        self._clean_due = now + CLEAN_PAUSE_SECONDS
+
+
+@pytest.fixture
+def uploads(watch_dir, monkeypatch):
+    monkeypatch.setattr(modules.random, "uniform", lambda low, high: (low + high) / 2)
+    metrics = Metrics()
+    settings = config.load({"bucket_name": "dumps", "module_delay_seconds": "300"})
+    made = Uploads(str(watch_dir), settings, metrics, Observer(metrics.unobserved))
+    made.started = []
+    made._clean_due = 10**9
+    return made
+
+
+def advance(uploads, seconds, **changes):
+    """Let the time go by, and return what was started."""
+    uploads.started.clear()
+    now = uploads.due
+    end = now + seconds
+    while now <= end:
+        uploads.advance(now, **{"reachable": True, "busy": False} | changes)
+        now = max(now + 0.01, uploads.due)
+    return uploads.started
+
+
+def test_mark_tells_helpers_that_modules_are_taken_and_stays_young(uploads, watch_dir):
+    advance(uploads, 0)
+    mark = watch_dir / DIRECTORY / COLLECTOR_MARK
+    support.age(mark, 7200)
+    before = mark.stat().st_mtime
+    advance(uploads, 700)
+    assert mark.stat().st_mtime > before
+    assert (watch_dir / DIRECTORY).stat().st_mode & 0o7777 == 0o700
+
+
+def test_modules_are_sent_after_a_random_delay(uploads, watch_dir):
+    support.put_module(watch_dir, b"library")
+    first = uploads.due
+    (now, sends, due) = advance(uploads, 160)[0]
+    assert (sends, due) == (True, True)
+    assert 150 <= now - first <= 150 + POLL_SECONDS
+
+
+def test_lists_of_stored_dumps_are_not_delayed(uploads, watch_dir):
+    support.put_list(watch_dir, NAME)
+    assert advance(uploads, 2 * POLL_SECONDS) == [], "the dump is not stored yet"
+    modulefiles.note_stored(str(watch_dir), NAME, modulefiles.Receipt("dumps", "key"))
+    assert {(sends, due) for _, sends, due in advance(uploads, 2 * POLL_SECONDS)} == {(True, False)}
+
+
+def test_modules_give_way_to_dumps_for_a_while(uploads, watch_dir):
+    support.put_module(watch_dir, b"library")
+    assert advance(uploads, 200, busy=True) == []
+    assert advance(uploads, BUSY_SECONDS, busy=True)
+
+
+def test_nothing_is_sent_to_a_store_that_is_down(uploads, watch_dir):
+    support.put_module(watch_dir, b"library")
+    assert advance(uploads, 5000, reachable=False) == []
+    uploads._clean_due = 0
+    assert {(sends, due) for _, sends, due in advance(uploads, 60, reachable=False)} == {(False, False)}
+
+
+def test_directory_that_cannot_be_used_is_told_once_and_ends_nothing(uploads, watch_dir, capsys):
+    (watch_dir / DIRECTORY).symlink_to(watch_dir)
+    assert advance(uploads, 3 * POLL_SECONDS) == []
+    assert capsys.readouterr().out.count("cannot observe") == 1
