@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from core_dump_collector.backlog import Candidate
-from core_dump_collector.node import scan
+from core_dump_collector.node import identity, scan
 from core_dump_collector.node import watch as inotify
 from core_dump_collector.observation import Look
 from core_dump_collector.partials import Partials
@@ -177,6 +177,9 @@ class Arrivals:
         new = reported or abs(time.time() - found.modified_ns / 1e9) < NEW_SECONDS
         file = Candidate(found.name, found.size_bytes, found.modified_ns, found.owner, new)
         self._backlog.add(file, now)
+        logs = self._settings.pod_logs_directory
+        if new and logs is not None:
+            self._observer.look(Look.POD, lambda: identity.keep(self._directory, found.name, str(logs)))
 
     def next_partial(self, now: float) -> str | None:
         """Return a partial that nobody has touched for long enough to salvage it, or None."""

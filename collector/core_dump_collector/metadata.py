@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from core_dump_collector import __version__
-from core_dump_collector.node import kubernetes
+from core_dump_collector.node import identity
 from core_dump_format.attributes import read_attributes
 from core_dump_format.crc32 import encode_crc32
 from core_dump_format.keys import build_record_key, date_and_hour
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from core_dump_collector.jobs import Document
+    from core_dump_collector.node import kubernetes
     from core_dump_collector.node.dumpfile import DumpFile
     from core_dump_collector.options import UploadOptions
 
@@ -109,12 +110,16 @@ def gather(dump: DumpFile, raw: dict[str, bytes], options: UploadOptions) -> Fac
         }
         attributes = from_name | attributes
     timestamp = _number(attributes.get("timestamp"))
+    pod = identity.find(attributes, options.pod_logs_directory)
+    if pod is not None and attributes.get("identity_source") != "runtime":
+        attributes.pop("container", None)  # of a label
+        attributes |= identity.describe(pod)
     return Facts(
         name=dump.name,
         attributes=attributes,
         node=options.node_name,
         timestamp=dump.modified_at if timestamp is None else timestamp,
-        pod=_find_pod(attributes, options.pod_logs_directory),
+        pod=pod,
     )
 
 
@@ -142,10 +147,6 @@ def render(facts: Facts, stored: StoredObject, bucket: str, crash: Mapping[str, 
     document["sensitive"] = facts.sensitive is not None
     if facts.sensitive is not None:
         document["sensitive_reason"] = facts.sensitive
-    if facts.pod is not None:
-        document |= {"namespace": facts.pod.namespace, "pod": facts.pod.pod}
-        if facts.pod.container:
-            document["container"] = facts.pod.container
     document |= crash or {}
     rendered = json.dumps(document, indent=1).encode()
     if len(rendered) > MOST_BYTES:
@@ -157,7 +158,7 @@ def record_key(record: Document, options: UploadOptions) -> str:
     """Return the key of a record: it is made of the record's content, so an object under it is the same record."""
     facts = dict(record.facts)
     timestamp = _number(facts.get("timestamp")) or 0
-    pod = _find_pod(facts, options.pod_logs_directory)
+    pod = identity.find(facts, options.pod_logs_directory)
     described = Facts(record.name, facts, options.node_name, timestamp, pod)
     name = record.name.rpartition("/")[2]
     return build_record_key(options.prefix, options.key_template, described.key_fields(), name=name)
@@ -166,7 +167,7 @@ def record_key(record: Document, options: UploadOptions) -> str:
 def render_record(record: Document, key: str, options: UploadOptions) -> bytes:
     """Return the JSON of dumps that were refused."""
     facts = dict(record.facts)
-    pod = _find_pod(facts, options.pod_logs_directory)
+    pod = identity.find(facts, options.pod_logs_directory)
     document: dict[str, str | int] = {
         "schema": 1,
         "key": key,
@@ -180,15 +181,6 @@ def render_record(record: Document, key: str, options: UploadOptions) -> bytes:
     if pod is not None:
         document |= {"namespace": pod.namespace, "pod": pod.pod}
     return json.dumps(document, indent=1).encode() + b"\n"
-
-
-def _find_pod(
-    attributes: dict[str, str | int], pod_logs_directory: str | None
-) -> kubernetes.PodIdentity | None:
-    if pod_logs_directory is None or "pod_uid" not in attributes:
-        return None
-    container_id = str(attributes.get("container_id", ""))
-    return kubernetes.identify(str(attributes["pod_uid"]), container_id, pod_logs_directory)
 
 
 def _number(value: str | int | None) -> int | None:

@@ -25,6 +25,7 @@ class Look(StrEnum):
     SCAN = "scan"
     FREE_SPACE = "free_space"
     OWNER = "owner"
+    POD = "pod"
     CORE_PATTERN = "core_pattern"
     QUARANTINE = "quarantine"
     RECORDS = "records"

@@ -21,6 +21,7 @@ NUMBERS = frozenset(
 TEXTS = frozenset(
     {"hostname", "comm", "exe", "cmdline", "thread", "cgroup", "container_id", "pod_uid", "origin"}
     | {"truncated", "sensitive", "compressor", "helper_version", "vital"}
+    | {"namespace", "pod", "container", "image", "image_digest", "identity_source"}
 )
 UPLOAD_RECORD = ATTRIBUTE_PREFIX + "upload"
 """The upload in progress; the collector's own (s3/record)."""
@@ -36,13 +37,23 @@ METADATA_FLAGS = frozenset({"sensitive"})
 METADATA_NUMBERS = NUMBERS | {"schema", "size_bytes"}
 METADATA_TEXTS = (TEXTS - METADATA_FLAGS) | {
     *("key", "bucket", "crc32", "node", "uploaded_at", "collector_version", "state", "sensitive_reason"),
-    *("namespace", "pod", "container", "fingerprint", "build_id", "frames", "machine"),
+    *("fingerprint", "build_id", "frames", "machine"),
 }
 METADATA_FIELDS = METADATA_NUMBERS | METADATA_TEXTS | METADATA_FLAGS
 """Every field of a metadata object, and so everything that `core-dumps` can be asked for."""
 
-_FORMS = {"container_id": re.compile(rb"[0-9a-f]{64}"), "pod_uid": re.compile(rb"[0-9a-f-]{36}|[0-9a-f]{32}")}
-"""Attributes that become parts of paths and keys; a value of another form is ignored."""
+_NAME = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
+_FORMS = {
+    "container_id": re.compile(rb"[0-9a-f]{64}"),
+    "pod_uid": re.compile(rb"[0-9a-f-]{36}|[0-9a-f]{32}"),
+    "namespace": _NAME,
+    "pod": _NAME,
+    "container": _NAME,
+    "image": re.compile(rb"[!-~]{1,300}"),
+    "image_digest": re.compile(rb"sha256:[0-9a-f]{64}"),
+    "identity_source": re.compile(rb"runtime|label|logs"),
+}
+"""Attributes that become parts of paths and keys, or have few values; a value of another form is ignored."""
 
 
 def read_attributes(raw: Mapping[str, bytes]) -> dict[str, str | int]:

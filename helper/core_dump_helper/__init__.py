@@ -27,8 +27,13 @@ HELP = """core-dump-helper: the kernel starts it through kernel.core_pattern, on
 """
 
 
-def run_tool(name: str, config: str) -> int:
-    """Run a command that people, not the kernel, start; return its exit code."""
+def run_tool(argv: list[str], config: str) -> int:
+    """Run a command that the kernel does not start; return its exit code."""
+    name = argv[0]
+    if name == "--copy-modules":  # modules.Capture starts it
+        from core_dump_helper.modulecopy import copy
+
+        return copy(config, *map(int, argv[-2:]))
     if name == "--check":
         from core_dump_helper.check import check
 
@@ -48,10 +53,13 @@ def main() -> int:
         print("core-dump-helper", VERSION)
         return 0
     crash = parse_arguments(argv)
-    if argv[0] in ("--calibrate", "--check"):
-        return run_tool(argv[0], crash.config or CONFIG)
+    if argv[0] in ("--calibrate", "--check", "--copy-modules"):
+        return run_tool(argv, crash.config or CONFIG)
     try:
-        Handler(crash, secure_process()).run()
+        handler = Handler(crash, secure_process())
+        handler.run()
+        if handler.capture:
+            handler.capture.hand_over()
     except Refused as refused:
         if not refused.repeated:
             log("%s; no dump: %s" % (crash.sentence(), refused))

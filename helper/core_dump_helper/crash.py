@@ -42,6 +42,8 @@ class Crash:
         """Name (comm) of the crashing thread."""
         self.config = arguments.get("C", "")
         """Path of the configuration file, or empty."""
+        self.process = -1
+        """Descriptor of /proc/PID if that belongs to the process that crashed."""
 
     def __str__(self) -> str:
         """Return how log lines name the process, with control characters escaped."""
@@ -92,9 +94,13 @@ def read_process(crash: Crash) -> dict[str, bytes]:
         found = read_files(process)
         thread = read_fields("task/%s/status" % crash.tid if crash.tid else "status", process)
         older = start_time(process, "stat") <= start_time(None, "/proc/self/stat")
+        if older and is_identical(crash, thread):
+            crash.process = process
+            return found
     finally:
-        os.close(process)
-    return found if older and is_identical(crash, thread) else {"sensitive": b"identity"}
+        if crash.process != process:
+            os.close(process)
+    return {"sensitive": b"identity"}
 
 
 def read_files(process: int) -> dict[str, bytes]:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 ATTRIBUTE_SPACE = 2600
 """Bytes for the attributes known at the start: ext4 has 4 KiB for all, and the collector adds its own."""
+IDENTITY_SPACE = 900
+"""Bytes of ATTRIBUTE_SPACE that are kept for what the container runtime says."""
 RESULT_SPACE = 600
 """Bytes for the attributes known at the end."""
 

@@ -7,7 +7,14 @@ import time
 
 from core_dump_helper.corecopy import CoreCopy, set_alarm
 from core_dump_helper.crash import read_metadata
-from core_dump_helper.dumpfile import RESULT_SPACE, create_partial, publish, set_attributes
+from core_dump_helper.dumpfile import (
+    ATTRIBUTE_SPACE,
+    IDENTITY_SPACE,
+    RESULT_SPACE,
+    create_partial,
+    publish,
+    set_attributes,
+)
 from core_dump_helper.limits import DiskWatch, Limits
 from core_dump_helper.settings import CONFIG, Settings
 from core_dump_helper.system import CHUNK, DIRECTORY, DISK_FULL, Refused, is_private, log
@@ -15,6 +22,8 @@ from core_dump_helper.system import CHUNK, DIRECTORY, DISK_FULL, Refused, is_pri
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
     from core_dump_helper.crash import Crash
+    from core_dump_helper.modules import Capture
+    from core_dump_helper.runtime import RuntimeFile
 
 
 class Handler:
@@ -27,6 +36,10 @@ class Handler:
         self.settings = Settings()
         self.metadata: dict[str, bytes] = {}
         self.announced = False
+        self.capture: Capture | None = None
+        """The files behind the crash, which are copied after the dump."""
+        self.runtime: RuntimeFile | None = None
+        """What the container runtime says of the container."""
         self.warnings: list[str] = []
         """Logged with the crash, so that a refusal which is only counted logs none of them."""
 
@@ -98,6 +111,8 @@ class Handler:
         suffix = "" if self.settings.COMPRESSOR == "none" else ".gz"
         try:
             limits.check(self.started + self.settings.DEADLINE_SECONDS)
+            self.open_modules(directory)
+            self.read_runtime_file()
             dump, name = self.create(directory, suffix)
             watch = DiskWatch(dump, limits.disk)
             copy = CoreCopy(self.crash, self.core, self.settings, dump)
@@ -121,17 +136,53 @@ class Handler:
         self.record_result(dump, copy, truncated, took_ms)
         if truncated == "compressor_failed":
             raise Refused("", "%s failed; %s.partial holds what it wrote" % (writer.name, name))
+        self.announce_modules(name)
         name = publish(directory, dump, name, self.crash, suffix)
         state = "truncated (%s)" % truncated if truncated else "complete"
         result = (self.crash, name, state, writer.size, writer.name, took_ms)
         log("%s: %s is %s: %d bytes by %s in %d ms" % result, 6)
         watch.finish()
 
+    def open_modules(self, directory: int) -> None:
+        """Open the files behind the crash, if somebody takes them."""
+        if self.settings.MODULES != "yes" or self.crash.process < 0:
+            return
+        try:
+            from core_dump_helper import modules
+
+            self.capture = modules.start(self.crash, directory)
+        except FileNotFoundError:  # no collector that takes them
+            pass
+        except Exception as error:  # noqa: BLE001 - hostile input must not cost the dump
+            log("%s: its files are not copied: %s" % (self.crash, error))
+
+    def read_runtime_file(self) -> None:
+        """Read what the container runtime says of the container; `record_result` parses it."""
+        container = self.metadata.get("container_id")
+        if not container:
+            return
+        try:
+            from core_dump_helper.runtime import read_runtime_file
+
+            self.runtime = read_runtime_file(container)
+        except Exception as error:  # noqa: BLE001 - it must not cost the dump
+            log("%s: cannot read what its container runtime says: %s" % (self.crash, error))
+
+    def announce_modules(self, name: str) -> None:
+        """Tell the collector, before the dump is published, that a list of its files is coming."""
+        try:
+            if self.capture:
+                self.capture.announce(name, self.metadata)
+        except OSError as error:
+            log("%s: its files are not copied: %s" % (self.crash, error))
+            self.capture = None
+
     def create(self, directory: int, suffix: str) -> tuple[int, str]:
         """Return the dump's descriptor and its name; raises Refused if it cannot be created."""
         try:
             dump, name = create_partial(directory, self.crash, suffix)
-            set_attributes(dump, self.metadata)
+            space = ATTRIBUTE_SPACE - (IDENTITY_SPACE if self.runtime else 0)
+            set_attributes(dump, self.metadata, space)
         except OSError as error:
             reason = "disk_full" if error.errno in DISK_FULL else "directory"
             raise Refused(reason, "cannot create the dump: %s" % error.strerror) from error
@@ -154,8 +205,20 @@ class Handler:
             "helper_version": VERSION,
         }
         attributes = {name: value.encode() for name, value in result.items() if value}
+        if self.runtime:
+            set_attributes(dump, self.identify(self.runtime), IDENTITY_SPACE)
         if not set_attributes(dump, attributes, RESULT_SPACE) and truncated:
             os.fchmod(dump, 0o1600)  # the collector reads the sticky bit as "truncated"
+
+    def identify(self, file: RuntimeFile) -> dict[str, bytes]:
+        """Return the attributes that say whose container crashed, or none."""
+        try:
+            from core_dump_helper.runtime import identify
+
+            return identify(file)
+        except Exception as error:  # noqa: BLE001 - it must not cost the dump
+            log("%s: cannot use what its container runtime says: %s" % (self.crash, error))
+            return {}
 
 
 def is_full(descriptor: int) -> bool:

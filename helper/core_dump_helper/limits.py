@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CHECK_BYTES = 32 << 20
 MIN_INODES = 100
+FULL_PERCENT = 5
+"""Of the file system, beyond KEEP_FREE_PERCENT, are never filled with modules; below it, modules are removed."""
 DISK_SHARE = 3
 REFUSAL_PATIENCE = 5
 """Before a dump is refused, the files are counted again if the last count is older than so many times what it took."""
@@ -148,8 +150,25 @@ class DiskLimits:
         """Bytes of this dump, and how many of them are part of `_usage`."""
 
     def exceeded(self) -> str:
-        """Return the reason that forbids more bytes, or an empty string."""
+        """Return the reason that forbids more bytes, or an empty string; modules go before a dump does."""
         space = os.fstatvfs(self._directory)
+        reason = self._exceeded(space)
+        is_full = reason == "keep_free" or space.f_bavail * 100 < FULL_PERCENT * space.f_blocks
+        if is_full and self._remove_modules():
+            reason = self._exceeded(os.fstatvfs(self._directory))
+        return reason
+
+    def _remove_modules(self) -> bool:
+        """Remove the files behind earlier crashes; return whether there were any."""
+        try:
+            from core_dump_helper.modules import remove_all
+
+            return remove_all(self._directory)
+        except (OSError, ImportError) as error:
+            log("cannot remove modules: %s" % error)
+            return False
+
+    def _exceeded(self, space: os.statvfs_result) -> str:
         room = (space.f_bavail - self._settings.KEEP_FREE_PERCENT * space.f_blocks / 100) * space.f_frsize
         if room < 0:
             return "keep_free"
@@ -166,12 +185,22 @@ class DiskLimits:
 
     def check(self) -> None:
         """Raise Refused if the disk has no room for another dump."""
-        space = os.fstatvfs(self._directory)
         reason = self.exceeded()
-        if not reason and space.f_files and space.f_favail < MIN_INODES:
-            reason = "inodes"
+        if not reason and self._lacks_inodes():
+            self._remove_modules()
+            reason = "inodes" if self._lacks_inodes() else ""
         if reason:
             raise Refused(reason, "the disk has no room for another dump of this origin")
+
+    def _lacks_inodes(self) -> bool:
+        space = os.fstatvfs(self._directory)
+        return bool(space.f_files and space.f_favail < MIN_INODES)
+
+    def has_room(self, size: int) -> bool:
+        """Return whether there is room for so many bytes of something that matters less than dumps."""
+        space = os.fstatvfs(self._directory)
+        kept = (self._settings.KEEP_FREE_PERCENT + FULL_PERCENT) * space.f_blocks / 100
+        return not self._lacks_inodes() and (space.f_bavail - kept) * space.f_frsize > size
 
     def grow(self, held: int) -> None:
         """Note that this dump holds so many bytes now."""

@@ -38,6 +38,7 @@ def is_rate(text: str) -> bool:
 TEXTS: dict[str, tuple[Callable[[str], bool], str]] = {
     "COMPRESSOR": (lambda text: text in COMPRESSORS, "one of " + ", ".join(COMPRESSORS)),
     "RESPECT_RLIMIT": (lambda text: text in ("yes", "no"), "yes or no"),
+    "MODULES": (lambda text: text in ("yes", "no"), "yes or no"),
     "RATE_LIMIT": (is_rate, "dumps/seconds like 5/600, or 0"),
     "MAX_TOTAL_BYTES": (
         lambda text: text == HALF or (text != "" and are_numbers([text], 18)),
@@ -63,6 +64,8 @@ class Settings:
     MAX_CONCURRENT = 8
     BUFFER_BYTES = 1 << 30
     VITAL_BYTES = 32 << 20
+    MODULES = "yes"
+    MODULE_MAX_BYTES = 512 << 20
     IGNORE_SIGNALS = ""
     RESPECT_RLIMIT = "no"
     CGROUP = ""

@@ -58,12 +58,24 @@ def test_every_name_of_the_helper_is_parsed_to_equal_fields(comm, timestamp, pid
     assert unpartial(name + ".partial") == name
 
 
+FORMS = {
+    "container_id": b"c" * 64,
+    "pod_uid": b"01234567-89ab-cdef-0123-456789abcdef",
+    "namespace": b"shop",
+    "pod": b"cart-0",
+    "container": b"app",
+    "image": b"registry/app:1",
+    "image_digest": b"sha256:" + b"d" * 64,
+    "identity_source": b"runtime",
+}
+"""Of the attributes that are read in one form only."""
+
+
 @FEW
 @given(st.dictionaries(st.sampled_from(sorted(TEXTS - {"truncated"})), st.binary(min_size=1, max_size=300)))
 def test_every_attribute_of_the_helper_is_read_by_the_collector(watch_dir, values):
     values |= {"pid": b"42", "signal": b"11"}
-    for name, form in (("container_id", b"c" * 64), ("pod_uid", b"01234567-89ab-cdef-0123-456789abcdef")):
-        values |= {name: form} if name in values else {}
+    values |= {name: form for name, form in FORMS.items() if name in values}
     path = watch_dir / f"core-{next(number)}"
     path.write_bytes(b"")
     descriptor = os.open(path, os.O_RDWR)

@@ -22,6 +22,8 @@ class Station:
     settings: dict[str, object] = field(default_factory=dict)
     python: str = sys.executable
     pigz: tuple[str, ...] | None = None
+    edits: list[tuple[str, str, str]] = field(default_factory=list)
+    """Module, old and new text: changes to the installed copy."""
 
     def command(self, *arguments, name="app"):
         """Install; return the command line, as the kernel would make it for this very process."""
@@ -31,6 +33,8 @@ class Station:
         if self.pigz is not None:
             module = self.directory / "core_dump_helper/compress.py"
             kernel.replace(module, "\nPIGZ = ", f"\nPIGZ = {self.pigz!r}\nOLD_PIGZ = ")
+        for module, old, new in self.edits:
+            kernel.replace(self.directory / "core_dump_helper" / module, old, new)
         usual = [
             f"-P{os.getpid()}",
             "-p7",

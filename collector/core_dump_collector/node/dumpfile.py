@@ -242,6 +242,14 @@ def _open_directory(directory: str) -> int:
         raise UnfitError(Unfit.VANISHED, "the watch directory is gone") from None
 
 
+def open_regular(parent: int, name: str) -> tuple[int, os.stat_result] | None:
+    """Open a regular file with one link, as a dump is opened; return None if it is not to be opened now."""
+    try:
+        return _open_regular(parent, name)
+    except UnfitError:
+        return None
+
+
 def _open_regular(parent: int, name: str) -> tuple[int, os.stat_result]:
     """Open a regular file with one link. Its type is checked first, so that no device or FIFO is opened."""
     try:
