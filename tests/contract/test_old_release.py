@@ -86,7 +86,7 @@ def test_dumps_and_records_of_the_old_helper_become_the_same_objects(
     wanted = old.objects()
     with running(watch_dir, seaweed.environ(), tmp_path, program=IMPATIENT):
         wait_until(lambda: len(s3.keys_in(bucket)) >= len(wanted), 30, "every object")
-        assert not list(watch_dir.glob("core*"))
+        wait_until(lambda: not list(watch_dir.glob("core*")), 10, "every dump to be deleted")
     found = {key: s3.body_of(bucket, key) for key in s3.keys_in(bucket)}
     assert found.keys() == wanted.keys()
     before, now = metadata_of(wanted), metadata_of(found)
