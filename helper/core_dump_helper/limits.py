@@ -80,8 +80,11 @@ class Slots:
     for its own, while another origin's first dump finds a free slot.
     """
 
-    def __init__(self, records: Records, count: int, origin: bytes, memory: Memory) -> None:
+    def __init__(
+        self, records: Records, count: int, origin: bytes, memory: Memory, name: str = "slot"
+    ) -> None:
         """Store how many slots there are (0 means no limit), who asks, and the memory that those who wait belong to."""
+        self._name = name
         self._records, self._count, self._memory = records, count, memory
         self._origin = origin[:ORIGIN_BYTES].ljust(ORIGIN_BYTES)
         self._slots: list[int] = []
@@ -91,9 +94,11 @@ class Slots:
         if not self._count:
             return True
         try:
-            guard = self._records.open_file("slots")
+            guard = self._records.open_file(self._name + "s")
             self._slots.append(guard)
-            self._slots.extend(self._records.open_file("slot-%d" % number) for number in range(self._count))
+            self._slots.extend(
+                self._records.open_file("%s-%d" % (self._name, number)) for number in range(self._count)
+            )
         except OSError as error:
             for descriptor in self._slots:
                 os.close(descriptor)

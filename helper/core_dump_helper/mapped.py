@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from stat import S_IROTH, S_ISREG
 
+from core_dump_helper.mappings import unnamed_memory
 from core_dump_helper.mounts import Mounts
 from core_dump_helper.system import CHUNK, read_fields, read_file
 
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_OWN_MOUNTS_BYTES = 16 << 20
-SHARED_MEMORY = b"/dev/zero (deleted)"
-"""Name of shared anonymous memory in maps; memfd_create(2) makes files on the same file system."""
 ESCAPED_NEWLINE = b"\\012"
 
 
@@ -91,7 +90,6 @@ class Judge:
         """Store the mounts of the crashed process, and how long a file may be (0 means no limit)."""
         self._mounts, self._limit = mounts, limit
         self._own: Mounts | None = None
-        self._shared_memory: bytes | None = None
 
     def check(self, file: Mapped) -> os.stat_result:
         """Return the status of a file that may be read; raises Missing."""
@@ -126,16 +124,6 @@ class Judge:
                 self._own = Mounts(read_file("/proc/self/mountinfo", MAX_OWN_MOUNTS_BYTES))
             local = self._own.is_local_device(device)
         if local is None:
-            if self._shared_memory is None:
-                self._shared_memory = shared_memory_device()
-            local = device == self._shared_memory
+            major, _, minor = device.partition(b":")
+            local = (int(major, 16), int(minor, 16)) in unnamed_memory()
         return local
-
-
-def shared_memory_device() -> bytes:
-    """Return the device of memfd files as maps shows it, or nothing; it is mounted nowhere."""
-    from mmap import MAP_ANONYMOUS, MAP_SHARED, mmap
-
-    with mmap(-1, 1, MAP_SHARED | MAP_ANONYMOUS):
-        lines = [line.split(None, 5) for line in read_file("/proc/self/maps", CHUNK).split(b"\n")]
-    return next((words[3] for words in lines if words[5:] == [SHARED_MEMORY]), b"")

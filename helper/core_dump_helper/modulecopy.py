@@ -16,11 +16,11 @@ from core_dump_format.elf import build_id_of
 from core_dump_format.modules import Module, ModuleList, list_name, module_name, render_list
 from core_dump_helper.compress import IN_PROCESS, make_writer
 from core_dump_helper.core import Memory
-from core_dump_helper.limits import DiskLimits
+from core_dump_helper.limits import DiskLimits, Slots
 from core_dump_helper.mapped import HandOver, Judge, Mapped, Missing
 from core_dump_helper.modules import DIRECTORY_NAME
 from core_dump_helper.modulestate import Known, ModuleState, identity
-from core_dump_helper.records import open_state
+from core_dump_helper.records import Records, open_state
 from core_dump_helper.settings import Settings
 from core_dump_helper.system import CHUNK, DIRECTORY, DISK_FULL, NEW_FILE, exists, log, write_all, write_file
 
@@ -34,6 +34,8 @@ COPY_SECONDS = 120
 """Then no further file is read: the descriptors keep file systems from being unmounted."""
 ALARM_SECONDS = 30
 """Beyond COPY_SECONDS: then SIGALRM ends a program that hangs."""
+MAX_CONCURRENT = 4
+"""Programs that copy at one time, shared out among origins as MAX_CONCURRENT of helper.conf is."""
 NICE = 19
 OOM_SCORE = b"1000"
 IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
@@ -94,7 +96,11 @@ class Copier:
         self._hand_over, self._settings = hand_over, settings
         self._end = time.monotonic() + COPY_SECONDS
         self._directory = os.open(DIRECTORY_NAME, DIRECTORY, dir_fd=watch)
-        self._state = ModuleState(open_state(watch))
+        state = open_state(watch)
+        self._state = ModuleState(state)
+        self._slots = Slots(
+            Records(state), MAX_CONCURRENT, hand_over.origin, Memory(settings.CGROUP), "copy-slot"
+        )
         self._disk = DiskLimits(watch, settings)
         self._is_sensitive = bool(hand_over.sensitive)
         self._held: int | None = None
@@ -104,6 +110,8 @@ class Copier:
 
     def run(self) -> Iterator[Module]:
         """Yield the modules; close each file as soon as it is done."""
+        if not self._slots.acquire(self._end):
+            self._end = 0.0  # only known files are listed
         self._state.load()
         judge = Judge(self._hand_over.mounts, self._settings.MODULE_MAX_BYTES)
         unknown: list[tuple[Mapped, os.stat_result]] = []
@@ -127,11 +135,12 @@ class Copier:
 
     def _copy_all(self, unknown: list[tuple[Mapped, os.stat_result]]) -> Iterator[Module]:
         sizes = [status.st_size for _, status in unknown]
-        allowed = self._state.charge(self._hand_over.origin, sizes) if sizes else 0
+        is_late = time.monotonic() > self._end
+        allowed = self._state.charge(self._hand_over.origin, sizes) if sizes and not is_late else 0
         for number, (file, status) in enumerate(unknown):
             try:
                 if number >= allowed:
-                    raise Missing("budget")
+                    raise Missing("deadline" if is_late else "budget")
                 yield _describe(file, status.st_size, self._copy(file, status))
             except (Missing, OSError) as error:
                 yield _describe_missing(file, error)

@@ -95,6 +95,17 @@ def remove(name: str, directory: int) -> None:
         pass
 
 
+def read_mounts(process: int) -> bytes:
+    """Return the mounts of a process that root has mounted; raises OSError.
+
+    In a user namespace of its own, a process can mount FUSE, and an overlay above it. Then the host's mounts count.
+    """
+    user = "ns/user"
+    if os.readlink(user, dir_fd=process) == os.readlink("/proc/self/" + user):
+        return read_file("mountinfo", MAX_MOUNTS_BYTES, process)
+    return read_file("/proc/self/mountinfo", MAX_MOUNTS_BYTES)
+
+
 def open_mapping(span: bytes, files: int) -> int:
     """Return the descriptor of the file that is mapped at `START-END`, or -1; `files` is /proc/PID/map_files."""
     start, _, end = span.partition(b"-")
@@ -125,7 +136,7 @@ class Capture:
         """
         end = time.monotonic() + OPEN_SECONDS
         process = self._find_memory()
-        self._mounts = read_file("mountinfo", MAX_MOUNTS_BYTES, process)
+        self._mounts = read_mounts(process)
         mounts = Mounts(self._mounts)
         files = os.open("map_files", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=process)
         others: dict[bytes, bytes] = {}

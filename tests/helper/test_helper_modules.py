@@ -122,7 +122,7 @@ def test_same_content_in_another_image_is_stored_once(taken, process_with, tmp_p
 @pytest.mark.parametrize("python", kernel.pythons(), ids=lambda path: path.split("/")[-3])
 def test_every_python_copies(taken, process_with, python):
     taken.python = python
-    with process_with("memfd") as pid:
+    with process_with() as pid:
         assert not any(module.missing for module in crash(taken, pid).modules)
     assert stored(taken)
 
