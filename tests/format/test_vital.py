@@ -330,13 +330,13 @@ def test_anything_else_is_refused(data):
 
 
 def test_a_million_segments_are_refused_at_once():
-    started = time.monotonic()
+    started = time.process_time()
     head = bytearray(kernel_core([], b""))
     struct.pack_into("<H", head, 56, 0xFFFF)
     struct.pack_into("<Q", head, 64 + 8, 64 + 56 * 1_000_000)
     with pytest.raises(UnsupportedError, match=str(fronts.MAX_SEGMENTS)):
         front_bytes(head)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 class Wild(Held):
