@@ -87,6 +87,7 @@ class GzipWriter:
         self._crc, self._end = 0, 0
         self._codec: Any = None
         self._deflate: Any = None
+        self._zeros, self._zeros_deflated = bytearray(), b""
         self._may_start, self._started = True, False
         self._halves: SimpleQueue[memoryview] = SimpleQueue()
         self._blocks: SimpleQueue[list[bytes]] = SimpleQueue()
@@ -105,6 +106,8 @@ class GzipWriter:
             import zlib as codec  # type: ignore[no-redef]
         self._codec = codec
         self._deflate = self._new_deflate()
+        if self.name == "gzip":
+            self._zeros = bytearray(CHUNK)
         self._may_start = len(os.sched_getaffinity(0)) > 1
         self._end = os.lseek(self._dump, 0, os.SEEK_CUR) + len(GZIP_HEADER)
         write_all(self._dump, GZIP_HEADER)
@@ -114,7 +117,9 @@ class GzipWriter:
 
     def write(self, piece: memoryview) -> None:
         """Compress the next piece; raises OSError, MemoryError."""
-        if self.parallel and self._has_second_thread():
+        if self._zeros == piece:
+            blocks = [self._deflate_zeros()]
+        elif self.parallel and self._has_second_thread():
             blocks = self._compress_halves(piece[: len(piece) // 2], piece[len(piece) // 2 :])
         else:
             blocks = [self._deflate.compress(piece), self._deflate.flush(SYNC_FLUSH)]
@@ -123,6 +128,16 @@ class GzipWriter:
         self._crc = self._codec.crc32(piece, self._crc)
         self.size += len(piece)
         self._end += sum(map(len, blocks))
+
+    def _deflate_zeros(self) -> bytes:
+        """Return a chunk of zeros, compressed once; what comes next does not refer to earlier data.
+
+        zlib takes 0.9 ms for it. isal takes no longer than the kernel's pipe.
+        """
+        self._deflate = self._new_deflate()
+        if not self._zeros_deflated:
+            self._zeros_deflated = self._deflate.compress(self._zeros) + self._deflate.flush(FULL_FLUSH)
+        return self._zeros_deflated
 
     def _has_second_thread(self) -> bool:
         """Start the second thread at the first call; return False without a second CPU or thread."""
