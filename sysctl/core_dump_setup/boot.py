@@ -1,4 +1,4 @@
-"""Owns what sets kernel.core_pattern at boot: our file in sysctl.d, the files of others, systemd's service."""
+"""Owns what sets kernel.core_pattern at boot: our file in sysctl.d, the files of others, services."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ DIRECTORIES = (
 """sysctl.d(5), strongest first: a file hides those of its name in later directories."""
 LAST_FILE = "/etc/sysctl.conf"
 """Read after all others by sysctl(8) --system, and by systemd where a link in sysctl.d leads to it."""
-REGISTER = "systemd-coredump-register.service"
-"""Sets kernel.core_pattern after sysctl.d has been read, from systemd 262 on."""
 UNITS = ("/usr/lib/systemd/system/", "/lib/systemd/system/")
-MASK = "/etc/systemd/system/" + REGISTER
-MASKED = STATE + "/masked-" + REGISTER
+SERVICES = {
+    "systemd-coredump-register.service": (),  # from systemd 262 on
+    "apport.service": ("/etc/init.d/apport",),  # the unit is generated from this script before Ubuntu 23.10
+    "abrt-ccpp.service": (),
+}
+"""Services of distributions that set kernel.core_pattern after sysctl.d was read, and what else brings them."""
+MASKS = "/etc/systemd/system/"
+MASKED = STATE + "/masked-"
 
 
 def values(text: bytes) -> dict[str, str]:
@@ -92,15 +96,13 @@ def _content(path: str) -> bytes:
 
 
 def check_image(tree: Tree, *, force: bool) -> None:
-    """Stop at a handler that somebody else configured for the boot of this image, unless `force` is given."""
-    foreign = [item for item in others(tree) if not (kernel.is_ours(item[1]) or kernel.is_default(item[1]))]
+    """Stop at a handler that an operator configured for the boot of this image, unless `force` is given."""
+    foreign = [item for item in others(tree) if kernel.is_foreign(item[1])]
     if foreign and not force:
         path, pattern = foreign[-1]
         refuse_foreign(
             tree, "%s sets kernel.core_pattern to %s" % (tree.path(path), kernel.describe(pattern))
         )
-    if _has_register(tree) and not force:
-        refuse_foreign(tree, REGISTER + " sets kernel.core_pattern at boot")
 
 
 def refuse_foreign(tree: Tree, text: str) -> None:
@@ -127,29 +129,25 @@ def warn_of_kept_file(tree: Tree) -> None:
         warn("%s still sets kernel.core_pattern to the helper at boot: remove it" % path)
 
 
-def _has_register(tree: Tree) -> bool:
-    """Say whether systemd would set the pattern to its own socket at boot."""
-    return not tree.exists(MASK) and any(tree.exists(folder + REGISTER) for folder in UNITS)
+def mask_services(tree: Tree) -> None:
+    """Keep each service of a distribution from replacing our pattern at boot."""
+    for name, scripts in SERVICES.items():
+        files = [folder + name for folder in UNITS] + list(scripts)
+        if tree.exists(MASKS + name) or not any(map(tree.exists, files)):
+            continue
+        tree.place(MASKED + name, b"", 0o600)
+        tree.link(MASKS + name, "/dev/null")
+        if not tree.dry_run:
+            say("masked %s, which sets kernel.core_pattern at boot; uninstalling unmasks it" % name)
 
 
-def mask_register(tree: Tree, *, force: bool) -> None:
-    """Keep systemd's service from replacing our pattern at boot; without `force`, only warn of it."""
-    if not _has_register(tree):
-        return
-    if not force:
-        warn(REGISTER + " may replace the pattern at boot; --force masks it")
-        return
-    tree.place(MASKED, b"", 0o600)
-    tree.link(MASK, "/dev/null")
-    say("masked " + REGISTER + ", which sets kernel.core_pattern at boot")
-
-
-def unmask_register(tree: Tree) -> None:
-    """Let systemd's service set the pattern again, if we kept it from that."""
-    if not tree.exists(MASKED):
-        return
-    path = tree.path(MASK)
-    if os.path.islink(path) and os.readlink(path) == "/dev/null":
-        tree.remove(MASK)
-        say("unmasked " + REGISTER)
-    tree.remove(MASKED)
+def unmask_services(tree: Tree) -> None:
+    """Let the services set their pattern again that we kept from it."""
+    for name in SERVICES:
+        if not tree.exists(MASKED + name):
+            continue
+        path = tree.path(MASKS + name)
+        if os.path.islink(path) and os.readlink(path) == "/dev/null":
+            tree.remove(MASKS + name)
+            say("unmasked " + name)
+        tree.remove(MASKED + name)

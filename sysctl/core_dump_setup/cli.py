@@ -24,7 +24,10 @@ COMMANDS = {
     "cgroup": "make the cgroup that helpers move into; core-dump-cgroup.service does it at every boot",
 }
 OPTIONS = {
-    "--force": (("install", "activate"), "replace the handler of somebody else; uninstalling restores it"),
+    "--force": (
+        ("install", "activate"),
+        "replace any handler, not only the distribution's; uninstalling restores it",
+    ),
     "--no-test": (("install", "activate"), "crash no process"),
     "--keep-test-dump": (("install", "activate", "test"), "leave the dump of the test to the collector"),
     "--purge": (
@@ -39,7 +42,7 @@ EXPECTED = (SetupError, OSError, subprocess.SubprocessError, interrupts.Interrup
 FILES = (
     *commands.CONFIGURATION,
     boot.FILE,
-    boot.MASKED,
+    *(boot.MASKED + name for name in boot.SERVICES),
     boot.SHARE + "/" + boot.NAME,
     cgroup.UNIT,
     kernel.SAVED,

@@ -101,7 +101,7 @@ class Setup:
         pattern, limit = boot.ours(self.tree, self.shipped(boot.NAME))
         watched = directory.make(self.tree)
         boot.warn_of_later_files(self.tree)
-        boot.mask_register(self.tree, force=self.options.force)
+        boot.mask_services(self.tree)
         if not self.tree.exists(cgroup.WANTED):
             self.tree.link(cgroup.WANTED, cgroup.UNIT)
         if self.live:
@@ -122,17 +122,18 @@ class Setup:
             proof.prove(watched, keep=self.options.keep_dump)
 
     def _check_foreign(self) -> None:
-        """Stop at a handler that somebody else chose, unless --force is given."""
+        """Stop at a handler that the distribution does not bring, unless --force is given."""
         if not self.live:
             boot.check_image(self.tree, force=self.options.force)
             return
         now = kernel.current("core_pattern")
         if kernel.is_ours(now) or kernel.is_default(now):
             return
-        if not self.options.force:
+        if kernel.is_foreign(now) and not self.options.force:
             boot.refuse_foreign(self.tree, "kernel.core_pattern is not ours: " + kernel.describe(now))
         else:
-            say("replacing " + kernel.describe(now))
+            replacing = "would replace " if self.tree.dry_run else "replacing "
+            say(replacing + kernel.describe(now) + "; uninstalling restores it")
 
     def _calibrate(self) -> None:
         """Let the helper measure which compressor is fastest here, if it may choose one."""
@@ -189,7 +190,7 @@ class Setup:
             )
         self.tree.discard(boot.FILE, self._shipped_or_nothing(boot.NAME), purge=self.options.purge)
         boot.warn_of_kept_file(self.tree)
-        boot.unmask_register(self.tree)
+        boot.unmask_services(self.tree)
         self.tree.remove(cgroup.WANTED)
         if self.live and not self.tree.dry_run:
             self._reload_systemd()
@@ -205,8 +206,7 @@ class Setup:
 
     def uninstall(self) -> None:
         """Deactivate and remove the files; dumps and helper.conf stay unless `purge` is given."""
-        purge = self.options.purge
-        watched = self._watched() if purge else ""
+        purge, watched = self.options.purge, self._watched()
         self.deactivate()
         for name, shipped in CONFIGURATION.items():
             if purge or name != directory.CONFIG:
@@ -220,6 +220,18 @@ class Setup:
         self.tree.remove(RECORD)
         self.tree.remove_empty(boot.SHARE, os.path.dirname(directory.CONFIG))
         self.tree.keep()
+        self._say_what_remains(watched)
+
+    def _say_what_remains(self, watched: str) -> None:
+        """Name what an uninstallation leaves."""
+        remaining = [name for name in (directory.CONFIG, watched) if name and self.tree.exists(name)]
+        if remaining and not self.tree.dry_run:
+            advice = (
+                ""
+                if self.options.purge
+                else " (--purge removes the configuration, and the directory if it is empty)"
+            )
+            say("what remains: " + " and ".join(map(self.tree.path, remaining)) + advice)
 
     def _watched(self) -> str:
         """Return the watch directory; a configuration that names none that is possible is no reason to stay."""

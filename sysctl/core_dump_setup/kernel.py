@@ -17,12 +17,15 @@ LIMIT = 127
 DEFAULTS = ("", "core", "core.%p", "|/bin/false")
 """Patterns that nobody chose: the kernel's, and those of systemd without systemd-coredump."""
 PF_KTHREAD = 0x00200000
-KNOWN = (
-    ("systemd-coredump", ("|/usr/lib/systemd/systemd-coredump", "|/lib/systemd/systemd-coredump")),
-    ("systemd-coredump (socket)", ("@@/run/systemd/", "@/run/systemd/")),
-    ("apport", ("|/usr/share/apport/apport",)),
-    ("abrt", ("|/usr/libexec/abrt-hook-ccpp",)),
-)
+PROGRAMS = {
+    "|/usr/lib/systemd/systemd-coredump": "systemd-coredump",
+    "|/lib/systemd/systemd-coredump": "systemd-coredump",
+    "|/usr/share/apport/apport": "apport",
+    "|/usr/libexec/abrt-hook-ccpp": "abrt",
+}
+"""Handlers that distributions install: the program of the pattern, and the handler's name."""
+SOCKETS = ("@@/run/systemd/", "@/run/systemd/")
+"""Where systemd-coredump listens, from systemd 262 on."""
 
 
 def is_host() -> bool:
@@ -69,12 +72,22 @@ def is_default(pattern: str) -> bool:
     return pattern in DEFAULTS
 
 
+def distribution_handler(pattern: str) -> str:
+    """Return the name of the handler if the distribution brings it, or an empty string."""
+    if pattern.startswith(SOCKETS):
+        return "systemd-coredump, socket"
+    return PROGRAMS.get(pattern.partition(" ")[0], "")
+
+
+def is_foreign(pattern: str) -> bool:
+    """Say whether an operator, or another product, chose this handler: only --force replaces it."""
+    return not (is_ours(pattern) or is_default(pattern) or distribution_handler(pattern))
+
+
 def describe(pattern: str) -> str:
     """Return a pattern with the name of the handler it belongs to, where that is known."""
-    for name, beginnings in KNOWN:
-        if pattern.startswith(beginnings):
-            return "%s (%s)" % (pattern, name)
-    return pattern
+    name = distribution_handler(pattern)
+    return "%s (%s)" % (pattern, name) if name else pattern
 
 
 def set_value(name: str, value: str) -> None:

@@ -7,9 +7,10 @@ import shutil
 import stat
 
 import pytest
-from tests.support import deploy
+from tests.support import deploy, kernel
 
 from core_dump_collector.config import Settings
+from core_dump_setup import kernel as setup_kernel
 
 pytestmark = pytest.mark.xdist_group("machine")
 
@@ -55,12 +56,12 @@ def rpm(tmp_path):
     for name in ("upper", "work", "root"):
         (tmp_path / name).mkdir()
 
-    def run(*arguments):
+    def run(*arguments, code=0):
         command = [deploy.tool("rpm"), "--root", tmp_path / "root", *arguments]
         done = deploy.run("unshare", "--mount", "sh", "-c", INSIDE, "sh", tmp_path, *command)
         if "mount:" in done.stderr:
             pytest.skip(f"no overlay file system here: {done.stderr.strip()}")
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
     return run
@@ -89,16 +90,54 @@ def test_package_installs_upgrades_and_goes(rpm, build, tmp_path):
     assert not exists(upper, f"{PROGRAM}/0.1.0-1")
     assert conf.read_text() == "LEVEL=3\n"
     assert exists(upper, BOOT_FILE), "an upgrade must not deactivate"
-    rpm("-e", "--nodeps", "core-dump-handler")
+    wanted = upper / "etc/systemd/system/multi-user.target.wants/core-dump-collector.service"
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    wanted.symlink_to("/usr/lib/systemd/system/core-dump-collector.service")  # `systemctl enable`
+    said = rpm("-e", "--nodeps", "core-dump-handler")
     assert not any(
         exists(upper, path) for path in (f"{PROGRAM}/0.1.0-2", f"{PROGRAM}/core-dump-helper", BOOT_FILE)
     )
+    assert not wanted.is_symlink()
+    assert "what remains: the dumps in /core_dumps" in said
+    left = {str(path.relative_to(upper)) for path in upper.rglob("*core-dump*") if exists(upper, path)}
+    assert left == {"etc/core-dump-handler"}
+    assert [path.name for path in conf.parent.iterdir()] == ["helper.conf.rpmsave"], "it was edited"
+
+
+def test_package_that_is_not_active_says_so(rpm, build, tmp_path):
+    (tmp_path / "upper/etc/sysctl.d").mkdir(parents=True)
+    (tmp_path / "upper/etc/sysctl.d/50-other.conf").write_text("kernel.core_pattern=|/opt/handler %P\n")
+    rpm("--initdb")
+    said = rpm("-i", "--nodeps", build(1))
+    assert "sets kernel.core_pattern to |/opt/handler %P" in said
+    assert "installed, but not active" in said
+    assert "scriptlet failed" in said
+    rpm("-q", "core-dump-handler")
+    assert not exists(tmp_path / "upper", BOOT_FILE)
 
 
 def test_package_asks_nothing_that_the_oldest_rpm_lacks(build):
     needs = deploy.succeed(deploy.tool("rpm"), "-qp", "--requires", build(1)).split("\n")
     assert {line.split("(")[0] for line in needs if line} == {"/bin/sh", "/usr/bin/python3", "pigz", "rpmlib"}
     assert max(line.rpartition(" ")[2] for line in needs if line.startswith("rpmlib")) <= "4.6.0-1"
+
+
+@pytest.mark.skipif(not kernel.can_crash(), reason="sets kernel.core_pattern, needs root: sudo make test")
+def test_package_is_refused_where_the_kernel_starts_a_handler_that_nobody_may_replace_unasked(build):
+    scripts = deploy.succeed(deploy.tool("rpm"), "-qp", "--scripts", build(1))
+    before = scripts.partition("preinstall scriptlet (using /bin/sh):\n")[2].partition(
+        "postinstall scriptlet"
+    )[0]
+    taken = ["core", "core.%p", "|/bin/false", *(f"{start} %P" for start in setup_kernel.PROGRAMS)]
+    taken.append(deploy.sysctl_values(SYSCTL / "69-core-dump.conf")["kernel.core_pattern"])
+    refused = ["|/bin/true %P", "/var/crash/core.%p", "|/usr/share/apport/apport-of-ours %P"]
+    with kernel.core_pattern("core"):
+        for pattern in taken + refused:
+            deploy.PATTERN.write_text(pattern + "\n")
+            done = deploy.run("sh", "-c", before, "sh", "1")
+            assert done.returncode == (pattern in refused), pattern
+            assert (f"kernel.core_pattern is {pattern}, " in done.stderr) == (pattern in refused)
+            assert deploy.run("sh", "-c", before, "sh", "2").returncode == 0
 
 
 @pytest.fixture

@@ -359,20 +359,27 @@ def test_handler_that_an_image_sets_at_boot_is_named_and_replaced_only_by_force(
         "usr/lib/sysctl.d",
         "lib/sysctl.d",
     ):
-        path = write(tmp_path / directory / "50-coredump.conf", SYSTEMD)
+        path = write(tmp_path / directory / "50-coredump.conf", "kernel.core_pattern=|/opt/handler %P\n")
         said = refused(tmp_path)
-        assert f"{path} sets" in said
-        assert "(systemd-coredump)" in said
+        assert f"{path} sets kernel.core_pattern to |/opt/handler %P" in said
         assert "--force" in said
         path.unlink()
-    write(path, SYSTEMD)
+    write(path, "kernel.core_pattern=|/opt/handler %P\n")
     install(tmp_path, "--force")
     assert (tmp_path / "etc/sysctl.d/69-core-dump.conf").exists()
 
 
 @needs_root
+def test_handler_that_the_distribution_sets_at_boot_is_replaced(tmp_path):
+    path = write(tmp_path / "usr/lib/sysctl.d/50-coredump.conf", SYSTEMD)
+    install(tmp_path)
+    assert path.read_text() == SYSTEMD
+    assert (tmp_path / "etc/sysctl.d/69-core-dump.conf").exists(), "read after the file of the distribution"
+
+
+@needs_root
 def test_file_that_is_hidden_by_a_stronger_one_is_no_handler(tmp_path):
-    write(tmp_path / "usr/lib/sysctl.d/50-coredump.conf", SYSTEMD)
+    write(tmp_path / "usr/lib/sysctl.d/50-coredump.conf", "kernel.core_pattern=|/opt/handler %P\n")
     write(tmp_path / "etc/sysctl.d/50-coredump.conf", "# off\n")
     install(tmp_path)
 
@@ -395,11 +402,21 @@ def test_file_that_wins_at_boot_is_named(tmp_path):
 
 
 @needs_root
-def test_service_of_systemd_that_sets_the_pattern_after_sysctl_is_masked_and_unmasked(tmp_path):
-    write(tmp_path / "usr/lib/systemd/system/systemd-coredump-register.service", "[Service]\n")
-    assert "systemd-coredump-register.service sets kernel.core_pattern" in refused(tmp_path)
-    install(tmp_path, "--force")
-    mask = tmp_path / "etc/systemd/system/systemd-coredump-register.service"
+@pytest.mark.parametrize(
+    "brought",
+    [
+        "usr/lib/systemd/system/systemd-coredump-register.service",
+        "lib/systemd/system/abrt-ccpp.service",
+        "usr/lib/systemd/system/apport.service",
+        "etc/init.d/apport",
+    ],
+)
+def test_service_that_sets_the_pattern_after_sysctl_is_masked_and_unmasked(tmp_path, brought):
+    write(tmp_path / brought, "[Service]\n")
+    said = install(tmp_path)
+    name = Path(brought).name.removesuffix(".service") + ".service"
+    assert f"masked {name}" in said
+    mask = tmp_path / "etc/systemd/system" / name
     assert mask.readlink() == Path("/dev/null")
     install(tmp_path)
     deploy.succeed(SYSCTL / "uninstall.sh", "--root", tmp_path)

@@ -61,11 +61,26 @@ def leftovers():
     return [path for root in INSTALLED for path in root.rglob("*") if ".new." in path.name]
 
 
+def checkout(target):
+    """Copy the checkout; its helper takes dumps however full this machine's disk is."""
+    source = deploy.checkout(target)
+    with (source / "sysctl/helper.conf").open("a") as file:
+        file.write("KEEP_FREE_PERCENT=1\n")
+    return source
+
+
 @pytest.fixture
-def host():
+def host(monkeypatch, tmp_path_factory):
     """This machine without us, its core pattern `core` and ours alone; left as it was."""
     if not kernel.can_crash():
         pytest.skip("sets kernel.core_pattern, needs root: sudo make test")
+    folder = checkout(tmp_path_factory.mktemp("checkout") / "source") / SYSCTL.name
+    for name, path in {
+        "SYSCTL": folder,
+        "INSTALL": folder / INSTALL.name,
+        "UNINSTALL": folder / UNINSTALL.name,
+    }.items():
+        monkeypatch.setitem(globals(), name, path)
     with kernel.core_pattern("core"):  # alone on this machine from here on
         if taken := list(map(str, installed())):
             pytest.skip(f"{', '.join(taken)} exists: this machine uses what the test would install")
@@ -81,7 +96,7 @@ def host():
 @pytest.fixture
 def source(tmp_path):
     """A copy of the checkout, to be broken."""
-    return deploy.checkout(tmp_path / "checkout")
+    return checkout(tmp_path / "checkout")
 
 
 def replace_helper(source, script):
@@ -108,19 +123,46 @@ def test_installation_proves_itself_with_a_crash_and_removal_restores(host):
 
 
 def test_foreign_handler_is_named_and_replaced_only_by_force(host):
-    foreign = "|/usr/lib/systemd/systemd-coredump %P %u"
-    set_pattern(foreign)
-    done = deploy.run(INSTALL)
-    assert done.returncode == 1
-    assert f"{foreign} (systemd-coredump)" in done.stderr
-    assert "--force" in done.stderr
-    assert (pattern(), installed()) == (foreign, [])
-    set_pattern(FOREIGN)
+    for foreign in ("|/usr/share/apport/apport-of-ours %p", "/var/crash/core.%p", FOREIGN):
+        set_pattern(foreign)
+        done = deploy.run(INSTALL)
+        assert done.returncode == 1
+        assert foreign in done.stderr
+        assert "--force" in done.stderr
+        assert (pattern(), installed()) == (foreign, [])
     deploy.succeed(INSTALL, "--force", "--no-test")
     assert pattern() == OURS
     deploy.succeed(INSTALL, "--no-test")  # must not save our own pattern over the foreign one
     deploy.succeed(UNINSTALL)
     assert pattern() == FOREIGN
+
+
+@pytest.fixture
+def apport():
+    """The pattern of Ubuntu's handler, and a program that stands for it."""
+    program = Path("/usr/share/apport/apport")
+    if program.exists():
+        pytest.skip(f"{program} exists: this machine has what the test would make")
+    program.parent.mkdir(exist_ok=True)
+    try:
+        program.write_text(NOTHING)
+        program.chmod(0o755)
+        yield f"|{program} -p%p -s%s -c%c -d%d -P%P -u%u -g%g -F%F -- %E"
+    finally:
+        program.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            program.parent.rmdir()
+
+
+def test_handler_of_the_distribution_is_saved_replaced_and_restored(host, apport):
+    set_pattern(apport)
+    assert f"would replace {apport} (apport)" in deploy.succeed(INSTALL, "--dry-run")
+    said = deploy.succeed(INSTALL)
+    assert f"replacing {apport} (apport); uninstalling restores it" in said
+    assert "a test process crashed and its dump arrived" in said
+    assert pattern() == OURS
+    deploy.succeed(UNINSTALL)
+    assert pattern() == apport
 
 
 def test_last_pattern_that_was_replaced_is_what_removal_restores(host):
@@ -136,8 +178,7 @@ def test_socket_of_systemd_is_named_saved_and_restored_from_any_mount_namespace(
         pytest.skip("this kernel sends no dump to a socket")
     socket = "@@/run/systemd/coredumpd/kernel"
     set_pattern(socket)
-    assert f"{socket} (systemd-coredump" in deploy.run(INSTALL).stderr
-    deploy.succeed(INSTALL, "--force", "--no-test")
+    assert f"replacing {socket} (systemd-coredump, socket)" in deploy.succeed(INSTALL, "--no-test")
     deploy.succeed("unshare", "--mount", UNINSTALL)
     assert pattern() == socket
 
@@ -209,7 +250,9 @@ def test_build_of_an_image_leaves_the_running_kernel_alone(host, tmp_path, own_p
     for name in ("upper", "work", "root"):
         (tmp_path / name).mkdir()
     spaces = ["--mount", "--pid", "--fork"] if own_pids else ["--mount"]
-    done = deploy.run("unshare", *spaces, "sh", "-c", IMAGE, "sh", tmp_path, INSTALL)
+    done = deploy.run(
+        "unshare", *spaces, "sh", "-c", IMAGE, "sh", tmp_path, deploy.ROOT / "sysctl/install.sh"
+    )
     if "mount:" in done.stderr:
         pytest.skip(f"no overlay file system here: {done.stderr.strip()}")
     assert (done.returncode, "at the next boot" in done.stdout) == (0, True), done.stderr
@@ -374,7 +417,7 @@ def test_run_that_is_killed_at_any_step_leaves_no_absent_program_and_is_finished
 
 def test_configure_host_keeps_what_an_operator_edited_and_fails_when_the_proof_does(host, capfd):
     def configure(**options):
-        code = configure_host.configure("/", source=str(deploy.ROOT), **options)
+        code = configure_host.configure("/", source=str(SYSCTL.parent), **options)
         return code, "".join(capfd.readouterr())
 
     code, said = configure()

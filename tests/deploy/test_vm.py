@@ -65,6 +65,7 @@ rpm -e core-dump-handler
 cat /proc/sys/kernel/core_pattern | sed 's/^/RESTORED /'
 """
 HANDLER = "@@/run/systemd/coredumpd/kernel"
+FOREIGN = "|/bin/true %P"
 REGISTER = f"""[Unit]
 DefaultDependencies=no
 After=systemd-sysctl.service
@@ -92,22 +93,25 @@ run() { # TAG COMMAND...
     sed "s/^/$tag says /" /tmp/said
     state "$tag"
 }
+distribution=$(cat /proc/sys/kernel/core_pattern)
+echo FOREIGN >/proc/sys/kernel/core_pattern
 run REFUSED /checkout/sysctl/install.sh
+echo "$distribution" >/proc/sys/kernel/core_pattern
 mkdir -p /etc/core-dump-handler
 echo IGNORE_SIGNALS=11 >/etc/core-dump-handler/helper.conf
 began=$(date +%s%N)
-run FAILED /checkout/sysctl/install.sh --force
+run FAILED /checkout/sysctl/install.sh
 took=$((($(date +%s%N) - began) / 1000000)) # ms, on a machine that is emulated
 ls /usr/libexec/core-dump-handler /core_dumps /etc/sysctl.d/69-core-dump.conf 2>&1 | sed 's/^/FAILED left /'
 rm /etc/core-dump-handler/helper.conf
 for twelfth in 1 2 3 4 5 6 7 8 9 10 11 12; do
-    /checkout/sysctl/install.sh --force >/dev/null 2>&1 &
+    /checkout/sysctl/install.sh >/dev/null 2>&1 &
     sleep "$(printf '%d.%03d' $((took * twelfth / 12000)) $((took * twelfth / 12 % 1000)))"
     kill -9 $! 2>/dev/null
     wait $! 2>/dev/null
     state KILLED
 done
-run INSTALLED /checkout/sysctl/install.sh --force
+run INSTALLED /checkout/sysctl/install.sh
 find / -xdev -name '*.new.*' -path '*core-dump*' | sed 's/^/LEFTOVER /'
 ls -l /etc/systemd/system/systemd-coredump-register.service | sed 's/^/MASK /'
 systemctl stop systemd-coredump-register.service
@@ -223,12 +227,13 @@ def test_walk_from_the_handler_of_others_to_ours_and_back(root, tmp_path):
     wants = root / "etc/systemd/system/sysinit.target.wants"
     wants.mkdir(parents=True, exist_ok=True)
     (wants / service.name).symlink_to(f"/usr/lib/systemd/system/{service.name}")
-    said = boot(root, tmp_path, before=WALK, after=LEAVE)
+    said = boot(root, tmp_path, before=WALK.replace("FOREIGN", f"'{FOREIGN}'"), after=LEAVE)
     assert lines(said, "AT_BOOT") == [HANDLER]
-    for tag in ("REFUSED", "FAILED"):
+    for tag, handler in (("REFUSED", FOREIGN), ("FAILED", HANDLER)):
         assert "exit 1" in lines(said, tag)
-        assert lines(said, tag).count(HANDLER) == 1
-    assert any("(systemd-coredump" in line for line in lines(said, "REFUSED says"))
+        assert lines(said, tag).count(handler) == 1
+    assert any("--force" in line for line in lines(said, "REFUSED says"))
+    assert any(f"replacing {HANDLER} (systemd-coredump" in line for line in lines(said, "FAILED says"))
     assert any("no dump arrived" in line for line in lines(said, "FAILED says"))
     assert len(re.findall("^FAILED left .*No such file", said, re.MULTILINE)) == 3
     killed = lines(said, "KILLED")
