@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 DEMO_READY := $(VENV)/.demo-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: mutants deploy-tools help demo picture run test test-swift test-programs test-large test-coverage-count check format torture bench docs wheel clean packages
+.PHONY: dist mutants deploy-tools help demo picture run test test-swift test-programs test-large test-coverage-count check format torture bench docs wheel clean packages
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -33,8 +33,10 @@ format: $(READY) ## format and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY) ## write the tables that come from code
+docs: $(READY) ## write the tables and manual pages that come from code
 	$(BIN)/python tests/support/tables.py --write
+	$(BIN)/python tests/support/manuals.py --write
+	$(BIN)/core-dumps man > docs/core-dumps.1
 
 bench: ## benchmarks beside the peers
 	@$(MAKE) -s VENV=.venv-bench .venv-bench/bin/pip
@@ -65,6 +67,19 @@ test-coverage-count: $(READY) packages ## 1,000 crashes, a fifth of them lost in
 
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+dist: $(READY) packages $(VENV)/release/bin/cyclonedx-py ## a release in dist/: wheel, source, RPM, CycloneDX bill of materials, hashes
+	rm -rf dist
+	$(VENV)/release/bin/python -m build -q --sdist --wheel -o dist .
+	@$(MAKE) -s rpm
+	$(VENV)/release/bin/cyclonedx-py requirements collector/requirements.txt --pyproject pyproject.toml \
+	  --output-reproducible -o dist/core-dump-handler-$$($(BIN)/python -c 'import core_dump_helper as h; print(h.VERSION)').cdx.json
+	cd dist && sha256sum -- * > SHA256SUMS
+	DEPLOY_TIER=dist $(BIN)/python -m pytest -q tests/deploy/test_dist.py
+
+$(VENV)/release/bin/cyclonedx-py: $(READY)
+	$(PYTHON) -m venv $(VENV)/release
+	$(VENV)/release/bin/pip install -q --disable-pip-version-check 'build>=1.2' 'cyclonedx-bom>=7'
 
 deploy-tools: $(VENV)/checkov/bin/checkov ## the policy linter of kubernetes/ and ecs/, 290 MB
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-_EXTRA = frozenset({"typer", "rich", "elftools"})
-"""Packages of the extra `cli`."""
+_EXTRA = {"elftools": "pyelftools", "rich": "rich", "typer": "typer"}
+"""Modules of the extra `cli`, and the names of their distributions."""
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
         if error.name not in _EXTRA:
             raise
         sys.stderr.write(
-            f"core-dumps: the package {error.name} is not installed: pip install 'core-dump-handler[cli]'\n"
+            f"core-dumps: the package {_EXTRA[error.name]} is not installed: pip install {' '.join(_EXTRA.values())}\n"
         )
         sys.exit(2)
     run()

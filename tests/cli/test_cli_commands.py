@@ -359,8 +359,7 @@ def test_without_the_extra_it_says_what_to_install(cli):
     )
     assert done.returncode == 2
     assert (
-        done.stderr
-        == "core-dumps: the package typer is not installed: pip install 'core-dump-handler[cli]'\n"
+        done.stderr == "core-dumps: the package typer is not installed: pip install pyelftools rich typer\n"
     )
 
 

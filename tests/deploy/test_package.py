@@ -17,7 +17,7 @@ pytestmark = pytest.mark.xdist_group("machine")
 SYSCTL = deploy.ROOT / "sysctl"
 UNIT = SYSCTL / "core-dump-collector.service"
 CGROUP_UNIT = SYSCTL / "core-dump-cgroup.service"
-SOURCES = ("helper", "sysctl", "format")
+SOURCES = ("helper", "sysctl", "format", "docs")
 PROGRAM = "usr/libexec/core-dump-handler"
 MODULE = "core_dump_helper/handler.py"
 BOOT_FILE = "etc/sysctl.d/69-core-dump.conf"
@@ -80,6 +80,8 @@ def test_package_installs_upgrades_and_goes(rpm, build, tmp_path):
     assert "set at the next boot" in said
     assert (upper / BOOT_FILE).read_text() == (SYSCTL / "69-core-dump.conf").read_text()
     assert stat.S_IMODE((upper / "core_dumps").stat().st_mode) == 0o700
+    pages = sorted(path.name.partition(".8")[0] for path in (upper / "usr/share/man/man8").iterdir())
+    assert pages == ["core-dump-collector", "core-dump-helper", "core-dump-setup"]
     rpm("-V", "--nodeps", "core-dump-handler")
     conf = upper / "etc/core-dump-handler/helper.conf"
     conf.write_text("LEVEL=3\n")

@@ -22,9 +22,8 @@ def test_wheel_holds_every_module_of_its_three_packages_and_no_helper(tmp_path):
     ]
     subprocess.run([*command, ROOT], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("core_dump_handler-*.whl")
-    names = {
-        name for name in zipfile.ZipFile(wheel).namelist() if not name.split("/")[0].endswith(".dist-info")
-    }
+    content = zipfile.ZipFile(wheel).namelist()
+    names = {name for name in content if not name.split("/")[0].endswith((".dist-info", ".data"))}
     folders = ("format/core_dump_format", "collector/core_dump_collector", "cli/core_dumps")
     expected = {
         str(path.relative_to(ROOT / folder.partition("/")[0]))
@@ -33,3 +32,5 @@ def test_wheel_holds_every_module_of_its_three_packages_and_no_helper(tmp_path):
         if path.suffix == ".py" or path.name == "py.typed"
     }
     assert names == expected
+    pages = {name.partition(".data/")[2] for name in content if ".data/" in name}
+    assert pages == {"data/share/man/man1/core-dumps.1", "data/share/man/man8/core-dump-collector.8"}

@@ -18,6 +18,11 @@ def test_links_lead_to_files(page):
     assert missing == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_installs_this_project_by_a_name_that_is_not_published(page):
+    assert not re.search(r"pip3? install [^\n]*\bcore-dump-handler(?!/)", page.read_text())
+
+
 def test_make_targets_that_pages_name_exist():
     listed = subprocess.run(
         ["make", "-C", ROOT, "-s", "help"], capture_output=True, text=True, check=True

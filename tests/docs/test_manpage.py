@@ -1,8 +1,11 @@
-"""The manual page of `core-dumps` describes every command and every option that --help shows."""
+"""The manual pages describe every command and option that --help shows, and every setting."""
 
 import re
+import shutil
+import subprocess
 
 import pytest
+from tests.support import manuals
 from tests.support.pages import ROOT
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -31,3 +34,15 @@ def test_page_describes_every_option_of_a_command(command):
     described = set(re.findall(r"(?:^|, )(--?[A-Za-z0-9][a-z0-9-]*)", sections()[command], re.MULTILINE))
     assert "--bucket" in shown
     assert shown - {"-h", "--help"} == described
+
+
+@pytest.mark.parametrize("page", manuals.PAGES)
+def test_page_is_the_one_of_this_code(page):
+    assert (ROOT / "docs" / page).read_text() == manuals.PAGES[page](), "make docs"
+
+
+@pytest.mark.skipif(not shutil.which("groff"), reason="needs groff")
+@pytest.mark.parametrize("page", ["core-dumps.1", *manuals.PAGES])
+def test_page_is_shown_without_a_warning(page):
+    command = ["groff", "-man", "-Tutf8", "-z", "-wmac", "-wsyntax", "-wescape", ROOT / "docs" / page]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""

@@ -60,6 +60,6 @@ def sysctl_values(path: Path) -> dict[str, str]:
 
 def checkout(target: Path) -> Path:
     """Copy what install.sh needs, so that a test can change it."""
-    for name in ("sysctl", "helper", "format"):
+    for name in ("sysctl", "helper", "format", "docs"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     return target

@@ -47,6 +47,7 @@ need openssl /usr/bin/openssl
 need strace /usr/bin/strace
 need btrfs-progs /usr/bin/btrfs /bin/btrfs /usr/sbin/btrfs
 need util-linux /usr/bin/unshare
+need rpm /usr/bin/rpmbuild
 [ -n "$missing" ] || exit 0
 # shellcheck disable=SC2086  # a list of words
 install $missing || echo "tests that need them are skipped"
