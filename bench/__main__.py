@@ -1,4 +1,4 @@
-"""`python -m bench [--only crashes|collector|hold] [--against REV] [--rounds N] [--no-write]`: measure, print, draw."""
+"""`python -m bench [--only PART] [--against REV] [--rounds N] [--no-write]`: measure, print, draw."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run the benchmarks."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", choices=["crashes", "collector", "hold"], help="one part of it")
+    parser.add_argument("--only", choices=["crashes", "collector", "hold", "links"], help="one part of it")
     parser.add_argument(
         "--against", metavar="REV", help="with --only hold: compare the helper with its revision REV"
     )
@@ -41,13 +41,15 @@ def main() -> None:
 def measure(root: Path, report: Report, options: argparse.Namespace) -> bool:
     """Measure beside the peers."""
     machine.require()
-    from bench import collecting, crashes  # noqa: PLC0415  what they import may just have been installed
+    from bench import collecting, crashes, links  # noqa: PLC0415  what they import may just have been installed
 
     lines = [[line] for line in machine.describe()]
     report.add(Table("machine", [time.strftime("%Y-%m-%d", time.gmtime())], lines))
-    if options.only != "collector":
+    if options.only in {None, "crashes"}:
         crashes.run(root, report, options.rounds or 2)
-    if options.only != "crashes":
+    if options.only == "links":
+        links.run(root, report, options.rounds or 2)
+    if options.only in {None, "collector"}:
         collecting.run(root, report, options.rounds or 2)
     return True
 

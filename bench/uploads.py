@@ -72,18 +72,18 @@ def make_file(path: Path, size: int) -> Path:
     return path
 
 
-def compare(bench: Bench, source: Path, rounds: int) -> Table:
-    """Upload a file, or the files of a directory, with each of them in alternating rounds."""
+def compare(bench: Bench, source: Path, rounds: int, *, loop: bool = True) -> Table:
+    """Upload a file, or the files of a directory, with each of them in alternating rounds; boto3 only with `loop`."""
     table: Table = defaultdict(list)
     variables = uploaders.environ(bench.server)
     stage = bench.root / "stage"
     with (
         cgroup.group("ours") as own_group,
         uploaders.collector(bench.root / "watch", own_group, bench.server) as ours,
-        uploaders.boto3_loop(bench.group, bench.server) as loop,
+        uploaders.boto3_loop(bench.group, bench.server) as boto3,
     ):
         for turn in range(rounds):
-            names = [OURS, BOTO3, *bench.peers(source, "")]
+            names = [OURS, *([BOTO3] if loop else []), *bench.peers(source, "")]
             for name in names if turn % 2 == 0 else reversed(names):
                 prefix = f"{name.split()[0]}-{turn}/"
                 if turn and name != OURS and _is_slow(table, name):
@@ -93,7 +93,7 @@ def compare(bench: Bench, source: Path, rounds: int) -> Table:
                     files = copy_for_us(source, stage, turn)
                     table[name].append(ours.run(files))
                 elif name == BOTO3:
-                    table[name].append(loop.run(source, prefix))
+                    table[name].append(boto3.run(source, prefix))
                 else:
                     command = bench.peers(source, prefix)[name]
                     table[name].append(uploaders.run_command(command, bench.group, variables))
