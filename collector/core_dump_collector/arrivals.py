@@ -175,7 +175,9 @@ class Arrivals:
                 self.partials.note(found.name, (found.size_bytes, found.modified_ns), now)
             return
         new = reported or abs(time.time() - found.modified_ns / 1e9) < NEW_SECONDS
-        file = Candidate(found.name, found.size_bytes, found.modified_ns, found.owner, new)
+        file = Candidate(
+            found.name, found.size_bytes, found.modified_ns, found.owner, origin=found.origin, new=new
+        )
         self._backlog.add(file, now)
         logs = self._settings.pod_logs_directory
         if new and logs is not None:

@@ -1,21 +1,23 @@
 """Owns the order of the uploads: waiting files, files in flight, pauses. A pure state machine, no clock, no I/O.
 
-The disk is the queue; this is a bounded view of it. New dumps go before old ones, files not tried yet before files
-that failed, and each owner of files gets its turn. When the backlog is full, a file that failed gives way to one that
-was not tried. A scan finds the files again that were turned away.
+The disk is the queue; this is a bounded view of it. Small dumps go before large ones, new ones before old ones, files
+not tried yet before files that failed. Each owner of files gets its turn, and every fourth turn of an owner goes to
+the file that has waited longest, so that nothing starves. When the backlog is full, a file that failed gives way to
+one that was not tried. A scan finds the files again that were turned away.
 """
 
 from __future__ import annotations
 
 import heapq
 import random
-from collections import OrderedDict
+import zlib
+from collections import Counter
 from dataclasses import dataclass, field
-from enum import IntEnum
 from itertools import count
 from typing import TYPE_CHECKING
 
 from core_dump_collector.jobs import Sighting, Undeleted
+from core_dump_collector.lanes import OTHERS_TURN, TRIED, UNTRIED, Lane, SizeClass
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,26 +29,10 @@ BUSY_PAUSE_SECONDS = 61.0
 """Longest pause between two looks at a file that is being written: longer than dumpfile.QUIET_SECONDS."""
 GIVE_WAY_PAUSE_SECONDS = 30.0
 """Between two scans for names in whose favour failed ones give way."""
-OTHERS_TURN = 4
-"""Every so many turns of an owner, its oldest failure goes first, so that new dumps never stop the others."""
+LIGHT_BYTES = 4 * 1024 * 1024
+"""A dump up to here is small: it takes one request and hardly any memory."""
 _MOST_OWNERS = 1024
 """Owners beyond share turns; root never does."""
-
-
-class _Lane(IntEnum):
-    """Where an entry waits, in the order in which the lanes of an owner are served."""
-
-    NEW = 0
-    OLD = 1
-    AGAIN = 2
-    """A failed file whose pause is over."""
-    PAUSED = 3
-    IN_FLIGHT = 4
-
-
-_READY = (_Lane.NEW, _Lane.OLD, _Lane.AGAIN)
-_UNTRIED = (_Lane.NEW, _Lane.OLD)
-_TRIED = (_Lane.PAUSED, _Lane.AGAIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +47,8 @@ class Candidate:
     """User id."""
     new: bool = False
     """It was just written: it goes before others of its owner."""
+    origin: bytes = b""
+    """Whose crash it is, where only root can have said so: origins are the owners of root's files."""
 
 
 @dataclass(slots=True)
@@ -68,10 +56,11 @@ class _Entry:
     owner: int
     size_bytes: int
     modified_ns: int
+    is_heavy: bool
     seen_at: float
     """Monotonic seconds, as `unchanged_since`; a file that replaced another under its name is seen when it came."""
     unchanged_since: float
-    lane: _Lane = _Lane.OLD
+    lane: Lane = Lane.OLD
     attempts: int = 0
     busy: int = 0
     """Consecutive looks that found a writer."""
@@ -79,29 +68,6 @@ class _Entry:
     undeleted: Undeleted | None = None
     ticket: int = 0
     """Number of its valid place in the heap of pauses; older places are skipped."""
-
-
-@dataclass(slots=True)
-class _Owner:
-    """The waiting names of one owner, by lane, oldest first."""
-
-    lanes: tuple[OrderedDict[str, None], ...] = field(
-        default_factory=lambda: tuple(OrderedDict() for _ in _Lane)
-    )
-    turns: int = 0
-
-    def __len__(self) -> int:
-        return sum(map(len, self.lanes))
-
-    @property
-    def is_ready(self) -> bool:
-        return any(self.lanes[lane] for lane in _READY)
-
-    def take(self) -> str:
-        self.turns += 1
-        order = _READY if self.turns % OTHERS_TURN else _READY[::-1]
-        lane = next(self.lanes[lane] for lane in order if self.lanes[lane])
-        return next(iter(lane))
 
 
 @dataclass(slots=True)
@@ -120,12 +86,14 @@ class Backlog:
     turned_away: bool = False
     """Some name was turned away since this was last set to False."""
     _entries: dict[str, _Entry] = field(default_factory=dict)
-    _owners: dict[int, _Owner] = field(default_factory=dict)
-    _ready: OrderedDict[int, None] = field(default_factory=OrderedDict)
-    """Owners with a name that is due, next turn first."""
+    _light: SizeClass = field(default_factory=SizeClass)
+    _heavy: SizeClass = field(default_factory=SizeClass)
+    _turns: int = 0
+    _holdings: Counter[int] = field(default_factory=Counter)
+    """How many names each owner has."""
     _pauses: list[tuple[float, int, str]] = field(default_factory=list)
     _tickets: count[int] = field(default_factory=count)
-    _in_lane: list[int] = field(default_factory=lambda: [0] * len(_Lane))
+    _in_lane: list[int] = field(default_factory=lambda: [0] * len(Lane))
     _bytes: int = 0
 
     def add(self, file: Candidate, now: float) -> bool:
@@ -138,34 +106,51 @@ class Backlog:
         if entry is None:
             return self._add_unknown(file, now)
         if (entry.size_bytes, entry.modified_ns) != (file.size_bytes, file.modified_ns):
-            self._bytes += file.size_bytes - entry.size_bytes
-            entry.size_bytes, entry.modified_ns = file.size_bytes, file.modified_ns
+            self._resize(file, entry)
             entry.seen_at = entry.unchanged_since = now
-        if entry.lane is _Lane.IN_FLIGHT:
+        if entry.lane is Lane.IN_FLIGHT:
             entry.seen_again = True
-        elif entry.lane is _Lane.PAUSED and entry.busy and file.new:
-            self._move(file.name, entry, _Lane.NEW)
+        elif entry.lane is Lane.PAUSED and entry.busy and file.new:
+            self._move(file.name, entry, Lane.NEW)
         return True
 
+    def _resize(self, file: Candidate, entry: _Entry) -> None:
+        self._bytes += file.size_bytes - entry.size_bytes
+        self._drop(file.name, entry)
+        entry.size_bytes, entry.modified_ns = file.size_bytes, file.modified_ns
+        entry.is_heavy = file.size_bytes > LIGHT_BYTES
+        self._put(file.name, entry, entry.lane)
+
     def _add_unknown(self, file: Candidate, now: float) -> bool:
-        owner = _bucket(file.owner)
+        owner = _bucket(file)
         if len(self._entries) >= self.capacity and not self._make_room(owner, new=file.new):
             self.turned_away = True
             return False
-        entry = self._entries[file.name] = _Entry(owner, file.size_bytes, file.modified_ns, now, now)
+        heavy = file.size_bytes > LIGHT_BYTES
+        entry = _Entry(owner, file.size_bytes, file.modified_ns, heavy, now, now)
+        self._entries[file.name] = entry
         self._bytes += entry.size_bytes
-        self._in_lane[entry.lane] += 1
-        self._move(file.name, entry, _Lane.NEW if file.new else _Lane.OLD)
+        self._holdings[owner] += 1
+        self._put(file.name, entry, Lane.NEW if file.new else Lane.OLD)
         return True
 
-    def take(self, now: float) -> str | None:
-        """Return the next name that is due and mark it in flight, or None."""
+    def take(self, now: float, *, light: bool = True, heavy: bool = True) -> str | None:
+        """Return the next name that is due and mark it in flight, or None.
+
+        Args:
+            now: monotonic seconds.
+            light: a small file can be taken.
+            heavy: a large one can.
+        """
         self._end_pauses(now)
-        if not self._ready:
+        small = self._light if light and self._light.ready else None
+        large = self._heavy if heavy and self._heavy.ready else None
+        if small is None and large is None:
             return None
-        owner, _ = self._ready.popitem(last=False)
-        name = self._owners[owner].take()
-        self._move(name, self._entries[name], _Lane.IN_FLIGHT)
+        self._turns += 1
+        first, second = (small, large) if self._turns % OTHERS_TURN else (large, small)
+        name = (first or second or self._light).take()
+        self._move(name, self._entries[name], Lane.IN_FLIGHT)
         return name
 
     def finish(self, name: str, *, gone: bool = False) -> None:
@@ -174,7 +159,7 @@ class Backlog:
         if entry.seen_again and not gone:
             entry.seen_again = False
             entry.attempts = entry.busy = 0
-            self._move(name, entry, _Lane.NEW)
+            self._move(name, entry, Lane.NEW)
         else:
             self._remove(name)
 
@@ -199,9 +184,9 @@ class Backlog:
         self._pause(name, entry, now if entry.seen_again else now + pause)
         entry.seen_again = False
 
-    def next_due(self) -> float | None:
+    def next_due(self, *, light: bool = True, heavy: bool = True) -> float | None:
         """Return when the next waiting name is due, 0 for one that is due already, or None when nothing waits."""
-        if self._ready:
+        if (light and self._light.ready) or (heavy and self._heavy.ready):
             return 0.0
         self._skip_stale()
         return self._pauses[0][0] if self._pauses else None
@@ -224,12 +209,12 @@ class Backlog:
         expired = [
             name
             for name, entry in self._entries.items()
-            if entry.lane is not _Lane.IN_FLIGHT
+            if entry.lane is not Lane.IN_FLIGHT
             and now - entry.seen_at >= age_seconds
             and (untried or entry.attempts)
         ][:most]
         for name in expired:
-            self._move(name, self._entries[name], _Lane.IN_FLIGHT)
+            self._move(name, self._entries[name], Lane.IN_FLIGHT)
         return expired
 
     def oldest_seconds(self, wall_clock: float) -> float:
@@ -240,7 +225,7 @@ class Backlog:
     def is_in_flight(self, name: str) -> bool:
         """Tell whether a name is with a worker."""
         entry = self._entries.get(name)
-        return entry is not None and entry.lane is _Lane.IN_FLIGHT
+        return entry is not None and entry.lane is Lane.IN_FLIGHT
 
     def scan_pause(self) -> float | None:
         """Return how long after the last scan to look for names that were turned away, or None if none were.
@@ -251,7 +236,7 @@ class Backlog:
             return None
         if len(self._entries) < self.capacity // 2:
             return 0.0
-        untried = sum(self._in_lane[lane] for lane in _UNTRIED)
+        untried = sum(self._in_lane[lane] for lane in UNTRIED)
         return GIVE_WAY_PAUSE_SECONDS if untried < self.capacity // 2 else None
 
     @property
@@ -262,7 +247,7 @@ class Backlog:
     @property
     def in_flight(self) -> int:
         """How many are with a worker."""
-        return self._in_lane[_Lane.IN_FLIGHT]
+        return self._in_lane[Lane.IN_FLIGHT]
 
     @property
     def size_bytes(self) -> int:
@@ -279,70 +264,72 @@ class Backlog:
 
     def _make_room(self, owner: int, *, new: bool) -> bool:
         """Remove a name in favour of one of this owner, if that is fair: a failed one, or one of the largest owner."""
-        largest = max(self._owners, key=lambda key: len(self._owners[key]))
-        holdings = len(self._owners[owner]) if owner in self._owners else 0
-        smaller = holdings + 1 < len(self._owners[largest])
-        lanes = [*_TRIED, *([_Lane.OLD] if new or smaller else []), *([_Lane.NEW] if smaller else [])]
-        for lane in lanes:
-            candidates = [largest] if lane in _UNTRIED else [largest, *self._owners]
+        largest = max(self._holdings, key=lambda key: self._holdings[key])
+        smaller = self._holdings[owner] + 1 < self._holdings[largest]
+        lanes = [*TRIED, *([Lane.OLD] if new or smaller else []), *([Lane.NEW] if smaller else [])]
+        for lane in [lane for lane in lanes if self._in_lane[lane]]:
+            candidates = [largest] if lane in UNTRIED else [largest, *self._holdings]
             for candidate in candidates:
-                if names := self._owners[candidate].lanes[lane]:
-                    self._remove(next(iter(names) if lane in _TRIED else reversed(names)))
-                    return True
+                for size in (self._heavy, self._light):
+                    if names := size.names(candidate, lane):
+                        self._remove(next(iter(names) if lane in TRIED else reversed(names)))
+                        return True
         return False
 
-    def _move(self, name: str, entry: _Entry, lane: _Lane) -> None:
-        """Put an entry into a lane of its owner."""
-        owner = self._owners.setdefault(entry.owner, _Owner())
-        owner.lanes[entry.lane].pop(name, None)
-        self._in_lane[entry.lane] -= 1
-        entry.lane = lane
-        owner.lanes[lane][name] = None
-        self._in_lane[lane] += 1
-        self._note_ready(entry.owner)
+    def _move(self, name: str, entry: _Entry, lane: Lane) -> None:
+        """Put an entry into another lane of its owner."""
+        self._drop(name, entry)
+        self._put(name, entry, lane)
 
-    def _note_ready(self, key: int) -> None:
-        if self._owners[key].is_ready:
-            self._ready.setdefault(key, None)
-        else:
-            self._ready.pop(key, None)
+    def _put(self, name: str, entry: _Entry, lane: Lane) -> None:
+        entry.lane = lane
+        self._size_class(entry).add(entry.owner, lane, name, next(self._tickets))
+        self._in_lane[lane] += 1
+
+    def _drop(self, name: str, entry: _Entry) -> None:
+        self._size_class(entry).remove(entry.owner, entry.lane, name)
+        self._in_lane[entry.lane] -= 1
+
+    def _size_class(self, entry: _Entry) -> SizeClass:
+        return self._heavy if entry.is_heavy else self._light
 
     def _remove(self, name: str) -> None:
         entry = self._entries.pop(name)
-        owner = self._owners[entry.owner]
-        del owner.lanes[entry.lane][name]
-        self._in_lane[entry.lane] -= 1
+        self._drop(name, entry)
         self._bytes -= entry.size_bytes
-        self._note_ready(entry.owner)
-        if not owner:
-            del self._owners[entry.owner]
+        self._holdings[entry.owner] -= 1
+        if not self._holdings[entry.owner]:
+            del self._holdings[entry.owner]
 
     def _pause(self, name: str, entry: _Entry, until: float) -> None:
         entry.ticket = next(self._tickets)
         heapq.heappush(self._pauses, (until, entry.ticket, name))
-        self._move(name, entry, _Lane.PAUSED)
+        self._move(name, entry, Lane.PAUSED)
 
     def _end_pauses(self, now: float) -> None:
         self._skip_stale()
         while self._pauses and self._pauses[0][0] <= now:
             name = heapq.heappop(self._pauses)[2]
-            self._move(name, self._entries[name], _Lane.AGAIN)
+            self._move(name, self._entries[name], Lane.AGAIN)
             self._skip_stale()
 
     def _skip_stale(self) -> None:
         while self._pauses:
             _, ticket, name = self._pauses[0]
             entry = self._entries.get(name)
-            if entry is not None and entry.ticket == ticket and entry.lane is _Lane.PAUSED:
+            if entry is not None and entry.ticket == ticket and entry.lane is Lane.PAUSED:
                 return
             heapq.heappop(self._pauses)
 
     def _end_flight(self, name: str) -> _Entry:
         entry = self._entries[name]
-        if entry.lane is not _Lane.IN_FLIGHT:
+        if entry.lane is not Lane.IN_FLIGHT:
             raise ValueError(f"{name!r} is not in flight")
         return entry
 
 
-def _bucket(owner: int) -> int:
-    return owner if owner == 0 else 1 + owner % (_MOST_OWNERS - 1)
+def _bucket(file: Candidate) -> int:
+    """Return the number of an owner; root's files have as many owners as there are origins, within bounds."""
+    if file.owner:
+        return 1 + file.owner % (_MOST_OWNERS - 1)
+    return _MOST_OWNERS + zlib.crc32(file.origin) % _MOST_OWNERS if file.origin else 0

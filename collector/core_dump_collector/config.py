@@ -17,7 +17,7 @@ from pydantic import AliasChoices, Field, ValidationError, ValidationInfo, field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core_dump_collector.errors import ConfigError
-from core_dump_collector.options import UploadOptions
+from core_dump_collector.options import MIN_BYTES_PER_SECOND, UploadOptions
 from core_dump_format.advice import check_endpoint
 from core_dump_format.keys import DEFAULT_TEMPLATE, check_template, parse_location
 
@@ -58,6 +58,12 @@ class Settings(BaseSettings):
         description="Name of this node in keys and metadata. Default: the host name.",
     )
     workers: int = Field(4, ge=1, le=64, description="Number of processes that upload, 1 to 64.")
+    max_upload_bytes_per_second: int = Field(
+        0,
+        ge=0,
+        le=1 << 40,
+        description="Bytes a second that all workers together send at most; 0 for no limit, else at least 10000.",
+    )
     file_patterns: Annotated[tuple[str, ...], NoDecode] = Field(
         ("core*",),
         description="Names of the files to collect: comma-separated shell patterns, e.g. `core*,*.hprof`.",
@@ -136,8 +142,8 @@ class Settings(BaseSettings):
         60,
         gt=0,
         le=3600,
-        description="A request that moves less than its share of 10 kB a second (10 kB / `WORKERS` / 2, at least 500 "
-        "bytes) for this long is ended.",
+        description="A request that moves less than its share of 10 kB a second (an eighth, less while more "
+        "requests are under way) for this long is ended.",
     )
     retry_seconds: float = Field(
         300, ge=1, le=86400, description="Longest pause between two attempts at one dump."
@@ -218,6 +224,13 @@ class Settings(BaseSettings):
     @classmethod
     def _check_template(cls, value: str) -> str:
         check_template(value)
+        return value
+
+    @field_validator("max_upload_bytes_per_second")
+    @classmethod
+    def _check_rate(cls, value: int) -> int:
+        if 0 < value < MIN_BYTES_PER_SECOND:
+            raise ValueError(f"takes 0 for no limit, or at least {MIN_BYTES_PER_SECOND} bytes a second")
         return value
 
     @field_validator("node_name")

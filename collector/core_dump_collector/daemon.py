@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING
 import structlog
 
 from core_dump_collector.arrivals import Arrivals
-from core_dump_collector.backlog import Backlog
+from core_dump_collector.backlog import LIGHT_BYTES, Backlog
 from core_dump_collector.breaker import CircuitBreaker
 from core_dump_collector.config import describe
 from core_dump_collector.errors import ConfigError
-from core_dump_collector.executors import choose_temporary_directory
 from core_dump_collector.health import HEARTBEAT_SECONDS, Health, Server
 from core_dump_collector.jobs import Job, Probe, Salvage
 from core_dump_collector.landing import Fact, Overview, sized
@@ -38,6 +37,7 @@ from core_dump_collector.pool import Pool
 from core_dump_collector.processes import Workers
 from core_dump_collector.reachability import Reachability
 from core_dump_collector.results import Results
+from core_dump_collector.workers import choose_temporary_directory
 
 if TYPE_CHECKING:
     from core_dump_collector.config import Settings
@@ -86,11 +86,12 @@ class Daemon:
         self._server = Server(settings, self._health, self._metrics.registry)
         choose_temporary_directory(directory)
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._pool = Pool(settings.workers, settings.upload_options(), self._wake)
+        self._pool = Pool(settings.upload_options())
         self._modules = ModuleUploads(directory, settings, self._metrics, self._observer)
         self._beat_due = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._on_wake)
+        self._selector.register(self._pool, selectors.EVENT_READ, self._on_results)
 
     @property
     def port(self) -> int:
@@ -120,6 +121,7 @@ class Daemon:
         now = time.monotonic()
         if now >= self._beat_due:
             self._beat(now)
+        self._tick(now)
         self._arrivals.advance(now)
         busy = self._backlog.in_flight > 0
         self._modules.advance(now, reachable=self._store.is_known and self._store.reason is None, busy=busy)
@@ -130,15 +132,19 @@ class Daemon:
             key.data()
 
     def _pause(self) -> float:
-        due = [self._beat_due, self._arrivals.due, self._modules.due]
-        if self._pool.has_room:
-            due.append(self._store.probe_due)
-            waiting = (self._arrivals.partials.next_due(), self._next_upload())
-            due += [moment for moment in waiting if moment is not None]
-        return max(0.0, min(due) - time.monotonic())
+        due: list[float | None] = [self._beat_due, self._arrivals.due, self._modules.due, self._pool.due]
+        if self._pool.room():
+            due += [self._store.probe_due, self._arrivals.partials.next_due()]
+        if self._pool.room() or self._pool.room(heavy=True):
+            due.append(self._next_upload())
+        return max(0.0, min(moment for moment in due if moment is not None) - time.monotonic())
+
+    def _tick(self, now: float) -> None:
+        if now >= self._pool.due:
+            self._pool.tick(now)
 
     def _next_upload(self) -> float | None:
-        due = self._backlog.next_due()
+        due = self._backlog.next_due(light=self._pool.room() > 0, heavy=self._pool.room(heavy=True) > 0)
         if due is None or not self._breaker.is_open:
             return due
         return None if self._pool.in_flight else max(due, self._breaker.until)
@@ -147,29 +153,30 @@ class Daemon:
 
     def _submit(self) -> None:
         now = time.monotonic()
-        if self._pool.has_room and now >= self._store.probe_due:
+        if self._pool.room() and now >= self._store.probe_due:
             self._store.start_probe()
             self._pool.submit(Probe())
-        while self._pool.has_room and (partial := self._arrivals.next_partial(now)) is not None:
+        while self._pool.room() and (partial := self._arrivals.next_partial(now)) is not None:
             self._arrivals.partials.start(partial)
             self._pool.submit(Salvage(self._directory, partial))
-        if self._pool.has_room:
-            for owner in (self._records, self._kernel_log):
-                document = owner.next_document(time.time(), now)
-                if document is not None:
-                    self._pool.submit(document)
-        while self._pool.has_room and self._breaker.allows(now, self._pool.in_flight):
-            name = self._backlog.take(now)
+        for owner in (self._records, self._kernel_log):
+            document = owner.next_document(time.time(), now) if self._pool.room() else None
+            if document is not None:
+                self._pool.submit(document)
+        while self._breaker.allows(now, self._pool.in_flight):
+            light, heavy = self._pool.room() > 0, self._pool.room(heavy=True) > 0
+            name = self._backlog.take(now, light=light, heavy=heavy)
             if name is None:
                 break
-            self._pool.submit(Job(self._directory, name, self._backlog.sighting(name, now)))
+            sighting = self._backlog.sighting(name, now)
+            self._pool.submit(Job(self._directory, name, sighting), heavy=sighting.size_bytes > LIGHT_BYTES)
         pause = self._backlog.scan_pause()
         if pause is not None:
             self._arrivals.scan_again(pause)
 
     def _discard(self, now: float) -> None:
         """Let workers delete what could not be uploaded for DISCARD_AFTER_SECONDS, if that is set."""
-        age, room = self._settings.discard_after_seconds, self._pool.room
+        age, room = self._settings.discard_after_seconds, self._pool.room()
         if age and room:
             down = self._store.is_down_for(age, now)
             for name in self._backlog.take_expired(now, age, most=room, untried=down):
@@ -179,12 +186,10 @@ class Daemon:
         with contextlib.suppress(BlockingIOError):
             numbers = os.read(self._wake_read, 4096)
             self._stop_requests += sum(number in _STOPPING for number in numbers)
+
+    def _on_results(self) -> None:
         for result in self._pool.collect():
             self._results.apply(result)
-
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._wake_write, b"\0")
 
     # What others see
 
@@ -279,9 +284,10 @@ class Daemon:
         metrics.backlog_files.set(self._backlog.waiting)
         metrics.backlog_bytes.set(self._backlog.size_bytes)
         metrics.inflight.set(self._backlog.in_flight)
+        metrics.connections.set(self._pool.connections)
         raise_to(metrics.log_lines_dropped, self._log_writer.dropped)
         if raise_to(metrics.rebuilds, self._pool.rebuilds):
-            log.error("a worker process died; the pool was restarted")
+            log.error("a worker process died; another takes its place")
 
     # The end
 
@@ -295,8 +301,10 @@ class Daemon:
         self._observer.look(Look.KERNEL_LOG, self._kernel_log.close)
         self._modules.stop()
         while self._pool.in_flight > self._store.is_probing and self._stop_requests < 2:  # noqa: PLR2004  the second signal
-            left = min(deadline, self._beat_due) - time.monotonic()
-            if deadline <= time.monotonic():
+            now = time.monotonic()
+            self._tick(now)
+            left = min(deadline, self._beat_due, self._pool.due) - now
+            if deadline <= now:
                 break
             for key, _ in self._selector.select(max(0.0, left)):
                 key.data()

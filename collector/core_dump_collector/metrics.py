@@ -92,6 +92,11 @@ class Metrics:
             buckets=_LATENCY_SECONDS,
         )
         self.inflight = Gauge("core_dump_inflight_uploads", "Dumps being uploaded.", registry=r)
+        self.connections = Gauge(
+            "core_dump_upload_connections",
+            "Connections that all workers together may use: more while throughput grows with them.",
+            registry=r,
+        )
         self.store_reachable = Gauge(
             "core_dump_store_reachable",
             "1 while the store takes dumps; 0 with the reason while it does not. Absent until it was asked.",
@@ -216,9 +221,7 @@ class Metrics:
             "core_dump_workers_resident_memory_bytes", "Resident memory of all workers.", registry=r
         )
         self.workers_cpu = Counter("core_dump_workers_cpu_seconds", "CPU time of all workers.", registry=r)
-        self.rebuilds = Counter(
-            "core_dump_pool_rebuilds", "Times a worker died and the pool was restarted.", registry=r
-        )
+        self.rebuilds = Counter("core_dump_pool_rebuilds", "Workers that died and were replaced.", registry=r)
         self.unobserved = Counter(
             "core_dump_observation_failures",
             "Times the collector could not look at something; collecting went on.",

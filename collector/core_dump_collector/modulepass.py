@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 
 from botocore.exceptions import BotoCoreError
 
+from core_dump_collector.board import Seat
 from core_dump_collector.moduleevents import Event, Kind
 from core_dump_collector.node.modulefiles import RECEIPT_SUFFIX, Contents, File, ModuleFiles
 from core_dump_collector.s3 import classify, documents
 from core_dump_collector.s3.client import make_client
 from core_dump_collector.s3.errors import PermanentError, RetryableError, StoreError
+from core_dump_collector.s3.flow import Flow
 from core_dump_collector.s3.modules import MOST_BYTES, Stored, store_module
 from core_dump_collector.s3.parts import FilePart
 from core_dump_collector.s3.store import Store
@@ -85,7 +87,8 @@ class Pass:
     def _store(self) -> Store:
         if self._client is None:
             try:
-                self._client = Store(make_client(self._options), self._options)
+                flow = Flow(Seat.private(self._options.max_upload_bytes_per_second))
+                self._client = Store(make_client(self._options, flow), self._options, flow)
             except BotoCoreError as error:
                 raise classify.translate(error) from error
         return self._client

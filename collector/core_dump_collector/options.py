@@ -10,13 +10,10 @@ from typing import Literal
 
 from core_dump_format.keys import literal_folder
 
-SENDERS = 2
-"""Parts of one object that are sent at the same time. A part is read for its checksum and again to be sent, so
-as many parts want to stay in the page cache: with two, a limit of 128 MiB of memory is not even touched."""
 MIN_BYTES_PER_SECOND = 10_000
 """As slow as the link of all workers together may be."""
-MIN_CONNECTION_BYTES_PER_SECOND = 500
-"""A connection that moves less is ended, however many share the link: a store that sends a byte now and then."""
+UNPROVEN_CONNECTIONS = 8
+"""At most so many connections share a link of which it is not known that it carries more (`governor`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +41,7 @@ class UploadOptions:
     connect_timeout_seconds: float
     read_timeout_seconds: float
     workers: int
+    max_upload_bytes_per_second: int
     pod_logs_directory: str | None
     object_tags: dict[str, str] = field(default_factory=dict)
 
@@ -55,4 +53,4 @@ class UploadOptions:
     @property
     def connection_bytes_per_second(self) -> float:
         """Return the least rate at which a request lives: its share of the slowest link."""
-        return max(MIN_CONNECTION_BYTES_PER_SECOND, MIN_BYTES_PER_SECOND / (self.workers * SENDERS))
+        return MIN_BYTES_PER_SECOND / UNPROVEN_CONNECTIONS

@@ -6,12 +6,11 @@ they are sent, `s3/store` the requests.
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-
-from botocore.exceptions import BotoCoreError
 
 from core_dump_collector import fingerprint, metadata, modulelist
 from core_dump_collector.jobs import (
@@ -29,10 +28,10 @@ from core_dump_collector.jobs import (
     fail,
 )
 from core_dump_collector.node import dumpfile
-from core_dump_collector.s3 import classify, documents, parts, record
-from core_dump_collector.s3.client import make_client
+from core_dump_collector.s3 import documents, parts, record
 from core_dump_collector.s3.errors import PermanentError, RetryableError
-from core_dump_collector.s3.store import Store
+from core_dump_collector.s3.flow import Flow
+from core_dump_collector.s3.stores import Stores
 from core_dump_collector.s3.transfer import Transfer
 from core_dump_format.attributes import SALVAGED
 from core_dump_format.keys import build_key
@@ -44,10 +43,14 @@ if TYPE_CHECKING:
     from core_dump_collector.metadata import Facts, StoredObject
     from core_dump_collector.node.dumpfile import DumpFile
     from core_dump_collector.options import UploadOptions
+    from core_dump_collector.s3.record import Attempt
+    from core_dump_collector.s3.store import Store
 
 MOST_BYTES = 50 << 40
 """Longer files are refused: this is S3's largest object (48.8 TiB; Amazon S3 User Guide, "Uploading objects"), and a
 sparse file of 8 EiB would keep a worker busy for years."""
+LEAST_PART_BYTES = 5 << 20
+"""S3's smallest part (Amazon S3 User Guide, "Multipart upload limits")."""
 _OUTCOME_OF_UNFIT = {
     dumpfile.Unfit.VANISHED: Outcome.VANISHED,
     dumpfile.Unfit.BUSY: Outcome.BUSY,
@@ -56,12 +59,15 @@ _OUTCOME_OF_UNFIT = {
 
 
 class Worker:
-    """Processes the jobs of one worker process, with one S3 client that the first job makes."""
+    """Processes the jobs of one worker process, several at a time, with one S3 client that the first job makes."""
 
-    def __init__(self, options: UploadOptions) -> None:
-        """Remember the options."""
+    def __init__(self, options: UploadOptions, flow: Flow | None = None) -> None:
+        """Remember the options; without a flow, nobody limits how much is sent."""
         self._options = options
-        self._store: Store | None = None
+        self._flow = flow or Flow()
+        self._stores = Stores(options, self._flow)
+        self._fingerprinting = threading.Lock()
+        """Fingerprints are work for the CPU: one at a time keeps each within its time limit."""
 
     def process(self, job: AnyJob) -> AnyResult:
         """Upload and delete a dump, salvage a partial, store a record or probe the store. Never raises."""
@@ -69,7 +75,7 @@ class Worker:
         try:
             result = self._run(job)
         except Exception as error:  # noqa: BLE001  the worker's boundary: a fault of ours must not end the pool
-            result = fail(job, *self._explain(error))
+            result = fail(job, *_explain(error))
         if isinstance(result, UploadResult):
             return replace(result, seconds=time.monotonic() - started, detail=printable(result.detail))
         return result
@@ -81,16 +87,15 @@ class Worker:
             case Document():
                 return self._store_record(job)
             case Probe():
-                self.open_store().probe(f"{self._options.node_folder}.probe")
+                with self._stores.lease() as store:
+                    store.probe(f"{self._options.node_folder}.probe")
                 return ProbeResult()
             case _:
                 return self._upload(job)
 
     def close(self) -> None:
         """Close the client; the next job makes one."""
-        if self._store is not None:
-            self._store.close()
-            self._store = None
+        self._stores.close()
 
     def open_store(self) -> Store:
         """Return the store; make its client, from the environment, if there is none.
@@ -98,33 +103,15 @@ class Worker:
         Raises:
             RetryableError: the client cannot be made now.
         """
-        if self._store is None:
-            try:
-                client = make_client(self._options)
-            except BotoCoreError as error:
-                raise classify.translate(error) from error
-            self._store = Store(client, self._options)
-        return self._store
-
-    def _explain(self, error: Exception) -> tuple[RetryReason, str]:
-        match error:
-            case RetryableError():
-                if error.reason == RetryReason.CREDENTIALS:
-                    self.close()  # the next job makes a new client, which reads credentials again
-                return error.reason, printable(str(error))
-            case OSError():
-                return RetryReason.LOCAL_IO, printable(error.strerror or str(error))
-            case _:
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                place = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
-                return RetryReason.INTERNAL, printable(f"{place}: {type(error).__name__}: {error}")
+        return self._stores.open()
 
     def _store_record(self, document: Document) -> RecordResult:
         """Store a suppressed-crash record."""
         key = metadata.record_key(document, self._options)
         try:
             rendered = metadata.render_record(document, key, self._options)
-            documents.put(self.open_store(), key, rendered)
+            with self._stores.lease() as store:
+                documents.put(store, key, rendered)
         except PermanentError as error:
             raise RetryableError(RetryReason.SERVER, str(error)) from error
         return RecordResult(document.name)
@@ -153,25 +140,59 @@ class Worker:
         attempt = record.read(raw, trusted=dump.is_trusted)
         ordered = attempt is None or attempt.order == ORDER_VERSION
         read = parts.open_source(
-            dump, options.part_bytes, compress_raw=options.compress_raw, salvaged=salvaged, ordered=ordered
+            dump,
+            self._part_bytes(attempt),
+            compress_raw=options.compress_raw,
+            salvaged=salvaged,
+            ordered=ordered,
         )
         facts = facts.with_attributes(read.facts)
         suffix = ".gz" if read.gzip else ""
         key = build_key(options.prefix, options.key_template, facts.key_fields(), suffix=suffix)
-        store = self.open_store()
-        transfer = Transfer(store, dump, read, attempt, _headers(facts, read))
         try:
-            stored, outcome = transfer.run(key)
-            if options.metadata:
-                crash = _fingerprint(dump) if options.fingerprint else {}
-                rendered = metadata.render(facts, stored, options.bucket, crash)
-                documents.put(store, stored.key + ".json", rendered)
+            with self._stores.lease() as store:
+                transfer = Transfer(store, dump, read, attempt, _headers(facts, read))
+                stored, outcome = transfer.run(key)
+                if options.metadata:
+                    rendered = metadata.render(facts, stored, options.bucket, self._fingerprint(dump))
+                    documents.put(store, stored.key + ".json", rendered)
         except PermanentError as error:
             name = dump.quarantine()
             return _result(dump, facts, Outcome.QUARANTINED, f"{error}; moved to quarantine/{name}")
         if options.modules:
             modulelist.pass_on(store, dump, directory, stored.key, facts.sensitive or "")
         return _delete(dump, facts, stored, outcome, transfer.note)
+
+    def _part_bytes(self, attempt: Attempt | None) -> int:
+        """Return the least size of parts: that of an earlier attempt, whose parts the store may have."""
+        most = self._options.part_bytes
+        if attempt is not None and LEAST_PART_BYTES <= attempt.part_bytes <= most:
+            return attempt.part_bytes
+        return min(LEAST_PART_BYTES, most) if self._flow.wants_small_parts else most
+
+    def _fingerprint(self, dump: DumpFile) -> dict[str, str]:
+        """Return the fingerprint's fields; none if they are not wanted or the core does not contain them."""
+        if not self._options.fingerprint:
+            return {}
+        try:
+            with self._fingerprinting:
+                found = fingerprint.fingerprint_of_file(dump.fd)
+        except Exception:  # noqa: BLE001  hostile bytes may cost the metadata, never the dump
+            return {}
+        return found.fields() if found else {}
+
+
+def _explain(error: Exception) -> tuple[RetryReason, str]:
+    """Return the reason of a retry and its text."""
+    match error:
+        case RetryableError():
+            return error.reason, printable(str(error))
+        case OSError():
+            return RetryReason.LOCAL_IO, printable(error.strerror or str(error))
+        case _:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
+            return RetryReason.INTERNAL, printable(f"{place}: {type(error).__name__}: {error}")
 
 
 def _delete(dump: DumpFile, facts: Facts, stored: StoredObject, outcome: Outcome, note: str) -> UploadResult:
@@ -205,15 +226,6 @@ def _keep(dump: DumpFile, known: Undeleted, error: OSError) -> UploadResult:
         detail=f"it is stored, but the file cannot be deleted: {error.strerror}",
         undeleted=known,
     )
-
-
-def _fingerprint(dump: DumpFile) -> dict[str, str]:
-    """Return the fingerprint's fields; none if the core does not contain them."""
-    try:
-        found = fingerprint.fingerprint_of_file(dump.fd)
-    except Exception:  # noqa: BLE001  hostile bytes may cost the metadata, never the dump
-        return {}
-    return found.fields() if found else {}
 
 
 def _headers(facts: Facts, read: parts.Source) -> dict[str, Any]:

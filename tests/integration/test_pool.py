@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import select
 import signal
 import socket
-import threading
 import time
-from concurrent.futures import process
-from multiprocessing import forkserver
+from multiprocessing import forkserver, popen_forkserver
 
 import pytest
 from tests.support import s3
@@ -18,74 +17,157 @@ from tests.support.collector import wait_until
 from tests.support.uploads import NAME, connected, options
 
 from core_dump_collector import pool as pool_module
-from core_dump_collector.deadlines import seconds_for
+from core_dump_collector.board import HEAVY, LIGHT_JOBS
+from core_dump_collector.deadlines import SILENT_SECONDS, seconds_for
+from core_dump_collector.governor import FIRST
 from core_dump_collector.jobs import Job, RetryReason, Salvage, SalvageResult
 from core_dump_collector.pool import Pool
+
+PATIENCE = {"read_timeout_seconds": 30, "connect_timeout_seconds": 5}
+
+
+@contextlib.contextmanager
+def silent_store():
+    """Yield a server that accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        silent.settimeout(30)
+        yield silent
+
+
+@contextlib.contextmanager
+def pool_at(silent, **changes):
+    """Run a pool whose store is this server."""
+    forkserver._forkserver._stop()  # an earlier one has the environment of another test
+    endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+    with connected(s3.ADMIN.environ(), AWS_ENDPOINT_URL_S3=endpoint):
+        pool = Pool(options(**PATIENCE | changes))
+        try:
+            yield pool
+        finally:
+            pool.kill()
+            forkserver._forkserver._stop()
 
 
 @pytest.fixture
 def busy(watch_dir):
     """A pool whose one worker waits for an answer, and the worker's process."""
-    forkserver._forkserver._stop()  # an earlier one has the environment of another test
     (watch_dir / NAME).write_bytes(b"\x1f\x8b")
-    woken = threading.Event()
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        silent.settimeout(30)
-        port = silent.getsockname()[1]
-        with connected(s3.ADMIN.environ(), AWS_ENDPOINT_URL_S3=f"http://127.0.0.1:{port}"):
-            pool = Pool(1, options(read_timeout_seconds=30, connect_timeout_seconds=5), woken.set)
-            pool.submit(Job(str(watch_dir), NAME))
-            connection, _ = silent.accept()
-        with connection, contextlib.ExitStack() as ending:
-            ending.callback(pool.kill)
+    with silent_store() as silent, pool_at(silent, workers=1) as pool:
+        pool.submit(Job(str(watch_dir), NAME))
+        connection, _ = silent.accept()
+        with connection:
             connection.settimeout(30)
             assert connection.recv(10)
-            (worker,) = pool._executor._processes.values()
-            yield pool, worker, woken
-    forkserver._forkserver._stop()
+            (worker,) = pool._workers.values()
+            yield pool, worker.process
 
 
-def result_of(pool, woken):
-    assert woken.wait(10)
-    wait_until(lambda: not pool.in_flight or pool._done.qsize(), 10)
+def result_of(pool):
+    assert select.select([pool], [], [], 10)[0]
     (result,) = pool.collect()
     return result
 
 
+def result_after_death(pool):
+    """Return a result that comes once a worker has ended."""
+    found = []
+    wait_until(lambda: found.extend(pool.collect()) or found, 10)
+    (result,) = found
+    return result
+
+
 @pytest.mark.parametrize("stopped", [False, True], ids=["waiting", "stopped"])
-def test_worker_past_the_deadline_of_its_job_is_killed(busy, stopped):
-    pool, worker, woken = busy
+def test_worker_past_the_deadline_of_its_job_is_killed(busy, monkeypatch, stopped):
+    monkeypatch.setattr(pool_module, "SILENT_SECONDS", 1e9)
+    pool, process = busy
     if stopped:
-        os.kill(worker.pid, signal.SIGSTOP)
-    deadline = time.monotonic() + seconds_for(2, 35, 1000)
+        os.kill(process.pid, signal.SIGSTOP)
+    deadline = time.monotonic() + seconds_for(2, 35, 1250)
     pool.kill_hung(deadline - 10)
-    assert worker.is_alive()
+    assert process.is_alive()
     pool.kill_hung(deadline + 1)
-    result = result_of(pool, woken)
-    assert result.retry_reason is RetryReason.TIMEOUT
-    wait_until(lambda: not worker.is_alive(), 10)
-    assert pool.in_flight == 0
-    assert pool.rebuilds == 1
+    assert result_after_death(pool).retry_reason is RetryReason.TIMEOUT
+    assert (pool.in_flight, pool.rebuilds) == (0, 1)
 
 
 def test_worker_that_stays_stopped_is_killed_long_before_the_deadline(busy):
-    pool, worker, woken = busy
+    pool, process = busy
     now = time.monotonic()
     pool.kill_hung(now)
-    os.kill(worker.pid, signal.SIGSTOP)
-    wait_until(lambda: pool_module._is_stopped(worker.pid), 10)
+    os.kill(process.pid, signal.SIGSTOP)
+    wait_until(lambda: pool_module._is_stopped(process.pid), 10)
     pool.kill_hung(now + 10)
     pool.kill_hung(now + pool_module.STOPPED_SECONDS)
-    assert worker.is_alive()
+    assert process.is_alive()
     pool.kill_hung(now + 10 + pool_module.STOPPED_SECONDS)
-    assert result_of(pool, woken).retry_reason is RetryReason.WORKER_DIED
+    assert result_after_death(pool).retry_reason is RetryReason.WORKER_DIED
+
+
+def test_job_that_waits_for_the_store_makes_progress_as_far_as_the_pool_can_see(busy):
+    pool, _ = busy
+    (worker,) = pool._workers.values()
+    began = worker.last_beat(0)
+    wait_until(lambda: worker.last_beat(0) > began + 0.3, 10)
+
+
+def test_worker_that_hangs_outside_the_network_is_killed_ten_minutes_after_its_last_progress(
+    watch_dir, tmp_path
+):
+    with open(watch_dir / NAME, "wb") as file:
+        file.truncate(1 << 30)
+    config = tmp_path / "config"
+    config.write_text("[default]\ncredential_process = /bin/sh -c 'kill -STOP $$'\n")
+    no_keys = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_CONFIG_FILE": str(config)}
+    forkserver._forkserver._stop()
+    with connected(no_keys), contextlib.ExitStack() as ending:
+        pool = Pool(options(**PATIENCE))
+        ending.callback(forkserver._forkserver._stop)
+        ending.callback(pool.kill)
+        pool.submit(Job(str(watch_dir), NAME), heavy=True)
+        (worker,) = pool._workers.values()
+        wait_until(lambda: worker.seat.beaten_at(HEAVY), 30)
+        last = worker.last_beat(HEAVY)
+        pool.kill_hung(last + SILENT_SECONDS - 1)
+        assert worker.process.is_alive()
+        pool.kill_hung(last + SILENT_SECONDS + 1)
+        assert result_after_death(pool).retry_reason is RetryReason.TIMEOUT
 
 
 def test_pool_is_stuck_once_killing_does_not_bring_a_job_back(busy):
-    pool, _, _ = busy
-    deadline = time.monotonic() + seconds_for(2, 35, 1000)
+    pool, _ = busy
+    deadline = time.monotonic() + seconds_for(2, 35, 1250)
     assert not pool.is_stuck(deadline + pool_module.STUCK_SECONDS - 10)
     assert pool.is_stuck(deadline + pool_module.STUCK_SECONDS + 1)
+
+
+def test_death_of_a_worker_brings_back_its_own_jobs_and_no_others(watch_dir):
+    names = [f"core-app-170000000{number}-1-11.gz" for number in range(3)]
+    for name in names:
+        (watch_dir / name).write_bytes(b"\x1f\x8b")
+    with silent_store() as silent, pool_at(silent, workers=2) as pool:
+        for name in names:
+            pool.submit(Job(str(watch_dir), name))
+        victim, other = pool._workers.values()
+        lost = {task.job.name for task in victim.tasks.values()}
+        victim.process.kill()
+        victim.process.join(10)
+        results = pool.collect()
+        assert {result.name for result in results} == lost
+        assert {result.retry_reason for result in results} == {RetryReason.WORKER_DIED}
+        assert pool.in_flight == len(names) - len(lost) == 1
+        assert other.process.is_alive()
+
+
+def test_one_worker_has_places_for_small_dumps_and_one_for_a_large_one(watch_dir):
+    with silent_store() as silent, pool_at(silent, workers=1) as pool:
+        for number in range(FIRST):
+            name = f"core-app-170000000{number}-1-11.gz"
+            (watch_dir / name).write_bytes(b"\x1f\x8b")
+            pool.submit(Job(str(watch_dir), name))
+        (worker,) = pool._workers.values()
+        wait_until(lambda: all(worker.seat.beaten_at(place) for place in range(FIRST)), 30, "threads")
+        assert pool.room() == LIGHT_JOBS - FIRST
+        assert pool.room(heavy=True) == 1
 
 
 @contextlib.contextmanager
@@ -99,49 +181,28 @@ def no_descriptors():
 
 
 @contextlib.contextmanager
-def no_thread():
+def no_process():
     def refuse(_):
-        raise RuntimeError("can't start new thread")
+        raise OSError(11, "Resource temporarily unavailable")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process._ExecutorManagerThread, "start", refuse)
+        patch.setattr(popen_forkserver.Popen, "_launch", refuse)
         yield
 
 
-@pytest.mark.parametrize("scarcity", [no_descriptors, no_thread], ids=lambda value: value.__name__)
+@pytest.mark.parametrize("scarcity", [no_descriptors, no_process], ids=lambda value: value.__name__)
 def test_pool_that_cannot_start_returns_its_jobs_and_starts_later(busy, watch_dir, scarcity):
-    pool, worker, woken = busy
+    pool, process = busy
     with scarcity():
-        worker.kill()
-        assert result_of(pool, woken).retry_reason is RetryReason.WORKER_DIED
-        woken.clear()
+        process.kill()
+        assert result_after_death(pool).retry_reason is RetryReason.WORKER_DIED
         for _ in range(2):
             pool.submit(Job(str(watch_dir), NAME))
-            assert not pool.has_room
-            result = result_of(pool, woken)
+            assert not pool.room()
+            result = result_of(pool)
             assert (result.name, result.retry_reason) == (NAME, RetryReason.WORKER_DIED)
-            woken.clear()
+            assert "no worker process can be started" in result.detail
     pool.kill_hung(time.monotonic())
-    assert pool.has_room
+    assert pool.room()
     pool.submit(Salvage(str(watch_dir), "gone.partial"))
-    assert result_of(pool, woken) == SalvageResult("gone.partial")
-
-
-@pytest.mark.parametrize("seen_by", ["heartbeat", "next job"])
-def test_job_returns_although_the_thread_that_hands_out_jobs_has_ended(busy, watch_dir, seen_by):
-    pool, worker, woken = busy
-    manager = pool._executor._executor_manager_thread
-    worker.kill()
-    manager.join(10)
-    assert result_of(pool, woken).retry_reason is RetryReason.WORKER_DIED
-    woken.clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process._ExecutorManagerThread, "run", lambda _: None)
-        pool.submit(Job(str(watch_dir), NAME))
-        pool._executor._executor_manager_thread.join(10)
-    if seen_by == "heartbeat":
-        pool.kill_hung(time.monotonic())
-    else:
-        pool.submit(Salvage(str(watch_dir), "gone.partial"))
-    assert woken.wait(10)
-    assert pool.collect()[0].retry_reason is RetryReason.WORKER_DIED
+    assert result_of(pool) == SalvageResult("gone.partial")

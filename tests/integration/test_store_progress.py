@@ -20,6 +20,7 @@ from tests.support.uploads import KEY, MEBIBYTE, NAME, connected, options, send
 
 from core_dump_collector.jobs import Job, Outcome, RetryReason
 from core_dump_collector.s3 import progress, tries
+from core_dump_collector.s3.flow import Flow
 from core_dump_collector.upload import Worker
 
 WINDOW = 1.0
@@ -368,7 +369,7 @@ def test_multipart_upload_is_completed_in_the_time_that_it_takes_but_not_for_eve
 def test_connection_whose_bytes_the_kernel_does_not_count_is_left_alone():
     ours, theirs = socket.socketpair()
     patience = progress.Patience(WINDOW, 1, 2 * WINDOW)
-    with ours, theirs, contextlib.closing(progress._Watch(patience)) as watch:
+    with ours, theirs, contextlib.closing(progress._Watch(patience, Flow())) as watch:
         watch.follow(ours)
         watch.look(time.monotonic() + 1000)
         assert not watch.stalled

@@ -12,12 +12,14 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from core_dump_collector.node.ownership import is_roots_alone, is_trusted
+from core_dump_format.attributes import ATTRIBUTE_PREFIX
 from core_dump_format.names import QUARANTINE, is_candidate, is_partial, unpartial
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MOST_QUARANTINED = 10_000
+_ORIGIN = ATTRIBUTE_PREFIX + "origin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class WatchedFile:
     """User id."""
     trusted: bool
     """Only root, or this user, can have made or changed it."""
+    origin: bytes = b""
+    """Whose crash it is, as the helper has noted; empty if nobody can be trusted to have said so."""
 
 
 def look(directory: str, name: str, *, patterns: tuple[str, ...]) -> WatchedFile | None:
@@ -45,7 +49,15 @@ def look(directory: str, name: str, *, patterns: tuple[str, ...]) -> WatchedFile
         status = os.lstat(os.path.join(directory, name))
     except OSError:
         return None
-    return WatchedFile(name, status.st_size, status.st_mtime_ns, partial, status.st_uid, is_trusted(status))
+    trusted = is_trusted(status)
+    origin = _origin(directory, name) if trusted and not partial else b""
+    return WatchedFile(name, status.st_size, status.st_mtime_ns, partial, status.st_uid, trusted, origin)
+
+
+def _origin(directory: str, name: str) -> bytes:
+    with contextlib.suppress(OSError):
+        return os.getxattr(os.path.join(directory, name), _ORIGIN, follow_symlinks=False)
+    return b""
 
 
 def scan(directory: str, patterns: tuple[str, ...]) -> Iterator[WatchedFile]:

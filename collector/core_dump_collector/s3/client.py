@@ -15,13 +15,16 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
 from core_dump_collector import __version__
-from core_dump_collector.options import SENDERS
 from core_dump_collector.s3.progress import end_stalled_requests
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
     from core_dump_collector.options import UploadOptions
+    from core_dump_collector.s3.flow import Flow
+
+MOST_CONNECTIONS = 32
+"""Connections that a client keeps for the next request."""
 
 
 class _WarmError(Exception):
@@ -60,15 +63,15 @@ _WARM = _warm()
 """A session for the first client; later clients read credentials and profiles again."""
 
 
-def make_client(options: UploadOptions) -> S3Client:
-    """Return a client. boto3 finds the endpoint and the credentials."""
+def make_client(options: UploadOptions, flow: Flow) -> S3Client:
+    """Return a client. boto3 finds the endpoint and the credentials; `flow` says how much it sends at once."""
     session = _WARM.pop() if _WARM else _make_session()
     client = _make_client(session, options, sign_payload=None)
     if sends_checksums(client) and client.meta.endpoint_url.startswith("https:"):
         client.close()
         # TLS and a checksum header protect the body: hashing it once more for the signature would double the CPU.
         client = _make_client(session, options, sign_payload=False)
-    end_stalled_requests(client, options.read_timeout_seconds, options.connection_bytes_per_second)
+    end_stalled_requests(client, options.read_timeout_seconds, options.connection_bytes_per_second, flow)
     return client
 
 
@@ -92,7 +95,7 @@ def _make_client(session: boto3.Session, options: UploadOptions, *, sign_payload
         connect_timeout=options.connect_timeout_seconds,
         read_timeout=None,  # `progress` ends what hangs
         **checksums,
-        max_pool_connections=SENDERS,
+        max_pool_connections=MOST_CONNECTIONS,
         tcp_keepalive=True,
         user_agent_extra=f"core-dump-handler/{__version__}",
     )

@@ -7,24 +7,29 @@ resumed upload is as sound as a fresh one. What fails for a reason that can pass
 from __future__ import annotations
 
 import hashlib
+import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from isal import isal_zlib
 
 from core_dump_collector.jobs import RetryReason
-from core_dump_collector.options import SENDERS
 from core_dump_collector.s3 import tries
 from core_dump_collector.s3.errors import ConflictError, GoneError, RetryableError, TakenError
 from core_dump_collector.s3.verdict import Content, Found, Seen, compare
 from core_dump_format.crc32 import encode_crc32
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from core_dump_collector.s3.parts import Part
     from core_dump_collector.s3.store import Store
+
+MOST_SENDERS = 16
+"""Threads that send parts of one object; how many of them send at a time is the flow's to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,32 +104,35 @@ class Whole:
 def send_parts(
     store: Store, key: str, upload_id: str, parts: Iterator[Part], have: dict[int, Found]
 ) -> Whole:
-    """Send what the store has not, SENDERS at a time.
+    """Send what the store has not, as many parts at a time as the flow permits.
 
     Raises:
         GoneError, RetryableError, PermanentError, OSError: the first failure; nothing is being sent any more.
     """
     sent: list[SentPart] = []
     under_way: set[Future[SentPart]] = set()
-    with ThreadPoolExecutor(SENDERS, thread_name_prefix="part") as threads:
+    failed = threading.Event()
+    with ThreadPoolExecutor(MOST_SENDERS, thread_name_prefix="part") as threads:
         try:
             for part in parts:
-                under_way.add(
-                    threads.submit(_settle_part, store, key, upload_id, part, have.get(part.number))
+                settle = partial(
+                    _settle_part, store, key, upload_id, part, have.get(part.number), failed.is_set
                 )
-                if len(under_way) >= SENDERS:
-                    sent += _collect(under_way)
+                under_way.add(threads.submit(copy_context().run, settle))
+                sent += _collect(under_way, wait_for_one=len(under_way) >= MOST_SENDERS)
             while under_way:
-                sent += _collect(under_way)
+                sent += _collect(under_way, wait_for_one=True)
         except BaseException:
+            failed.set()
             for future in under_way:
                 future.cancel()
             raise
     return Whole(tuple(sorted(sent, key=lambda part: part.number)))
 
 
-def _collect(under_way: set[Future[SentPart]]) -> list[SentPart]:
-    done, rest = wait(under_way, return_when=FIRST_COMPLETED)
+def _collect(under_way: set[Future[SentPart]], *, wait_for_one: bool) -> list[SentPart]:
+    """Return the parts that are sent; raise the first failure."""
+    done, rest = wait(under_way, timeout=None if wait_for_one else 0, return_when=FIRST_COMPLETED)
     under_way.intersection_update(rest)
     return [future.result() for future in done]
 
@@ -140,13 +148,16 @@ def describe(parts: Iterable[Part]) -> Whole:
     return Whole(tuple(described))
 
 
-def _settle_part(store: Store, key: str, upload_id: str, part: Part, have: Found | None) -> SentPart:
+def _settle_part(  # noqa: PLR0913, PLR0917  what a part needs, and when to give up
+    store: Store, key: str, upload_id: str, part: Part, have: Found | None, given_up: Callable[[], bool]
+) -> SentPart:
     """Make sure that the store has a part."""
     try:
-        content = Content(part.size_bytes, part.crc32(), part.md5)
-        if have is not None and compare(have, content) is Seen.SAME:
-            return SentPart(part.number, part.size_bytes, content.crc32, have.etag, proven=True)
-        return _put_part(store, key, upload_id, part, content)
+        with store.flow.permit(given_up):
+            content = Content(part.size_bytes, part.crc32(), part.md5)
+            if have is not None and compare(have, content) is Seen.SAME:
+                return SentPart(part.number, part.size_bytes, content.crc32, have.etag, proven=True)
+            return _put_part(store, key, upload_id, part, content)
     finally:
         part.release()
 

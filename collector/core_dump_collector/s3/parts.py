@@ -1,11 +1,13 @@
 """Owns the bytes of an object, in parts: a `.gz` unchanged, a raw core through gzip, a salvaged partial repaired.
 
 A `Part` can be read several times: for the checksum, the signature and each attempt to send it. Memory stays flat: a
-part of a file is read from the file, a block at a time; of a compressed stream at most two parts exist at a time.
+part of a file is read from the file, a block at a time; of a compressed stream as many parts exist at a time as the
+flow allows buffers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import mmap
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from core_dump_collector.node.dumpfile import DumpFile
+    from core_dump_collector.s3.flow import Flow
 
 BLOCK_BYTES = 256 * 1024
 MEBIBYTE = 1024 * 1024
@@ -31,8 +34,10 @@ MOST_PARTS = 10_000
 """Amazon S3 User Guide, "Multipart upload limits"."""
 SMALL_BYTES = 512 * 1024
 """Up to here a body is sent from memory, which saves the round trip of `Expect: 100-continue`."""
-STREAM_BUFFERS = 2
+LEAST_BUFFERS = 2
 """One part of a stream is filled while the other is sent."""
+MOST_BUFFERS = 8
+_WAIT_SECONDS = 1.0
 _DAMAGE_BYTES = 4096
 """A damaged stream is decompressed in small pieces, because the output of a piece that has an error is lost."""
 
@@ -190,8 +195,11 @@ class Source(Protocol):
     order: int
     """Version of the order of a raw core; 0 for the kernel's."""
 
-    def parts(self) -> Iterator[Part]:
-        """Yield the parts in order, at least one; each must be released, in any order."""
+    def parts(self, flow: Flow | None = None) -> Iterator[Part]:
+        """Yield the parts in order, at least one; each must be released, in any order.
+
+        `flow` says how many buffers a compressed stream may have, two without it, and gets its progress.
+        """
         ...
 
 
@@ -206,7 +214,7 @@ class FileSource:
         self.part_bytes = part_size(dump.size_bytes, part_bytes)
         self._dump = dump
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self, flow: Flow | None = None) -> Iterator[Part]:  # noqa: ARG002  a file needs no buffers
         """Yield ranges of the file; an empty file is one empty part."""
         size = self._dump.size_bytes
         for number, offset in enumerate(range(0, max(size, 1), self.part_bytes), start=1):
@@ -236,33 +244,61 @@ class GzipSource:
         self.order = order
         self.part_bytes = part_size(bound_bytes, part_bytes)
 
-    def parts(self) -> Iterator[Part]:
-        """Yield the compressed stream in parts."""
-        free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
-        for _ in range(STREAM_BUFFERS):
-            free.put(mmap.mmap(-1, self.part_bytes))
-        number, buffer, filled = 1, free.get(), 0
+    def parts(self, flow: Flow | None = None) -> Iterator[Part]:
+        """Yield the compressed stream in parts, each in a buffer of its own; `flow` says how many there may be."""
+        buffers = _Buffers(self.part_bytes, flow)
+        number, buffer, filled = 1, buffers.take(), 0
         for piece in self._compressed():
+            buffers.beat()
             rest = memoryview(piece)
             while rest:
                 if filled == self.part_bytes:
-                    yield _buffer_part(number, buffer, filled, free, last=False)
-                    number, buffer, filled = number + 1, free.get(), 0
+                    yield buffers.part(number, buffer, filled, last=False)
+                    number, buffer, filled = number + 1, buffers.take(), 0
                 taken = min(len(rest), self.part_bytes - filled)
                 buffer[filled : filled + taken] = rest[:taken]
                 rest, filled = rest[taken:], filled + taken
-        yield _buffer_part(number, buffer, filled, free, last=True)
+        yield buffers.part(number, buffer, filled, last=True)
 
 
-def _buffer_part(
-    number: int, buffer: mmap.mmap, filled: int, free: queue.SimpleQueue[mmap.mmap], *, last: bool
-) -> BufferPart:
-    view = memoryview(buffer)[:filled]
-    return BufferPart(number, view, last=last, give_back=lambda: free.put(buffer))
+class _Buffers:
+    """The buffers of one stream: made when the first parts need them, and as many as the flow allows then."""
+
+    def __init__(self, size_bytes: int, flow: Flow | None) -> None:
+        self.free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        self._size_bytes = size_bytes
+        self._flow = flow
+        self._made = 0
+
+    def take(self) -> mmap.mmap:
+        """Return a buffer that is free; make one, or wait for one."""
+        allowed = min(MOST_BUFFERS, max(LEAST_BUFFERS, self._flow.buffers if self._flow else 0))
+        if self._made < allowed and self.free.empty():
+            self._made += 1
+            return mmap.mmap(-1, self._size_bytes)
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self.free.get(timeout=_WAIT_SECONDS)
+            self.beat()
+
+    def part(self, number: int, buffer: mmap.mmap, filled: int, *, last: bool) -> BufferPart:
+        """Return the part that a buffer holds; its release makes the buffer free."""
+        view = memoryview(buffer)[:filled]
+        return BufferPart(number, view, last=last, give_back=lambda: self.free.put(buffer))
+
+    def beat(self) -> None:
+        """Note progress."""
+        if self._flow:
+            self._flow.beat()
 
 
 def open_source(
-    dump: DumpFile, part_bytes: int, *, compress_raw: bool, salvaged: bool, ordered: bool = True
+    dump: DumpFile,
+    part_bytes: int,
+    *,
+    compress_raw: bool,
+    salvaged: bool,
+    ordered: bool = True,
 ) -> Source:
     """Return the source that suits a dump.
 
@@ -274,7 +310,8 @@ def open_source(
         ordered: False to repeat, byte for byte, an upload in the kernel's order.
     """
     if salvaged and dump.name.endswith(".gz") and is_gzip(dump.fd):
-        return GzipSource(lambda: compression.compress(_salvage(dump.fd)), 2 * dump.size_bytes, part_bytes)
+        bound = 2 * dump.size_bytes
+        return GzipSource(lambda: compression.compress(_salvage(dump.fd)), bound, part_bytes)
     if is_compressed(dump.name) or not compress_raw:
         return FileSource(dump, part_bytes)
     bound = dump.data_bytes + dump.data_bytes // 64 + dump.size_bytes // 512 + 2 * MEBIBYTE

@@ -28,7 +28,7 @@ from botocore.awsrequest import (
     AWSHTTPSConnection,
     AWSHTTPSConnectionPool,
 )
-from botocore.exceptions import BotoCoreError, ReadTimeoutError
+from botocore.exceptions import BotoCoreError, ConnectTimeoutError, ReadTimeoutError
 
 from core_dump_collector.s3.response import bound_body
 
@@ -39,16 +39,21 @@ if TYPE_CHECKING:
     from botocore.httpsession import URLLib3Session
     from mypy_boto3_s3 import S3Client
 
+    from core_dump_collector.s3.flow import Flow
+
 COMPLETE_WINDOWS = 10
 """Longest silence of a store that completes a multipart upload, in windows."""
 MOST_COMPLETE_WINDOWS = 60
 """Longest time for that, even if the store sends a byte now and then."""
 _SAMPLES = 12
-"""How often the counters are read in a window; a request is ended at most one such interval late."""
+"""How often the counters are compared in a window; a request is ended at most one such interval late."""
+_LOOK_SECONDS = 0.2
+"""How often the counters are read while requests are under way."""
 _COUNTERS = struct.Struct("=QQ")
 _COUNTERS_OFFSET = 120
 """tcpi_bytes_acked and tcpi_bytes_received in struct tcp_info (linux/tcp.h, since Linux 4.1)."""
 _EXPECTATION_FAILED = 417
+_THROTTLED = frozenset({429, 503})
 _LONGEST_HEADER_BYTES = 65_536
 _MOST_INTERIM_HEADERS = 100
 
@@ -78,37 +83,51 @@ class Patience:
 class _Watch:
     """A request under way. The monitor's lock guards it."""
 
-    def __init__(self, patience: Patience) -> None:
+    def __init__(self, patience: Patience, flow: Flow) -> None:
         self.patience = patience
         self.stalled = False
+        self.place = flow.place
+        self._flow = flow
         self._socket: socket.socket | None = None
         self._began = time.monotonic()
+        self._counted = 0
         self._samples: deque[tuple[float, int]] = deque()
 
     def follow(self, sock: socket.socket) -> None:
         """Watch a connection. The descriptor is the watch's own: another that gets the number is never shut down."""
         if self._socket is None:
             self._socket = socket.fromfd(sock.fileno(), sock.family, sock.type, sock.proto)
-            self._samples.append((time.monotonic(), _bytes_moved(self._socket)))
+            self._counted = _bytes_moved(self._socket)
+            self._samples.append((time.monotonic(), self._counted))
 
     def look(self, now: float) -> None:
-        """Shut the connection down if it moved too few bytes over the window."""
+        """Count what was moved; shut the connection down if that was too little over the window."""
+        self._flow.beat(self.place)  # a request that waits has an end of its own
         if self._socket is None or self.stalled:
             return
-        moved, start = _bytes_moved(self._socket), now - self.patience.window_seconds
+        moved, start = self._count(self._socket), now - self.patience.window_seconds
+        if now - self._samples[-1][0] < self.patience.window_seconds / _SAMPLES:
+            return
         self._samples.append((now, moved))
         while len(self._samples) > 1 and self._samples[1][0] <= start:
             self._samples.popleft()
         began, before = self._samples[0]
-        too_few = began <= start and moved - before < self.patience.least_bytes
+        too_few = began <= start and moved - before < self.patience.least_bytes * self._flow.share
         if moved >= 0 and (too_few or now - self._began > self.patience.most_seconds):
             self.stalled = True
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
 
+    def _count(self, sock: socket.socket) -> int:
+        moved = _bytes_moved(sock)
+        self._flow.note_moved(max(0, moved - self._counted))
+        self._counted = max(moved, self._counted)
+        return moved
+
     def close(self) -> None:
-        """Close the watch's descriptor."""
+        """Count the rest, and close the watch's descriptor."""
         if self._socket is not None:
+            self._count(self._socket)
             self._socket.close()
 
 
@@ -127,20 +146,24 @@ _CURRENT: ContextVar[tuple[ProgressMonitor, _Watch] | None] = ContextVar("reques
 class ProgressMonitor:
     """Watches the requests of one client."""
 
-    def __init__(self, window_seconds: float) -> None:
+    def __init__(self, window_seconds: float, flow: Flow) -> None:
         """Start the thread."""
         self.window_seconds = window_seconds
+        self.flow = flow
         self._lock = threading.Lock()
         self._watches: set[_Watch] = set()
-        self._closed = threading.Event()
+        self._closed = False
+        self._wanted = threading.Event()
+        """A request is under way, or the thread is to end."""
         threading.Thread(target=self._run, daemon=True, name="progress").start()
 
     @contextlib.contextmanager
     def watch(self, patience: Patience) -> Iterator[_Watch]:
         """Watch the connection that this thread uses next."""
-        watch = _Watch(patience)
+        watch = _Watch(patience, self.flow)
         with self._lock:
             self._watches.add(watch)
+        self._wanted.set()
         token = _CURRENT.set((self, watch))
         try:
             yield watch
@@ -157,14 +180,19 @@ class ProgressMonitor:
 
     def close(self) -> None:
         """End the thread."""
-        self._closed.set()
+        self._closed = True
+        self._wanted.set()
 
     def _run(self) -> None:
-        while not self._closed.wait(self.window_seconds / _SAMPLES):
+        pause = min(_LOOK_SECONDS, self.window_seconds / _SAMPLES)
+        while self._wanted.wait() and not self._closed:
+            time.sleep(pause)
             now = time.monotonic()
             with self._lock:
                 for watch in self._watches:
                     watch.look(now)
+                if not self._watches and not self._closed:
+                    self._wanted.clear()
 
 
 class _WatchedConnection:
@@ -197,6 +225,13 @@ class _WatchedConnection:
             self.timeout = self._quiet_seconds  # urllib3 gives it to the socket
         return super().request(*args, **kwargs)  # type: ignore[misc]
 
+    def send(self, data: Any) -> None:  # noqa: ANN401  as the base class's
+        """Send bytes at the pace that is allowed."""
+        current = _CURRENT.get()
+        pieces = current[0].flow.slices(data) if current is not None and _is_bytes(data) else [data]
+        for piece in pieces:
+            super().send(piece)  # type: ignore[misc]
+
     def getresponse(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  as the base class's
         """Read the status and the headers; bound what follows."""
         self.timeout = self._quiet_seconds
@@ -210,6 +245,10 @@ class _WatchedConnection:
             if file.readline(_LONGEST_HEADER_BYTES) in {b"\r\n", b"\n", b""}:
                 return
         raise ConnectionError("the store sends headers without end")
+
+
+def _is_bytes(data: object) -> bool:
+    return isinstance(data, bytes | bytearray | memoryview)
 
 
 def _follow(sock: socket.socket) -> None:
@@ -238,12 +277,15 @@ class _TLSPool(AWSHTTPSConnectionPool):
 class ProgressSession:
     """Sends requests as botocore's session does, and ends those that make no progress."""
 
-    def __init__(self, session: URLLib3Session, window_seconds: float, bytes_per_second: float) -> None:
+    def __init__(
+        self, session: URLLib3Session, window_seconds: float, bytes_per_second: float, flow: Flow
+    ) -> None:
         """Take over a session that has made no connection yet; its read timeout has to be None."""
         pools = session._pool_classes_by_scheme  # type: ignore[attr-defined]  # noqa: SLF001  shared with its proxies' pools
         pools.update(http=_Pool, https=_TLSPool)
         self._session = session
-        self._monitor = ProgressMonitor(window_seconds)
+        self._flow = flow
+        self._monitor = ProgressMonitor(window_seconds, flow)
         self._patience = Patience(window_seconds, math.ceil(window_seconds * bytes_per_second))
         self._asks_first = True
 
@@ -264,15 +306,20 @@ class ProgressSession:
         return answer
 
     def _send(self, request: AWSPreparedRequest) -> AWSResponse:
-        with self._monitor.watch(self._patience_with(request)) as watch:
+        setback = False
+        with self._flow.permit(), self._monitor.watch(self._patience_with(request)) as watch:
             try:
                 answer = self._session.send(request)
+                if watch.stalled:  # the answer may have been cut off
+                    raise watch.patience.error(request)
+                setback = answer.status_code in _THROTTLED
             except BotoCoreError as error:
-                if watch.stalled:
+                setback = watch.stalled or isinstance(error, ConnectTimeoutError)
+                if watch.stalled and not isinstance(error, StalledError):
                     raise watch.patience.error(request) from error
                 raise
-            if watch.stalled:  # the answer may have been cut off
-                raise watch.patience.error(request)
+            finally:
+                self._flow.note_request(setback=setback)
             return answer
 
     def _patience_with(self, request: AWSPreparedRequest) -> Patience:
@@ -295,7 +342,9 @@ def _forget_expect(request: AWSPreparedRequest) -> bool:
     return found
 
 
-def end_stalled_requests(client: S3Client, window_seconds: float, bytes_per_second: float) -> None:
-    """Make a client end each request that moves less than this over the window."""
+def end_stalled_requests(
+    client: S3Client, window_seconds: float, bytes_per_second: float, flow: Flow
+) -> None:
+    """Make a client end each request that moves less than this over the window, and send as the flow allows."""
     endpoint = client._endpoint  # type: ignore[attr-defined]  # noqa: SLF001  botocore has no way in
-    endpoint.http_session = ProgressSession(endpoint.http_session, window_seconds, bytes_per_second)
+    endpoint.http_session = ProgressSession(endpoint.http_session, window_seconds, bytes_per_second, flow)

@@ -2,13 +2,14 @@
 
 `client.put_object` takes 3.3 ms of CPU for 64 KiB. Validation, endpoint rules, serialising and parsing are 1.9 ms of
 it, with the same result each time; two such requests are most of the work on a small dump (docs/benchmarks.md).
-The client sends the first request, which becomes the pattern of the next ones. Any answer but success discards the
-pattern, so that the client handles redirects, changed credentials and errors. An answer that redirects, or names the
-bucket's region, has stored nothing: the client repeats that request at once.
+The client sends the first request, which becomes the pattern of the next ones, of all threads. Any answer but success
+discards the pattern, so that the client handles redirects, changed credentials and errors. An answer that redirects,
+or names the bucket's region, has stored nothing: the client repeats that request at once.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ _ANSWER = {
     "ServerSideEncryption": "x-amz-server-side-encryption",
 }
 _OK = 200
+_SERVER_ERROR = 500
 _OPERATION = "PutObject"
 
 
@@ -66,7 +68,8 @@ class SmallPut:
         self._client = client
         self._session = client._endpoint.http_session  # type: ignore[attr-defined]  # noqa: SLF001  proxies, CA bundle, pool
         self._parser = create_parser("rest-xml")
-        self._sent: tuple[str, str] = ("", "")
+        self._asked = threading.local()
+        """Bucket and key of the request that this thread has given to the client."""
         self._pattern: _Pattern | None = None
         client.meta.events.register(f"before-sign.s3.{_OPERATION}", self._learn)
 
@@ -79,20 +82,28 @@ class SmallPut:
         pattern = self._pattern
         if pattern is None or pattern.bucket != Bucket:
             return self._ask_client(Bucket, Key, Body, parameters)
-        self._pattern = None
-        answer = self._send(pattern, Key, Body, parameters)
+        try:
+            answer = self._send(pattern, Key, Body, parameters)
+        except BaseException:
+            self._forget(pattern)
+            raise
         if answer.status_code == _OK:
-            self._pattern = pattern
             return {
                 name: answer.headers[header] for name, header in _ANSWER.items() if header in answer.headers
             }
+        if answer.status_code < _SERVER_ERROR:  # such an error teaches nothing about the request
+            self._forget(pattern)
         response = self._parse(answer)
         if _is_redirect(answer, response):
             return self._ask_client(Bucket, Key, Body, parameters)
         raise ClientError(response, _OPERATION)  # type: ignore[arg-type]  # a typed dict
 
+    def _forget(self, pattern: _Pattern) -> None:
+        if self._pattern is pattern:  # or another thread has learnt a new one
+            self._pattern = None
+
     def _ask_client(self, bucket: str, key: str, body: bytes, parameters: dict[str, Any]) -> dict[str, Any]:
-        self._sent = (bucket, key)
+        self._asked.names = (bucket, key)
         return dict(self._client.put_object(Bucket=bucket, Key=key, Body=body, **parameters))
 
     def _learn(
@@ -108,7 +119,7 @@ class SmallPut:
 
         After a redirect this is called again; the region is then in the request's context alone.
         """
-        bucket, key = self._sent
+        bucket, key = getattr(self._asked, "names", ("", ""))
         signing = request.context.get("signing", {})
         quoted, url = percent_encode(key, safe="/~"), str(request.url)
         if key and signature_version == "s3v4" and url.endswith("/" + quoted):

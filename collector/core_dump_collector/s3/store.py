@@ -6,6 +6,7 @@ collision. Every checksum goes in a header and is known before the body is sent,
 
 from __future__ import annotations
 
+import contextlib
 import re
 import urllib.parse
 import zlib
@@ -26,6 +27,7 @@ from core_dump_collector.s3.errors import (
     StoreError,
     TakenError,
 )
+from core_dump_collector.s3.flow import FirstAlone
 from core_dump_collector.s3.record import Place
 from core_dump_collector.s3.smallbody import SmallPut
 from core_dump_collector.s3.verdict import Content, Found
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
     from core_dump_collector.options import UploadOptions
+    from core_dump_collector.s3.flow import Flow
     from core_dump_collector.s3.parts import Part
 
 _UPLOAD_ID = re.compile(r"[\x21-\x7e]{1,512}")
@@ -48,9 +51,11 @@ _PART_FIELDS = {"PartNumber", "ETag", "Size"}
 class Store:
     """The bucket, as the settings describe it."""
 
-    def __init__(self, client: S3Client, options: UploadOptions) -> None:
+    def __init__(self, client: S3Client, options: UploadOptions, flow: Flow) -> None:
         """Remember what goes with every request."""
         self._client = client
+        self.flow = flow
+        self._first = FirstAlone(flow)
         self._put_small = SmallPut(client)
         self._bucket = options.bucket
         endpoint = urllib.parse.urlsplit(client.meta.endpoint_url)
@@ -92,8 +97,8 @@ class Store:
         checksum = (
             {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"} if self.sends_checksums else {}
         )
-        call = self._client.create_multipart_upload
-        answer = self._call(call, None, Key=key, **checksum, **self._object, **self._dump, **headers)
+        call, same = self._client.create_multipart_upload, {**self._object, **self._dump}
+        answer = self._call(call, None, Key=key, **checksum, **same, **headers)
         upload_id = str(answer.get("UploadId", ""))
         if not _UPLOAD_ID.fullmatch(upload_id):
             raise RetryableError(RetryReason.SERVER, "the store gave a multipart upload an unusable id")
@@ -184,12 +189,9 @@ class Store:
 
     def abort(self, key: str, upload_id: str) -> None:
         """Abort a multipart upload, if the store allows it; a lifecycle rule does it otherwise."""
-        try:
-            self._client.abort_multipart_upload(
-                Bucket=self._bucket, Key=key, UploadId=upload_id, **self._owner
-            )
-        except (ClientError, BotoCoreError):
-            return
+        ask = {"Bucket": self._bucket, "Key": key, "UploadId": upload_id, **self._owner}
+        with contextlib.suppress(ClientError, BotoCoreError):
+            self._client.abort_multipart_upload(**ask)
 
     def look(self, key: str) -> Found | None:
         """Return what HEAD says of the object under a key, None if there is none. What can pass is tried again.
@@ -208,10 +210,10 @@ class Store:
         return self._look_once(key)
 
     def _look_once(self, key: str) -> Found | None:
+        ask = {"Bucket": self._bucket, "Key": key, **self._owner}
         try:
-            answer = self._client.head_object(
-                Bucket=self._bucket, Key=key, ChecksumMode="ENABLED", **self._owner
-            )
+            with self._first.request():
+                answer = self._client.head_object(ChecksumMode="ENABLED", **ask)
         except ClientError as error:
             status = classify.status_of(error)
             if status == 404:  # noqa: PLR2004
@@ -246,9 +248,9 @@ class Store:
             RetryableError: the store cannot be reached, or knows the bucket or the credentials not.
         """
         try:
-            self._client.get_object(Bucket=self._bucket, Key=key, Range="bytes=0-0", **self._owner)[
-                "Body"
-            ].close()
+            with self._first.request():
+                ask = {"Bucket": self._bucket, "Key": key, **self._owner}
+                self._client.get_object(Range="bytes=0-0", **ask)["Body"].close()
         except ClientError as error:
             if classify.code_of(error) not in {"NoSuchKey", "AccessDenied", "InvalidRange"}:
                 raise classify.translate(error) from error
@@ -272,7 +274,8 @@ class Store:
 
     def _call(self, call: Callable[..., Any], part: Part | None, **parameters: Any) -> dict[str, Any]:  # noqa: ANN401
         try:
-            answer: dict[str, Any] = call(Bucket=self._bucket, **self._owner, **parameters)
+            with self._first.request():
+                answer: dict[str, Any] = call(Bucket=self._bucket, **self._owner, **parameters)
         except ClientError as error:
             raise self._explain(error, parameters) from error
         except BotoCoreError as error:

@@ -122,7 +122,7 @@ class Transfer:
                 self._record.earlier = (
                     None  # the store has lost it: nothing is known of what comes under the key
                 )
-        parts = self._source.parts()
+        parts = self._source.parts(self._store.flow)
         first = next(parts)
         if first.last:
             return self._put_whole(publisher, key, first)
@@ -137,7 +137,7 @@ class Transfer:
         def described() -> Content | None:
             if attempt.part_bytes != self._source.part_bytes:
                 return None
-            whole = multipart.describe(self._source.parts())
+            whole = multipart.describe(self._source.parts(self._store.flow))
             same = (whole.size_bytes, whole.crc32) == (attempt.size, attempt.crc32)
             return whole.content if same else None
 
@@ -158,7 +158,7 @@ class Transfer:
         except HeadRefusedError:
             if learn(self._store):
                 return
-            whole = multipart.describe(self._source.parts())
+            whole = multipart.describe(self._source.parts(self._store.flow))
             raise OwnKeyNeededError(whole.size_bytes, whole.crc32) from None
 
     # One request

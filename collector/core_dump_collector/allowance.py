@@ -1,0 +1,123 @@
+"""Owns what each worker may send at the moment: its share of the connections and of the rate, and its buffers.
+
+Workers get what they can use, in turns where there is not enough for all: a worker without a connection waits, and so
+an upload of many parts is never stopped for good by others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from core_dump_collector.budget import SHORT_SHARE
+from core_dump_collector.governor import REQUEST_BYTES, Governor, Sample
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from core_dump_collector.board import Seat
+    from core_dump_collector.budget import Budget
+    from core_dump_collector.node.memory import MemoryLimit
+    from core_dump_collector.options import UploadOptions
+    from core_dump_collector.workers import WorkerProcess
+
+TICK_SECONDS = 0.1
+MEMORY_SECONDS = 1.0
+"""Between two looks at the memory in use."""
+TURN_SECONDS = 15.0
+"""A worker has its connection for so long where there are fewer connections than workers."""
+THIN_BYTES_PER_SECOND = 1_000_000
+"""On such a link parts are small, so that little is sent again after an interruption."""
+LEAST_JOBS = 2
+
+
+class Allowance:
+    """The shares of all workers."""
+
+    def __init__(self, options: UploadOptions, budget: Budget, limit: MemoryLimit | None) -> None:
+        """Start carefully."""
+        self._rate = options.max_upload_bytes_per_second
+        self._budget = budget
+        self._limit = limit
+        self._governor = Governor()
+        self._allowed = self._governor.connections
+        self._memory_due = 0.0
+        self._memory_short = False
+        self._past = [0, 0]
+        """Work and setbacks of workers that have ended."""
+        self._seen: dict[int, tuple[int, int]] = {}
+        """Work and setbacks of each seat when it was last seen."""
+        self.due = 0.0
+        """When to take the next samples."""
+
+    @property
+    def connections(self) -> int:
+        """Return how many connections all workers together may use; 0 while nothing is sent."""
+        return self._allowed
+
+    @property
+    def most_jobs(self) -> int:
+        """Return how many jobs should be with workers: those that wait there can no longer be put in order."""
+        return max(LEAST_JOBS, 2 * self._governor.connections)
+
+    def take(self, workers: Iterable[WorkerProcess], now: float) -> None:
+        """Look at what the workers do, and share out what they may do."""
+        workers = list(workers)
+        self.due = now + TICK_SECONDS
+        if self._limit is not None and now >= self._memory_due:
+            self._memory_due = now + MEMORY_SECONDS
+            self._memory_short = (self._limit.used_share() or 0.0) > SHORT_SHARE
+        work, setbacks = self._total(workers)
+        seats = [worker.seat for worker in workers]
+        active, waiting = sum(seat.active for seat in seats), sum(seat.waiting for seat in seats)
+        sample = Sample(work, active, waiting, setbacks, memory_short=self._memory_short)
+        self._allowed = self._governor.take(sample, now)
+        self.spread(workers, now)
+
+    def _total(self, workers: list[WorkerProcess]) -> tuple[int, int]:
+        """Return work and setbacks of all workers so far, also of those that have ended."""
+        for worker in workers:
+            seat = worker.seat
+            work = seat.moved_bytes + REQUEST_BYTES * seat.requests
+            before = self._seen.get(worker.index, (0, 0))
+            if work < before[0]:  # another worker has the seat
+                self._past = [self._past[0] + before[0], self._past[1] + before[1]]
+            self._seen[worker.index] = (work, seat.setbacks)
+        seen = self._seen.values()
+        return self._past[0] + sum(w for w, _ in seen), self._past[1] + sum(s for _, s in seen)
+
+    def spread(self, workers: Iterable[WorkerProcess], now: float) -> None:
+        """Share connections and rate among the workers that have jobs."""
+        busy = [worker for worker in workers if worker.tasks]
+        if not busy:
+            return
+        turn = int(now / TURN_SECONDS) % len(busy)
+        seats = [worker.seat for worker in busy[turn:] + busy[:turn]]
+        shares = share([max(1, seat.active + seat.waiting) for seat in seats], self.connections)
+        using = max(1, sum(share > 0 for share in shares))
+        sharers = max(self.connections, sum(seat.active for seat in seats))
+        thin = 0 < self._governor.rate < THIN_BYTES_PER_SECOND
+        for seat, connections in zip(seats, shares, strict=True):
+            self._allow(seat, connections)
+            seat.bytes_per_second = -(-self._rate // using)
+            seat.sharers = sharers
+            seat.small_parts = int(thin or self._budget.small_parts)
+
+    def _allow(self, seat: Seat, connections: int) -> None:
+        seat.connections = connections
+        seat.buffers = self._budget.buffers
+
+
+def share(wanted: list[int], most: int) -> list[int]:
+    """Return how much each gets of so many: in rounds of one, in this order; what nobody wants goes to the first."""
+    shares = [0] * len(wanted)
+    left = most
+    while left:
+        open_places = [n for n, want in enumerate(wanted) if shares[n] < want][:left]
+        if not open_places:
+            break
+        for place in open_places:
+            shares[place] += 1
+        left -= len(open_places)
+    for place in range(len(shares)):
+        shares[place] += left // len(shares) + (place < left % len(shares))
+    return shares

@@ -1,0 +1,52 @@
+"""Owns what fits into the memory that the collector may use: worker processes, buffers, the size of parts. Pure.
+
+Growth stops at 70 % of the limit. What the numbers below count was measured (docs/benchmarks.md): the pages that a
+process does not share with others, with the memory of its threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MEBIBYTE = 1024 * 1024
+GROWTH_SHARE = 0.7
+"""Nothing grows beyond this share of the limit."""
+SHORT_SHARE = 0.85
+"""From here on fewer connections are used."""
+BASE_BYTES = 52 * MEBIBYTE
+"""The daemon, the fork server and what workers share with it."""
+WORKER_BYTES = 24 * MEBIBYTE
+"""A worker with its client, eight small dumps and the threads of a large one."""
+LEAST_BUFFERS = 2
+MOST_BUFFERS = 8
+UNLIMITED_BUFFERS = 4
+"""Where nothing limits the memory."""
+SHORT_BYTES = 256 * MEBIBYTE
+"""Below such a limit parts are small: a raw core is compressed into buffers of one part each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What the collector may use."""
+
+    workers: int
+    buffers: int
+    """Of one part each, for each worker that compresses a raw core."""
+    small_parts: bool = False
+
+
+def plan(limit_bytes: int | None, workers: int, part_bytes: int) -> Budget:
+    """Return what fits into the limit; at least one worker, whatever the limit.
+
+    Args:
+        limit_bytes: None where there is none.
+        workers: as many as the setting allows.
+        part_bytes: size of a buffer.
+    """
+    if limit_bytes is None:
+        return Budget(workers, UNLIMITED_BUFFERS)
+    left = int(limit_bytes * GROWTH_SHARE) - BASE_BYTES
+    fitting = max(1, min(workers, left // WORKER_BYTES))
+    spare = (left - fitting * WORKER_BYTES) // (fitting * part_bytes)
+    buffers = max(LEAST_BUFFERS, min(MOST_BUFFERS, LEAST_BUFFERS + spare))
+    return Budget(fitting, buffers, small_parts=limit_bytes < SHORT_BYTES)

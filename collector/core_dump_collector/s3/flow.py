@@ -1,0 +1,178 @@
+"""Owns how much a worker sends at once and how fast: as the daemon allows it, from one moment to the next.
+
+A request holds a permit. The daemon raises and lowers the number of permits while requests are under way; those that
+have one keep it. A thread that sends a part takes its permit before it reads the part, so that not more parts want to
+be in the page cache than are sent. Threads tell here that their job makes progress, and how far it has come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from core_dump_collector.board import HEAVY, Seat
+from core_dump_collector.options import UNPROVEN_CONNECTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+LOOK_SECONDS = 0.05
+"""How often a waiting thread looks at what the daemon allows now."""
+SLICE_SECONDS = 0.25
+"""Bytes are sent in slices of at most so long where a rate is set."""
+SLICE_BYTES = 256 * 1024
+_LEAST_SLICE_BYTES = 1024
+
+_PLACE: ContextVar[int] = ContextVar("place", default=HEAVY)
+"""The place of the job that this thread works for."""
+
+
+class FirstAlone:
+    """Lets requests go one at a time until one has succeeded.
+
+    What the first response teaches, the bucket's region and where a redirect leads, all others then know.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        """Start without a success."""
+        self._flow = flow
+        self._lock = threading.Lock()
+        self._succeeded = False
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """Wait until the request may go; one that raises nothing has succeeded."""
+        if self._succeeded:
+            yield
+            return
+        while not self._lock.acquire(timeout=1.0):
+            self._flow.beat()
+        try:
+            yield
+            self._succeeded = True
+        finally:
+            self._lock.release()
+
+
+class GivenUpError(Exception):
+    """The upload to which a part belongs has failed."""
+
+
+class Flow:
+    """The permits, the pace and the progress of one worker."""
+
+    def __init__(self, seat: Seat | None = None) -> None:
+        """Use a seat of the daemon's board; without one, nobody limits anything."""
+        self._seat = seat or Seat.private()
+        self._lock = threading.Condition()
+        self._held = threading.local()
+        self._active = self._waiting = 0
+        self._free_at = 0.0
+
+    @property
+    def buffers(self) -> int:
+        """Return how many buffers of one part a compressed stream may fill."""
+        return self._seat.buffers
+
+    @property
+    def wants_small_parts(self) -> bool:
+        """Tell whether parts should be small: the link is thin, or memory is short."""
+        return bool(self._seat.small_parts)
+
+    @property
+    def share(self) -> float:
+        """Return how much of its share of the slowest link a connection gets: 1 unless it has more sharers."""
+        return UNPROVEN_CONNECTIONS / max(UNPROVEN_CONNECTIONS, self._seat.sharers)
+
+    @contextlib.contextmanager
+    def job(self, place: int) -> Iterator[None]:
+        """Count what this thread does, and the threads that it starts, as progress of a job."""
+        token = _PLACE.set(place)
+        self.beat()
+        try:
+            yield
+        finally:
+            _PLACE.reset(token)
+
+    @property
+    def place(self) -> int:
+        """Return the place of the job that this thread works for."""
+        return _PLACE.get()
+
+    def beat(self, place: int | None = None) -> None:
+        """Note that a job makes progress; this thread's if no place is given."""
+        self._seat.beat(_PLACE.get() if place is None else place)
+
+    @contextlib.contextmanager
+    def permit(self, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Hold a permit for a request; a thread that has one takes no second.
+
+        Raises:
+            GivenUpError: nobody wants the request any more.
+        """
+        if getattr(self._held, "permit", False):
+            yield
+            return
+        self._take(given_up)
+        self._held.permit = True
+        try:
+            yield
+        finally:
+            self._held.permit = False
+            with self._lock:
+                self._active -= 1
+                self._seat.active = self._active
+                self._lock.notify()
+
+    def _take(self, given_up: Callable[[], bool]) -> None:
+        with self._lock:
+            self._waiting += 1
+            self._seat.waiting = self._waiting
+            try:
+                while self._active >= self._seat.connections:
+                    self._lock.wait(LOOK_SECONDS)
+                    self.beat()
+                    if given_up():
+                        raise GivenUpError
+                self._active += 1
+            finally:
+                self._waiting -= 1
+                self._seat.waiting = self._waiting
+                self._seat.active = self._active
+
+    def slices(self, data: bytes | memoryview) -> Iterator[memoryview]:
+        """Yield what is to be sent in slices, each when the rate allows it."""
+        view, at = memoryview(data).cast("B"), 0
+        while at < len(view):
+            rate = self._seat.bytes_per_second
+            size = max(_LEAST_SLICE_BYTES, min(SLICE_BYTES, int(rate * SLICE_SECONDS))) if rate else len(view)
+            piece = view[at : at + size]
+            if rate:
+                self._wait_for(len(piece) / rate)
+            self.beat()
+            yield piece
+            at += len(piece)
+
+    def _wait_for(self, seconds: float) -> None:
+        """Wait until bytes that take so long may be sent."""
+        with self._lock:
+            now = time.monotonic()
+            self._free_at = max(self._free_at, now) + seconds
+            until = self._free_at
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0))
+            self.beat()
+
+    def note_moved(self, size: int) -> None:
+        """Count bytes that the store has acknowledged or sent."""
+        with self._lock:
+            self._seat.moved_bytes += size
+
+    def note_request(self, *, setback: bool) -> None:
+        """Count a request that has ended; a setback is one that was throttled or timed out."""
+        with self._lock:
+            self._seat.requests += 1
+            self._seat.setbacks += setback

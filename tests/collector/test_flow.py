@@ -1,0 +1,126 @@
+"""What a worker sends at once, and how fast, is what the daemon allows at that moment."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+from tests.support.collector import wait_until
+
+from core_dump_collector.board import HEAVY, SEAT_BYTES, Board, Seat
+from core_dump_collector.s3.flow import FirstAlone, Flow, GivenUpError
+
+
+@pytest.fixture
+def seat():
+    seat = Seat(memoryview(bytearray(SEAT_BYTES)))
+    seat.connections = 2
+    return seat
+
+
+def test_no_more_permits_are_held_than_allowed_and_the_daemon_sees_who_waits(seat):
+    flow, release, held = Flow(seat), threading.Event(), []
+
+    def hold():
+        with flow.permit():
+            held.append(1)
+            release.wait(10)
+
+    with ThreadPoolExecutor(5) as threads:
+        for _ in range(5):
+            threads.submit(hold)
+        wait_until(lambda: (seat.active, seat.waiting) == (2, 3), 10)
+        seat.connections = 4
+        wait_until(lambda: (seat.active, seat.waiting) == (4, 1), 10)
+        assert len(held) == 4
+        seat.connections = 0  # those that have one keep it
+        release.set()
+        wait_until(lambda: (seat.active, seat.waiting) == (0, 1), 10)
+        seat.connections = 1
+    assert (seat.active, seat.waiting, len(held)) == (0, 0, 5)
+
+
+def test_thread_with_a_permit_needs_no_second_one(seat):
+    seat.connections = 1
+    flow = Flow(seat)
+    with flow.permit(), flow.permit():
+        assert seat.active == 1
+    assert seat.active == 0
+
+
+def test_permit_that_nobody_wants_any_more_is_not_waited_for(seat):
+    seat.connections = 0
+    with pytest.raises(GivenUpError), Flow(seat).permit(lambda: True):
+        pass
+    assert (seat.active, seat.waiting) == (0, 0)
+
+
+def test_rate_is_kept_and_no_byte_is_lost(seat):
+    seat.bytes_per_second = 200_000
+    data, began = bytes(range(256)) * 400, time.monotonic()
+    assert b"".join(Flow(seat).slices(data)) == data
+    assert time.monotonic() - began > 0.9 * len(data) / 200_000
+
+
+def test_threads_of_a_worker_share_its_rate(seat):
+    seat.bytes_per_second = 400_000
+    flow, began = Flow(seat), time.monotonic()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: list(flow.slices(bytes(50_000))), range(4)))
+    assert time.monotonic() - began > 0.45
+
+
+def test_without_a_rate_bytes_are_sent_as_they_are(seat):
+    data = bytes(1_000_000)
+    assert [len(piece) for piece in Flow(seat).slices(data)] == [len(data)]
+
+
+def test_progress_is_that_of_the_job_whose_thread_makes_it(seat):
+    flow = Flow(seat)
+    with flow.job(3):
+        flow.beat()
+    assert seat.beaten_at(3) > time.monotonic() - 10
+    assert seat.beaten_at(HEAVY) == 0
+
+
+def test_requests_go_one_at_a_time_until_one_has_succeeded(seat):
+    first, running, most = FirstAlone(Flow(seat)), [], []
+
+    def ask():
+        with first.request():
+            running.append(1)
+            most.append(len(running))
+            running.pop()
+            raise OSError
+
+    with ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(ask) for _ in range(50)]
+    assert all(future.exception() for future in asked)
+    assert max(most) == 1
+    with first.request():
+        pass
+    with first.request(), first.request():
+        pass
+
+
+def beat_there(board):
+    seat = board.seat(1)
+    seat.moved_bytes = 7
+    seat.beat(0)
+
+
+def test_board_is_the_same_memory_in_another_process():
+    board = Board(2)
+    context = get_context("spawn")
+    process = context.Process(target=beat_there, args=(board,))
+    process.start()
+    process.join(30)
+    assert board.seat(1).moved_bytes == 7
+    assert board.seat(1).beaten_at(0) > 0
+    assert board.seat(0).moved_bytes == 0
+    board.seat(1).clear()
+    assert (board.seat(1).moved_bytes, board.seat(1).beaten_at(0)) == (0, 0)
+    board.close()
