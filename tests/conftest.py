@@ -60,6 +60,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Name long bytes by their length: both processes must collect the same names, and gzip headers hold the time."""
+    return f"{argname} of {len(val)} bytes" if isinstance(val, bytes) and len(val) > 20 else None
+
+
 def pytest_report_header():
     """Say how the kernel tier is run."""
     if os.geteuid() != 0:
