@@ -47,10 +47,13 @@ class Deletion:
     """What is left and why; None if dump and metadata object are gone."""
 
 
-def _read(body: StreamingBody) -> bytes:
-    """Return at most 64 KiB and a byte; a body is compared with its announced length only when read to its end."""
+def _read(body: StreamingBody, most_bytes: int = MOST_METADATA_BYTES) -> bytes:
+    """Return some bytes, and more than `most_bytes` of a longer body.
+
+    A body is compared with its announced length only when read to its end.
+    """
     document = b""
-    while len(document) <= MOST_METADATA_BYTES and (piece := body.read(MOST_METADATA_BYTES)):
+    while len(document) <= most_bytes and (piece := body.read(most_bytes)):
         document += piece
     return document
 
@@ -237,6 +240,37 @@ class Bucket:
             except (BotoCoreError, ClientError) as error:
                 problems[key] = str(explain(error, "", "s3:DeleteObject"))
         return problems
+
+    def objects(self, prefix: str) -> Iterator[Row]:
+        """Yield every object whose key begins with a prefix, which is whole: that of the bucket included."""
+        for page in self._pages(prefix):
+            yield from page.rows
+        self._status.end()
+
+    def small_object(self, key: str, most_bytes: int) -> bytes:
+        """Return at most so many bytes and one of an object.
+
+        Raises:
+            CliError: it cannot be read.
+        """
+        if self._quick is not None:
+            self._count("before-send.s3.GetObject")
+            content = self._quick.object(key, most_bytes + 1)
+            if content is not None:
+                return content
+        try:
+            answer = self.client.get_object(Bucket=self.name, Key=key)
+            with contextlib.closing(answer["Body"]) as body:
+                return _read(body, most_bytes)
+        except (BotoCoreError, ClientError, *BODY_ERRORS) as error:
+            raise explain(error, f"reading {printable(key)}") from error
+
+    def delete_objects(self, keys: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+        """Delete objects and yield each key with the reason for which it is not gone, or None."""
+        coming = iter(keys)
+        while batch := list(itertools.islice(coming, MOST_DELETED)):
+            problems = self._delete_keys(batch)
+            yield from ((key, problems.get(key)) for key in batch)
 
     def presign(self, dump: Dump, seconds: int) -> str:
         """Return a URL that gives the dump to everyone who has it."""

@@ -1,39 +1,27 @@
-"""Owns finding the files that were mapped in a crashed process: below a sysroot, here, or from a debuginfod server.
+"""Owns finding the files that were mapped in a crashed process on this machine: below a sysroot, or in their places.
 
 A file is used only if its build ID is that of the core. Build IDs are hints: strip keeps them and they can be forged.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import os
 import re
 import stat
 import struct
-import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass, replace
-from http.client import HTTPException
 from typing import TYPE_CHECKING
 
-from core_dump_format.core import Core, read_build_ids, read_core
 from core_dump_format.elf import PAGE, Form, NotACoreError, build_id_of
-from core_dump_format.stream import Forward, Seekable
-from core_dumps import show
 from core_dumps.dump import DELETED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 MOST_LINKS = 40
-MOST_DOWNLOAD_BYTES = 4 * 1024**3
-TIMEOUT_SECONDS = 60
-DOWNLOAD_SECONDS = 1800
-BLOCK_BYTES = 256 * 1024
-MOST_PAGES_BELOW_ENTRY = 262_144
-"""1 GiB: the largest distance from a program's first instruction back to its ELF header."""
-_BUILD_ID = re.compile(r"[0-9a-f]{8,128}")
+BLOCK_BYTES = 1024 * 1024
+BUILD_ID = re.compile(r"[0-9a-f]{8,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +33,16 @@ class Module:
     found: str | None = None
     entry: int | None = None
     """Address of the first instruction, for a program whose build ID is not known."""
+    names: tuple[bytes, ...] = ()
+    """Names under which the loader has it."""
+    sha256: str = ""
+    """Of the content, where a list of modules says so."""
+    size_bytes: int = 0
+    """Likewise."""
+    reason: str = ""
+    """Why the node did not keep it; empty if it did, or nothing is known."""
+    is_unproven: bool = False
+    """Nothing is known that could prove a file: one with the right path is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,87 +55,81 @@ class Modules:
     """Architecture of the core; None if it cannot be read."""
     has_files: bool = True
     """Whether the core lists its mapped files."""
+    left_out: int = 0
+    """Files that a limit kept from the list of modules."""
+
+    @property
+    def every(self) -> list[Module]:
+        """Return all of them, the executable first."""
+        return [*([self.executable] if self.executable else []), *self.libraries]
 
     @property
     def missing(self) -> list[Module]:
         """Return the files that a debugger will not find."""
-        every = [*([self.executable] if self.executable else []), *self.libraries]
-        return [module for module in every if module.found is None and module.build_id]
+        return [m for m in self.every if m.found is None and (m.build_id or m.sha256 or m.reason)]
 
+    def with_found(self, places: Mapping[str, str]) -> Modules:
+        """Return the modules with places for those that have none, by build ID or SHA-256."""
 
-def read_modules(core_path: str, executable: str | None, roots: Sequence[str], cache: str) -> Modules:
-    """Read which files a process was made of, and find them.
+        def placed(module: Module) -> Module:
+            place = places.get(module.sha256) or places.get(module.build_id or "")
+            return replace(module, found=place) if module.found is None and place else module
 
-    Args:
-        core_path: a core on this machine.
-        executable: the program's path in the metadata. The kernel leaves the list of mapped files out of a core if
-            it is too long.
-        roots: directories with the files of the node or image, searched before this machine's own files.
-        cache: the directory for files from debuginfod.
-    """
-    descriptor = os.open(core_path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        source = Seekable(descriptor)
-        core = read_core(source)
-        build_ids, _ = read_build_ids(core, source)
-        program = core.executable() or executable
-        build_id = build_ids.get(program or "") or (None if core.files else _build_id_at_entry(core, source))
-    except NotACoreError:
-        return Modules(None, ())
-    finally:
-        os.close(descriptor)
-    search = Search(roots, cache)
-    main = search.find(Module(program, build_id, entry=core.entry), fetch=True) if program else None
-    others = sorted(path for path in build_ids if path != program)
-    libraries = tuple(search.find(Module(path, build_ids[path])) for path in others)
-    return Modules(main, libraries, core.machine, has_files=bool(core.files))
-
-
-def _build_id_at_entry(core: Core, source: Forward) -> str | None:
-    """Return the build ID in the first ELF header at or below the program's first instruction."""
-    if core.entry is None:
-        return None
-    top = core.entry // PAGE * PAGE
-    for address in range(top, max(-1, top - MOST_PAGES_BELOW_ENTRY * PAGE), -PAGE):
-        place = core.where(address, PAGE)
-        if place is not None:
-            page = source.reach(*place)
-            if page.startswith(b"\x7fELF"):
-                return build_id_of(page)
-    return None
+        executable = self.executable and placed(self.executable)
+        return replace(self, executable=executable, libraries=tuple(map(placed, self.libraries)))
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """The places in which files are searched."""
+    """The places on this machine in which files are searched."""
 
     roots: Sequence[str]
-    cache: str
+    """Directories with the files of the node or image, searched before this machine's own files."""
 
-    def find(self, module: Module, *, fetch: bool = False) -> Module:
-        """Return the module with the place of a file that has its build ID.
+    def find(self, module: Module) -> Module:
+        """Return the module with the place of a file that has its build ID or its SHA-256.
 
-        A module without build ID is only accepted below a root, because nothing proves a file of this machine.
+        A module with neither is only accepted below a root, because nothing proves a file of this machine.
         """
         for root in [*self.roots, "/"]:
             for path in dict.fromkeys((module.path, module.path.removesuffix(DELETED))):
                 candidate = inside(root, path)
-                if candidate and self._fits(candidate, module, trusted=root != "/"):
+                if candidate and _fits(candidate, module, named=root != "/"):
                     return replace(module, found=candidate)
         known = module.build_id
-        if known is None or not _BUILD_ID.fullmatch(known):
+        if known is None or not BUILD_ID.fullmatch(known):
             return module
         for root in [*self.roots, "/"]:
             for folder in ("usr/lib/debug/.build-id", ".build-id"):
                 candidate = inside(root, f"{folder}/{known[:2]}/{known[2:]}")
                 if candidate and read_build_id(candidate) == known:
                     return replace(module, found=candidate)
-        return replace(module, found=debuginfod(known, self.cache) if fetch else None)
+        return module
 
-    def _fits(self, candidate: str, module: Module, *, trusted: bool) -> bool:
-        if module.build_id is not None:
-            return read_build_id(candidate) == module.build_id
-        return trusted and has_entry(candidate, module.entry)
+
+def _fits(candidate: str, module: Module, *, named: bool) -> bool:
+    """Tell whether a file is that of a module.
+
+    Below a root that the user named, the build ID suffices: strip keeps it, and an unstripped file is better.
+    """
+    if not named and module.size_bytes and os.path.getsize(candidate) != module.size_bytes:
+        return False
+    if module.build_id is not None:
+        return read_build_id(candidate) == module.build_id
+    if module.sha256 and not named:
+        return _sha256_of(candidate) == module.sha256
+    return (named and has_entry(candidate, module.entry)) or module.is_unproven
+
+
+def _sha256_of(path: str) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(BLOCK_BYTES):
+                digest.update(piece)
+    except OSError:
+        return ""
+    return digest.hexdigest()
 
 
 def inside(root: str, path: str) -> str | None:
@@ -197,51 +189,8 @@ def read_build_id(path: str) -> str | None:
             file.seek(0)
             for section in ELFFile(file).iter_sections(type="SHT_NOTE"):
                 for note in section.iter_notes():  # type: ignore[attr-defined,unused-ignore]
-                    if note["n_type"] == "NT_GNU_BUILD_ID":
+                    if note["n_type"] == "NT_GNUBUILD_ID":
                         return str(note["n_desc"])
     except (ELFError, OSError, ValueError, KeyError, TypeError):
         return None
     return None
-
-
-def debuginfod(build_id: str, cache: str) -> str | None:
-    """Ask the servers in DEBUGINFOD_URLS for an executable; a file with another build ID is not used."""
-    target = os.path.join(cache, f"{build_id}.executable")
-    if os.path.isfile(target):
-        return target
-    for server in os.environ.get("DEBUGINFOD_URLS", "").split():
-        if not server.startswith(("http://", "https://")):
-            continue
-        partial = f"{target}.{os.getpid()}"
-        try:
-            _download(f"{server.rstrip('/')}/buildid/{build_id}/executable", partial)
-            if read_build_id(partial) == build_id:
-                os.replace(partial, target)
-                return target
-            show.note(f"{server} sent a file with another build ID: not used")
-        except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
-            show.note(f"{server}: {error}")
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial)
-    return None
-
-
-def _download(url: str, target: str) -> None:
-    """Download a file.
-
-    Raises:
-        ValueError: it is too long, or takes too long.
-        HTTPException: the answer is damaged.
-        OSError: the server does not answer, or the file cannot be written.
-    """
-    deadline = time.monotonic() + DOWNLOAD_SECONDS
-    with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer, open(target, "xb") as file:  # noqa: S310  http(s) alone
-        while piece := answer.read1(BLOCK_BYTES):
-            file.write(piece)
-            if file.tell() > MOST_DOWNLOAD_BYTES:
-                raise ValueError("too long for an executable")
-            if time.monotonic() > deadline:
-                raise ValueError(f"the download takes longer than {DOWNLOAD_SECONDS} s")
-        if answer.length:  # what http.client still expects
-            raise ValueError("the answer ended early")

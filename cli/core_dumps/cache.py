@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import time
 from hashlib import sha256
@@ -12,6 +13,7 @@ from core_dump_format.text import printable
 from core_dumps import show
 from core_dumps.errors import UsageError
 from core_dumps.fetch import fetch
+from core_dumps.tree import PREFIX
 from core_dumps.vital import fetch_vital, vital_bytes
 
 if TYPE_CHECKING:
@@ -62,8 +64,12 @@ def _remove_unused(path: str) -> None:
     oldest = time.time() - KEEP_SECONDS
     with os.scandir(path) as entries:
         for entry in entries:
-            if entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_mtime < oldest:
+            if entry.stat(follow_symlinks=False).st_mtime >= oldest:
+                continue
+            if entry.is_file(follow_symlinks=False):
                 os.unlink(entry.path)
+            elif entry.name.startswith(PREFIX) and entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def load(bucket: Bucket, dump: Dump, progress: Progress, *, full: bool) -> str:

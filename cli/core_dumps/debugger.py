@@ -11,53 +11,75 @@ import signal
 import subprocess
 import tempfile
 from collections import deque
-from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from core_dump_format.stream import Seekable
 from core_dump_format.text import printable
 from core_dumps import show
-from core_dumps.buildid import Module, Modules, read_build_id, read_modules
+from core_dumps.buildid import Module, Modules, read_build_id
 from core_dumps.cache import cache_directory
+from core_dumps.dump import DELETED
 from core_dumps.errors import UsageError
+from core_dumps.missing import note_missing
 from core_dumps.neutral import neutralise
+from core_dumps.tree import Tree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from types import TracebackType
 
     from core_dumps.dump import Dump
 
-MOST_LISTED = 20
 MOST_LINE_BYTES = 64 * 1024
 MOST_SKIPPED = 1000
 """Lines before a backtrace that are kept, in case there is none."""
 MOST_FRAMES = 256
 """Frames of a thread in a backtrace; a stack overflow has tens of thousands."""
+DEBUG_DIRECTORY = "/usr/lib/debug"
+"""Where distributions put separate symbols, and gdb looks for them by default."""
 _MULTIARCH = "gdb-multiarch"
 _READS = {"x86_64": {"x86-64", "i386"}, "aarch64": {"aarch64", "arm"}}
 """Cores that gdb reads on a machine, by the machine's name in uname(2)."""
 _RESOLVED = re.compile(
     r" *#\d+ +(?:(?:0x[0-9a-f]+|<unavailable>) in )?(?!0x|\?\?|<unavailable>|<signal handler)\S"
     r"| *(?:\* )?frame #\d+: .*`"
+    r"|#\d+ +0x[0-9a-f]+ (?:- \d+ )?(?!-)\S"
 )
-"""A frame of gdb or lldb with a function."""
-_BEGINNING = re.compile(r"Thread \d|[* ] thread #")
-"""The first line of a backtrace of gdb or lldb: the heading of a thread."""
+"""A frame of gdb, lldb or eu-stack with a function."""
+_BEGINNING = re.compile(r"Thread \d|[* ] thread #|TID \d+:")
+"""The first line of a backtrace of gdb, lldb or eu-stack: the heading of a thread."""
 
 
-def check(program: str, roots: Sequence[str], executable: str | None) -> None:
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files that a user names, with the debugger that is to read them."""
+
+    program: str
+    """Name or path of the debugger."""
+    roots: Sequence[str] = ()
+    executable: str | None = None
+    symbols: Sequence[str] = ()
+    """Files with separate symbols."""
+
+
+def check(files: Files) -> None:
     """Check the command line before anything is downloaded.
 
     Raises:
-        UsageError: the debugger, the executable or a directory does not exist.
+        UsageError: the debugger, a file or a directory does not exist.
     """
+    program = files.program
     if shutil.which(program) is None:
         raise UsageError(
-            f"{printable(program)} is not installed: --debugger takes gdb, lldb or the path of one"
+            f"{printable(program)} is not installed: --debugger takes gdb, lldb, eu-stack or the path of one"
         )
-    if executable is not None and not os.path.isfile(executable):
-        raise UsageError(f"--exe {printable(executable)}: there is no such file")
-    for root in roots:
+    if files.executable is not None and not os.path.isfile(files.executable):
+        raise UsageError(f"--exe {printable(files.executable)}: there is no such file")
+    for path in files.symbols:
+        if not os.path.isfile(path):
+            raise UsageError(f"--symbols {printable(path)}: there is no such file")
+    for root in files.roots:
         if not os.path.isdir(root) or any(c in root for c in '\n\r:"'):
             raise UsageError(
                 f"--sysroot {printable(root)}: takes a directory whose path has no ':' and no '\"'"
@@ -66,73 +88,116 @@ def check(program: str, roots: Sequence[str], executable: str | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Everything a debugger needs to open a dump."""
+    """Everything a debugger needs to open a dump; a context manager that removes the tree."""
 
     program: str
     """Path of the debugger."""
     core: str
     modules: Modules
-    roots: Sequence[str]
+    tree: Tree
+    executable: str | None
+    """Path of the program's file for the debugger."""
+    files: Files
+
+    def __enter__(self) -> Self:
+        """Return the session."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the tree."""
+        self.tree.__exit__(kind, error, trace)
 
     def command(self, arguments: str, *, batch: bool) -> list[str]:
         """Return the command line; `batch` prints a backtrace of all threads."""
-        found = self.modules.executable.found if self.modules.executable else None
-        extra = shlex.split(arguments)
-        if "lldb" in os.path.basename(self.program):
+        extra, name = shlex.split(arguments), os.path.basename(self.program)
+        program = [self.executable] if self.executable else []
+        if "lldb" in name:
+            return [self.program, *self._for_lldb(batch=batch), *extra, *program, "--core", self.core]
+        if "eu-stack" in name:
             return [
                 self.program,
-                *self._for_lldb(batch=batch),
+                *(f"--executable={path}" for path in program),
                 *extra,
-                *([found] if found else []),
-                "--core",
-                self.core,
+                f"--core={self.core}",
             ]
-        files = [f"--exec={found}", f"--symbols={found}"] if found else []
-        return [self.program, "-q", *self._for_gdb(batch=batch), *extra, *files, f"--core={self.core}"]
+        options = [f"--exec={path}" for path in program] + [f"--symbols={path}" for path in self._symbols()]
+        return [self.program, "-q", *self._for_gdb(batch=batch), *extra, *options, f"--core={self.core}"]
+
+    def _symbols(self) -> list[str]:
+        """Return the file with the program's symbols: the program itself, unless the user named another one."""
+        named = [path for path in self.files.symbols if read_build_id(path) is None]
+        return named[:1] or ([self.executable] if self.executable else [])
+
+    def shorten(self, line: str) -> str:
+        """Return a line of output with the paths that files had in the process."""
+        return line.replace(self.tree.root + "/", "/")
 
     def _for_lldb(self, *, batch: bool) -> list[str]:
-        words = ["-O", "settings set target.load-script-from-symbol-file false"]
-        words += ["-O", "settings set target.load-cwd-lldbinit false"]
-        if self.roots:
-            words += ["-O", f'platform select --sysroot "{os.path.abspath(self.roots[0])}" host']
+        tree = self.tree
+        settings = ["settings set target.load-script-from-symbol-file false"]
+        settings += ["settings set target.load-cwd-lldbinit false"]
+        settings += [f'settings append target.exec-search-paths "{tree.flat}"']
+        settings += [f'settings append target.debug-file-search-paths "{tree.symbols}"']
+        settings += [f'platform select --sysroot "{tree.root}" host']
+        words = [word for setting in settings for word in ("-O", setting)]
         return words + (["--batch", "-o", f"thread backtrace -c {MOST_FRAMES} all"] if batch else [])
 
     def _for_gdb(self, *, batch: bool) -> list[str]:
         """Return options that keep gdb from running code of the dump's files; `$sdir` is the system's own libraries."""
         settings = ["set auto-load no", "set auto-load libthread-db on", "set libthread-db-search-path $sdir"]
         settings.append("set debuginfod enabled " + ("on" if os.environ.get("DEBUGINFOD_URLS") else "off"))
-        if self.roots:
-            settings.append(f"set sysroot {os.path.abspath(self.roots[0])}")
-        if directories := self._other_directories():
-            settings.append(f"set solib-search-path {':'.join(directories)}")
+        settings.append(f"set sysroot {self.tree.root}")
+        settings.append(f"set solib-search-path {self.tree.flat}")
+        beside = [os.path.join(os.path.abspath(root), "usr/lib/debug") for root in self.files.roots]
+        settings.append(f"set debug-file-directory {':'.join([self.tree.symbols, *beside, DEBUG_DIRECTORY])}")
         words = [word for setting in settings for word in ("-iex", setting)]
         return words + (
             ["-nx", "-batch", "-ex", f"thread apply all -ascending bt {MOST_FRAMES}"] if batch else []
         )
 
-    def _other_directories(self) -> list[str]:
-        """Return the directories of libraries that were found below the second root and further ones.
 
-        gdb takes one sysroot. Paths from an image may hold anything, so only those that gdb cannot misread are given.
-        """
-        found = (module.found for module in self.modules.libraries if module.found is not None)
-        tops = tuple(os.path.join(root, "") for root in self.roots[1:])
-        paths = (os.path.abspath(os.path.dirname(path)) for path in found if path.startswith(tops))
-        return [path for path in dict.fromkeys(paths) if path.isprintable() and ":" not in path]
-
-
-def prepare(program: str, core: str, dump: Dump, roots: Sequence[str], executable: str | None) -> Session:
-    """Find the files of a core and a debugger that reads it; print what is missing and how to get it."""
-    modules = read_modules(core, dump.executable, roots, cache_directory())
-    if executable is not None:
-        modules = _with_executable(modules, executable)
+def prepare(core: str, dump: Dump, modules: Modules, files: Files) -> Session:
+    """Make the tree of a dump's files, and find a debugger that reads it; print what is missing and how to get it."""
+    if files.executable is not None:
+        modules = _with_executable(modules, files.executable)
     descriptor = os.open(core, os.O_RDONLY | os.O_CLOEXEC)
     try:
         neutralise(core, Seekable(descriptor))
     finally:
         os.close(descriptor)
-    _note_missing(modules, dump)
-    return Session(_debugger_for(program, modules.machine), core, modules, roots)
+    note_missing(modules, dump)
+    program = _debugger_for(files.program, modules.machine)
+    tree = Tree(cache_directory())
+    try:
+        executable = _fill(tree, modules, files)
+    except BaseException:
+        tree.__exit__(None, None, None)
+        raise
+    return Session(program, core, modules, tree, executable, files)
+
+
+def _fill(tree: Tree, modules: Modules, files: Files) -> str | None:
+    """Put all files that were found into a tree; return the place of the executable."""
+    executable = None
+    for module in modules.every:
+        if module.found is None:
+            continue
+        place = tree.add(module.path.removesuffix(DELETED), module.found)
+        for name in module.names:
+            tree.add(name, module.found)
+        if module is modules.executable:
+            executable = place or os.path.abspath(module.found)
+    tree.merge_usr()
+    known = {module.build_id for module in modules.every}
+    for path in files.symbols:
+        build_id = read_build_id(path)
+        if build_id is not None:
+            tree.add_symbols(build_id, path)
+        if build_id not in known or build_id is None:
+            show.note(f"nothing proves that {printable(path)} belongs to this dump: no file has its build ID")
+    return executable
 
 
 def _with_executable(modules: Modules, path: str) -> Modules:
@@ -143,8 +208,10 @@ def _with_executable(modules: Modules, path: str) -> Modules:
         show.note(f"nothing proves that {path} is the executable of this dump: its build ID is not known")
     elif build_id != known:
         show.note(f"{path} has build ID {build_id or 'none'}, but the dump's executable has {known}")
-    named = Module(modules.executable.path if modules.executable else path, known, os.path.abspath(path))
-    return Modules(named, modules.libraries, modules.machine, has_files=modules.has_files)
+    place = modules.executable.path if modules.executable else path
+    names = modules.executable.names if modules.executable else ()
+    named = Module(place, known, os.path.abspath(path), names=names)
+    return replace(modules, executable=named)
 
 
 def _debugger_for(program: str, machine: str | None) -> str:
@@ -158,33 +225,11 @@ def _debugger_for(program: str, machine: str | None) -> str:
     return multiarch or path
 
 
-def _note_missing(modules: Modules, dump: Dump) -> None:
-    executable, missing = modules.executable, modules.missing
-    if executable is None or executable.found is None:
-        path, build_id = (executable.path, executable.build_id) if executable else (dump.program, None)
-        show.note(
-            f"the executable {path} (build ID {build_id or 'unknown'}) was not found; --exe FILE names it"
-        )
-    if not modules.has_files:
-        show.note(
-            "the kernel left the list of mapped files out of this core, so libraries cannot be verified"
-        )
-    for module in missing[:MOST_LISTED]:
-        show.note(f"missing: {module.path} (build ID {module.build_id})")
-    if len(missing) > MOST_LISTED:
-        show.note(f"and {len(missing) - MOST_LISTED} more")
-    if missing:
-        show.note(
-            "to get them: unpack the image that the process ran in and give --sysroot DIR, "
-            "or set DEBUGINFOD_URLS to a server that has these build IDs"
-        )
-
-
-def run(line: Sequence[str]) -> int:
+def run(line: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     """Run a debugger on this terminal and return its exit status. Ctrl-C is for the debugger alone."""
     before = signal.signal(signal.SIGINT, lambda *_: None)  # a handler ends at exec(2), SIG_IGN would not
     try:
-        return subprocess.run(line, check=False).returncode  # noqa: S603  a list, no shell
+        return subprocess.run(line, check=False, env=environ).returncode  # noqa: S603  a list, no shell
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -205,9 +250,9 @@ class Backtrace:
         self.resolved = False
         """Whether a frame names a function."""
 
-    def run(self, line: Sequence[str]) -> int:
+    def run(self, line: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
         """Run a debugger in batch mode, write its backtrace line by line, and return its exit status."""
-        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "env": environ}
         with tempfile.TemporaryFile() as errors:
             with subprocess.Popen(line, stderr=errors, **pipes) as process:  # noqa: S603  likewise
                 try:

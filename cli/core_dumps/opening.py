@@ -108,10 +108,21 @@ Sysroot = Annotated[
 Executable = Annotated[
     str | None, typer.Option("--exe", metavar="FILE", help="The executable, if its build ID is not known")
 ]
+Symbols = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--symbols",
+        metavar="FILE",
+        show_default=False,
+        help="File with the symbols of a stripped executable or library; repeatable",
+    ),
+]
 Full = Annotated[
     bool, typer.Option("--full", help="Download the whole dump, not only the part that backtraces need")
 ]
-Debugger = Annotated[str, typer.Option("--debugger", metavar="PROGRAM", help="gdb, lldb or the path of one")]
+Debugger = Annotated[
+    str, typer.Option("--debugger", metavar="PROGRAM", help="gdb, lldb, eu-stack or the path of one")
+]
 Extra = Annotated[
     str,
     typer.Option(
@@ -132,13 +143,16 @@ def debug(
     debugger_program: Debugger = "gdb",
     arguments: Extra = "",
     executable: Executable = None,
+    symbols: Symbols = None,
     full: Full = False,
 ) -> None:
     """Open the newest matching dump in a debugger."""
-    from core_dumps import debugger
+    from core_dumps import debugger, serving
 
-    session = _session(selection, sysroot or [], debugger_program, executable, full=full)
-    raise typer.Exit(debugger.run(session.command(arguments, batch=False)))
+    files = debugger.Files(debugger_program, sysroot or [], executable, symbols or [])
+    with _session(selection, files, full=full) as session:
+        code = serving.run(session, arguments)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -149,35 +163,43 @@ def bt(
     debugger_program: Debugger = "gdb",
     arguments: Extra = "",
     executable: Executable = None,
+    symbols: Symbols = None,
     full: Full = False,
     no_pager: NoPager = False,
 ) -> None:
     """Print the backtraces of the newest matching dump."""
-    from core_dumps import debugger
+    from core_dumps import debugger, serving
 
-    session = _session(selection, sysroot or [], debugger_program, executable, full=full)
-    backtrace = debugger.Backtrace(lambda line: typer.echo(printable(line.expandtabs(), 10_000)))
-    with paged(off=no_pager):
-        code = backtrace.run(session.command(arguments, batch=True))
+    files = debugger.Files(debugger_program, sysroot or [], executable, symbols or [])
+    with _session(selection, files, full=full) as session:
+
+        def write(line: str) -> None:
+            typer.echo(printable(session.shorten(line.expandtabs()), 10_000))
+
+        backtrace = debugger.Backtrace(write)
+        with paged(off=no_pager):
+            code = serving.trace(session, arguments, backtrace)
     if code:
         raise CliError(f"{debugger_program} failed (exit {code})")
     if not backtrace.resolved:
         raise CliError("no address could be resolved to a function: see the notes above for missing files")
 
 
-def _session(
-    selection: Selection, roots: list[str], program: str, executable: str | None, *, full: bool
-) -> debugger.Session:
+def _session(selection: Selection, files: debugger.Files, *, full: bool) -> debugger.Session:
     """Download a dump into the cache and find the files that belong to it."""
-    from core_dumps import cache, debugger
+    from core_dumps import cache, debugger, gathering
     from core_dumps.progress import Bars
 
-    debugger.check(program, roots, executable)
+    debugger.check(files)
+    notes: list[str] = []
     with selection.open() as bucket, Bars() as bars:
         dump = selection.newest(bucket)
         core = cache.load(bucket, dump, bars, full=full)
+        modules = gathering.gather(bucket, dump, core, files.roots, bars, notes.append)
     _warn(selection, dump)
-    return debugger.prepare(program, core, dump, roots, executable)
+    for line in notes:
+        selection.note(line)
+    return debugger.prepare(core, dump, modules, files)
 
 
 @app.command()

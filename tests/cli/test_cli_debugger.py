@@ -19,9 +19,10 @@ from tests.support.cores import AARCH64, AUXV, PRPSINFO, PRSTATUS, Shape, build
 from tests.support.front import Reply, cut, error, front
 
 from core_dump_format.stream import Seekable
-from core_dumps import buildid
-from core_dumps.buildid import read_build_id, read_modules
+from core_dumps import debuginfod
+from core_dumps.buildid import read_build_id
 from core_dumps.neutral import neutralise, without_controls
+from core_dumps.wanted import read_modules
 
 NAME = "node-7/core-app-1700000001-1-11.gz"
 PROGRAM = os.path.realpath(sys.executable)
@@ -67,7 +68,7 @@ def test_lying_core_is_not_fatal_and_only_its_controls_change(tmp_path, data):
     changed = path.read_bytes()
     assert len(changed) == len(content)
     assert all(new in {old, ord("?")} for new, old in zip(changed, content, strict=True))
-    read_modules(str(path), None, [], str(tmp_path))
+    read_modules(str(path), None, [])
 
 
 @needs_gdb
@@ -123,11 +124,11 @@ def without_files(tmp_path):
 
 def test_program_is_found_without_the_list_of_mapped_files(without_files, tmp_path):
     assert read_build_id(PROGRAM)
-    found = read_modules(without_files, PROGRAM, [], str(tmp_path))
+    found = read_modules(without_files, PROGRAM, [])
     assert found.executable.build_id == read_build_id(PROGRAM)
     assert found.executable.found == PROGRAM
     assert not found.has_files
-    other = read_modules(without_files, "/bin/sh", [], str(tmp_path))
+    other = read_modules(without_files, "/bin/sh", [])
     assert other.executable.found != "/bin/sh", "another program has another build ID"
 
 
@@ -142,7 +143,7 @@ def test_program_that_was_replaced_is_found_below_a_sysroot(tmp_path):
     place.parent.mkdir(parents=True)
     place.symlink_to("/real")
     (tmp_path / "root" / "real").write_bytes(Path(PROGRAM).read_bytes())
-    found = read_modules(str(core), None, [str(tmp_path / "root")], str(tmp_path))
+    found = read_modules(str(core), None, [str(tmp_path / "root")])
     assert found.executable.found == str(tmp_path / "root" / "real")
 
 
@@ -291,12 +292,12 @@ def test_all_threads_are_counted(cli, gz):
 def test_executable_of_a_debuginfod_server_is_used_only_if_it_is_whole_and_in_time(
     tmp_path, monkeypatch, reply, seconds, found
 ):
-    monkeypatch.setattr(buildid, "DOWNLOAD_SECONDS", seconds)
+    monkeypatch.setattr(debuginfod, "DOWNLOAD_SECONDS", seconds)
     body = Path(PROGRAM).read_bytes()
     known = read_build_id(PROGRAM)
     with front("http://unused", lambda _: reply(body)) as server:
         monkeypatch.setenv("DEBUGINFOD_URLS", server)
-        path = buildid.debuginfod(known, str(tmp_path))
+        path = debuginfod.debuginfod(known, str(tmp_path))
     assert (path is not None) == found
     assert os.listdir(tmp_path) == ([f"{known}.executable"] if found else [])
 

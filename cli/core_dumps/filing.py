@@ -1,0 +1,142 @@
+"""Owns the command `modules`: the executables and libraries of a dump, and the bucket's modules as a whole."""
+
+# ruff: noqa: FBT002  the parameters of a command are its options
+# ruff: noqa: PLC0415  each command imports only what it needs: completion and --help must be quick
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from core_dump_format.text import printable
+from core_dumps import show
+from core_dumps.app import app
+from core_dumps.errors import CliError, UsageError
+from core_dumps.options import Json, Selection, with_selection
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from core_dumps.bucket import Bucket
+    from core_dumps.dump import Dump
+
+COLUMNS = ("STATE", "SIZE", "BUILD ID", "PATH")
+_SHOWN_DIGITS = 16
+
+
+@app.command()
+@with_selection
+def modules(
+    selection: Selection,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read all modules of the bucket and remove those with wrong content"),
+    ] = False,
+    prune: Annotated[
+        bool,
+        typer.Option("--prune", help="Remove the modules that no dump needs and that are over 8 days old"),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without a question")] = False,
+    json: Annotated[Json, typer.Option(help="Print JSON")] = Json.OFF,
+) -> None:
+    """List the executable and the libraries of the newest matching dump, or look after those in the bucket."""
+    if verify or prune:
+        if not selection.query().selects_everything:
+            raise UsageError(
+                "--verify and --prune are about all modules of the bucket: give no MATCH and no filter"
+            )
+        if not yes and not sys.stdin.isatty():
+            raise UsageError("modules asks before it removes something, and there is no terminal: give --yes")
+        with selection.open() as bucket:
+            if verify:
+                _verify(bucket, yes=yes)
+            if prune:
+                _prune(bucket, yes=yes)
+        return
+    from core_dumps import tables
+
+    with selection.open() as bucket:
+        dump = selection.newest(bucket)
+        rows = list(_rows(selection, bucket, dump))
+    if json is not Json.OFF:
+        tables.print_json(show.console(), rows, json)
+    else:
+        tables.print_rows(show.console(), COLUMNS, map(_cells, rows), legend=True)
+
+
+def _cells(row: dict[str, Any]) -> list[Any]:
+    return [
+        row["state"],
+        show.size(row["size"]) if row["size"] is not None else "-",
+        (row["build_id"] or "-")[:_SHOWN_DIGITS],
+        printable(row["path"], 1000),
+    ]
+
+
+def _rows(selection: Selection, bucket: Bucket, dump: Dump) -> Iterator[dict[str, Any]]:
+    """Yield what is known of each module; from the core itself if the dump has no list."""
+    from core_dumps import head, stored
+    from core_dumps.pool import Pool
+
+    listed = stored.read_list(bucket, dump)
+    if listed is None:
+        selection.note("this dump has no list of modules; these are the files that its core names")
+        for path, build_id in head.read_head(bucket, dump).build_ids.items():
+            yield {"path": path, "build_id": build_id, "size": None, "sha256": None, "state": "unlisted"}
+        return
+    known = list(dict.fromkeys(module.sha256 for module in listed.modules if module.sha256))
+    with Pool(stored.FETCHERS) as pool:
+        sizes = dict(zip(known, pool.map(lambda sha256: stored.find(bucket, sha256), known), strict=True))
+    for module in listed.modules:
+        kept = "stored" if sizes.get(module.sha256) is not None else "absent"
+        yield {
+            "path": module.path.decode("utf-8", "backslashreplace"),
+            "build_id": module.build_id or None,
+            "size": module.size_bytes if module.sha256 else None,
+            "sha256": module.sha256 or None,
+            "state": module.missing or kept,
+        }
+    if listed.left_out:
+        selection.note(f"{listed.left_out} more files are not in the list, which had no room for them")
+
+
+def _verify(bucket: Bucket, *, yes: bool) -> None:
+    from core_dumps import keeping
+    from core_dumps.progress import Bars
+
+    with Bars() as bars:
+        count, wrong = keeping.find_wrong(bucket, bars)
+    for key, problem in wrong.items():
+        typer.echo(f"{printable(key)}: {problem}")
+    typer.echo(f"verified {count} modules: {len(wrong)} are not what their names say")
+    if wrong:
+        _remove(bucket, wrong, yes=yes)
+        raise CliError("the bucket held wrong modules: who can write to it?")
+
+
+def _prune(bucket: Bucket, *, yes: bool) -> None:
+    from core_dumps import keeping
+
+    count, unneeded = keeping.find_unneeded(bucket)
+    typer.echo(f"{len(unneeded)} of {count} modules are in no list and over 8 days old")
+    if unneeded:
+        _remove(bucket, unneeded, yes=yes)
+
+
+def _remove(bucket: Bucket, keys: Iterable[str], *, yes: bool) -> None:
+    """Delete objects after a question.
+
+    Raises:
+        CliError: the answer is no, or not all are gone.
+    """
+    wanted = list(keys)
+    if not yes and not typer.confirm(f"Remove {len(wanted)} modules?"):
+        raise CliError("nothing was removed")
+    problems = [(key, problem) for key, problem in bucket.delete_objects(wanted) if problem]
+    for key, problem in problems:
+        show.note(f"{printable(key)}: {problem}")
+    typer.echo(f"removed {len(wanted) - len(problems)} of {len(wanted)}")
+    if problems:
+        raise CliError(f"{len(problems)} modules could not be removed")

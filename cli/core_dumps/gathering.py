@@ -1,0 +1,55 @@
+"""Owns gathering the files of a dump: what this machine has, then the bucket's modules, then debuginfod."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from core_dumps import stored
+from core_dumps.cache import cache_directory
+from core_dumps.debuginfod import fetch_all
+from core_dumps.errors import CliError
+from core_dumps.wanted import read_modules
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from core_dumps.bucket import Bucket
+    from core_dumps.buildid import Modules
+    from core_dumps.dump import Dump
+    from core_dumps.fetch import Progress
+
+
+def gather(  # noqa: PLR0913, PLR0917  a dump, its core, and where files come from
+    bucket: Bucket,
+    dump: Dump,
+    core: str,
+    roots: Sequence[str],
+    progress: Progress,
+    note: Callable[[str], None],
+) -> Modules:
+    """Return the files of a dump, as many as can be found.
+
+    Args:
+        bucket: where the dump is.
+        dump: the dump.
+        core: its core on this machine.
+        roots: directories that the user named.
+        progress: is told about downloads.
+        note: gets a line for each thing that did not work; a debugger can do without it.
+    """
+    listed = None
+    try:
+        listed = stored.read_list(bucket, dump)
+    except CliError as error:
+        note(str(error))
+    modules = read_modules(core, dump.executable, roots, listed)
+    cache = cache_directory()
+    missing = {module.sha256 for module in modules.missing if module.sha256}
+    if listed is not None and missing:
+        rows = [row for row in listed.modules if row.sha256 in missing]
+        modules = modules.with_found(stored.fetch_modules(bucket, rows, cache, progress, note))
+    if os.environ.get("DEBUGINFOD_URLS"):
+        build_ids = [module.build_id for module in modules.missing if module.build_id]
+        modules = modules.with_found(fetch_all(build_ids, cache))
+    return modules

@@ -1,0 +1,86 @@
+"""Owns the modules of a bucket as a whole: which have wrong content, and which no dump needs any more."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING
+
+from core_dump_format.keys import MODULES_LIST_SUFFIX, module_key
+from core_dump_format.modules import MOST_LIST_BYTES, MOST_MODULE_BYTES
+from core_dumps import stored
+from core_dumps.errors import RefusedError
+from core_dumps.pool import Pool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from core_dumps.bucket import Bucket
+    from core_dumps.client import Row
+    from core_dumps.fetch import Progress
+
+READERS = 24
+VERIFIERS = 4
+YOUNG_SECONDS = 8 * 86400
+"""A node sends a file again only after 7 days, so a younger module may be needed by a list that is yet to come."""
+_SHA256 = re.compile(rb"[0-9a-f]{64}")
+
+
+def modules_of(bucket: Bucket) -> Iterator[tuple[str, Row]]:
+    """Yield the SHA-256 and the object of each module; other objects in their folder are left out."""
+    folder = module_key(bucket.prefix, "")
+    for row in bucket.objects(folder):
+        sha256 = row.key.removeprefix(folder)
+        if _SHA256.fullmatch(sha256.encode()):
+            yield sha256, row
+
+
+def find_wrong(bucket: Bucket, progress: Progress) -> tuple[int, dict[str, str]]:
+    """Read every module; return their number, and the key and the fault of each that is not what its name says.
+
+    Raises:
+        CliError: one of them cannot be read.
+    """
+    every = list(modules_of(bucket))
+    progress.start("verify", sum(row.size_bytes for _, row in every))
+
+    def check(sha256: str) -> str | None:
+        try:
+            for _ in stored.content_of(bucket, sha256, MOST_MODULE_BYTES, progress):
+                pass
+        except stored.AbsentError:
+            return None
+        except RefusedError as error:
+            return str(error)
+        return None
+
+    with Pool(VERIFIERS) as pool:
+        found = zip(every, pool.map(check, [sha256 for sha256, _ in every]), strict=True)
+        return len(every), {row.key: problem for (_, row), problem in found if problem}
+
+
+def find_unneeded(bucket: Bucket) -> tuple[int, list[str]]:
+    """Return the number of modules, and the keys of those that are old enough and in no list.
+
+    A list need not be well-formed: whatever looks like a SHA-256 in it is needed.
+
+    Raises:
+        CliError: a list cannot be read, so nothing is known to be unneeded.
+    """
+    every = list(modules_of(bucket))  # first: what comes later is young
+    own = module_key(bucket.prefix, "")
+    keys = [
+        row.key
+        for row in bucket.objects(bucket.prefix)
+        if row.key.endswith(MODULES_LIST_SUFFIX) and not row.key.startswith(own)
+    ]
+    needed: set[bytes] = set()
+    with Pool(READERS) as pool:
+        for content in pool.map(lambda key: bucket.small_object(key, MOST_LIST_BYTES), keys):
+            needed.update(_SHA256.findall(content))
+    oldest = time.time() - YOUNG_SECONDS
+    return len(every), [
+        row.key
+        for sha256, row in every
+        if sha256.encode() not in needed and 0 < row.modified_seconds < oldest
+    ]

@@ -1,0 +1,169 @@
+"""Owns the modules in the bucket: the list of a dump, and files by their SHA-256, verified before they are used.
+
+Whoever may write to the bucket may have put anything under the name of a module. Content that has another SHA-256 than
+its key is never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from core_dump_format.gzip import DamagedError, inflate
+from core_dump_format.keys import MODULES_LIST_SUFFIX, module_key
+from core_dump_format.modules import MOST_LIST_BYTES, MOST_MODULE_BYTES, ListError, parse_list
+from core_dump_format.text import printable
+from core_dumps.client import error_code, explain
+from core_dumps.dump import Dump
+from core_dumps.errors import CliError, RefusedError
+from core_dumps.parts import Remote
+from core_dumps.pool import Pool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from core_dump_format.modules import Module, ModuleList
+    from core_dumps.bucket import Bucket
+    from core_dumps.fetch import Progress
+
+FETCHERS = 6
+SUFFIX = ".module"
+_ABSENT = frozenset({"404", "NoSuchKey", "403", "AccessDenied"})
+"""Without s3:ListBucket S3 says 403 of what is not there."""
+
+
+class AbsentError(CliError):
+    """The bucket has no such module."""
+
+
+def read_list(bucket: Bucket, dump: Dump) -> ModuleList | None:
+    """Return the list of a dump's modules; None if the bucket has none.
+
+    Raises:
+        CliError: it cannot be read, or is not a list.
+    """
+    if not dump.has_modules:
+        return None
+    key = dump.key + MODULES_LIST_SUFFIX
+    content = bucket.small_object(key, MOST_LIST_BYTES)
+    try:
+        return parse_list(content)
+    except ListError as error:
+        raise CliError(f"{printable(key)} is not a list of modules: {error}") from None
+
+
+def find(bucket: Bucket, sha256: str) -> int | None:
+    """Return the size of a module's object; None if the bucket has none, or does not say.
+
+    Raises:
+        CliError: no response to rely on.
+    """
+    key = module_key(bucket.prefix, sha256)
+    try:
+        return int(bucket.client.head_object(Bucket=bucket.name, Key=key)["ContentLength"])
+    except ClientError as error:
+        if error_code(error) in _ABSENT:
+            return None
+        raise explain(error, f"reading {printable(key)}") from error
+    except BotoCoreError as error:
+        raise explain(error, f"reading {printable(key)}") from error
+
+
+def content_of(
+    bucket: Bucket, sha256: str, most_bytes: int, progress: Progress | None = None
+) -> Iterator[bytes]:
+    """Yield the content of a module; a store may have decompressed it on the way.
+
+    Raises:
+        AbsentError: the bucket does not have it.
+        RefusedError: it has another SHA-256, or more bytes; what was yielded is not to be used.
+        CliError: it cannot be read.
+    """
+    size = find(bucket, sha256)
+    if size is None:
+        raise AbsentError("not in the bucket")
+    remote = Remote(bucket, Dump(module_key(bucket.prefix, sha256), size, 0, False, {}), size, None, None)
+    blocks = _counted(remote.read(0, size), progress)
+    first = next(blocks, b"")
+    blocks = chain([first], blocks)
+    digest, length = hashlib.sha256(), 0
+    try:
+        for piece in inflate(blocks) if first.startswith(b"\x1f\x8b") else blocks:
+            digest.update(piece)
+            length += len(piece)
+            if length > most_bytes:
+                raise RefusedError(f"it has more than {most_bytes} bytes")
+            yield piece
+    except DamagedError as error:
+        raise RefusedError(str(error)) from None
+    if digest.hexdigest() != sha256:
+        raise RefusedError("its content has another SHA-256 than its name")
+
+
+def _counted(blocks: Iterator[bytes], progress: Progress | None) -> Iterator[bytes]:
+    for block in blocks:
+        if progress is not None:
+            progress.advance(len(block))
+        yield block
+
+
+def fetch_modules(
+    bucket: Bucket, wanted: Iterable[Module], cache: str, progress: Progress, note: Callable[[str], None]
+) -> dict[str, str]:
+    """Return the places of modules in the cache by SHA-256; what the bucket does not have is left out.
+
+    Args:
+        bucket: where they are stored.
+        wanted: rows of a list.
+        cache: a directory that only this user can write to.
+        progress: is told how far it is.
+        note: gets a line for each module that is refused or cannot be read.
+    """
+    by_sha = {module.sha256: module for module in wanted if module.sha256}
+    found: dict[str, str] = {}
+    missing = []
+    for sha256, module in by_sha.items():
+        path = os.path.join(cache, sha256 + SUFFIX)
+        if os.path.isfile(path):
+            os.utime(path)
+            found[sha256] = path
+        else:
+            missing.append(module)
+    if not missing:
+        return found
+    progress.start("modules", None)
+    with Pool(FETCHERS) as pool:
+        loads = [
+            (module, pool.submit(lambda m: _fetch(bucket, m, cache, progress), module)) for module in missing
+        ]
+        for module, load in loads:
+            try:
+                found[module.sha256] = load.result()
+            except AbsentError:
+                continue
+            except CliError as error:
+                note(f"module {printable(module.path.decode('utf-8', 'replace'))}: {error}")
+    return found
+
+
+def _fetch(bucket: Bucket, module: Module, cache: str, progress: Progress) -> str:
+    """Download one module into the cache; it has its name there once it was verified."""
+    path = os.path.join(cache, module.sha256 + SUFFIX)
+    descriptor, name = tempfile.mkstemp(dir=cache, prefix=".module-")
+    try:
+        with open(descriptor, "wb") as file:
+            most = module.size_bytes or MOST_MODULE_BYTES
+            file.writelines(content_of(bucket, module.sha256, most, progress))
+        os.replace(name, path)
+    except OSError as error:
+        os.unlink(name)
+        raise CliError(f"{cache}: {error.strerror}") from error
+    except BaseException:
+        os.unlink(name)
+        raise
+    return path
