@@ -44,7 +44,7 @@ _READS = {"x86_64": {"x86-64", "i386"}, "aarch64": {"aarch64", "arm"}}
 _RESOLVED = re.compile(
     r" *#\d+ +(?:(?:0x[0-9a-f]+|<unavailable>) in )?(?!0x|\?\?|<unavailable>|<signal handler)\S"
     r"| *(?:\* )?frame #\d+: .*`"
-    r"|#\d+ +0x[0-9a-f]+ (?:- \d+ )?(?!-)\S"
+    r"|#\d+ +0x[0-9a-f]+ (?:- \d+ )?(?!in |-)\S"
 )
 """A frame of gdb, lldb or eu-stack with a function."""
 _BEGINNING = re.compile(r"Thread \d|[* ] thread #|TID \d+:")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,8 +45,9 @@ class _Handler(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def served(session: Session) -> Iterator[str]:
     """Serve the files of a session by build ID, to this machine alone, and yield the address."""
+    token = secrets.token_hex(16)  # other users of this machine cannot guess it
     files = {
-        f"/buildid/{module.build_id}/executable": module.found
+        f"/{token}/buildid/{module.build_id}/executable": module.found
         for module in session.modules.every
         if module.found is not None and module.build_id is not None
     }
@@ -55,7 +57,7 @@ def served(session: Session) -> Iterator[str]:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
+            yield f"http://127.0.0.1:{server.server_address[1]}/{token}"
         finally:
             server.shutdown()
             thread.join()

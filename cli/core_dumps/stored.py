@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -16,13 +17,14 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from core_dump_format.gzip import DamagedError, inflate
 from core_dump_format.keys import MODULES_LIST_SUFFIX, module_key
-from core_dump_format.modules import MOST_LIST_BYTES, MOST_MODULE_BYTES, ListError, parse_list
+from core_dump_format.modules import MOST_LIST_BYTES, ListError, parse_list
 from core_dump_format.text import printable
 from core_dumps.client import error_code, explain
 from core_dumps.dump import Dump
 from core_dumps.errors import CliError, RefusedError
 from core_dumps.parts import Remote
 from core_dumps.pool import Pool
+from core_dumps.show import size as sized
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -136,6 +138,12 @@ def fetch_modules(
             missing.append(module)
     if not missing:
         return found
+    needed, free = sum(module.size_bytes for module in missing), shutil.disk_usage(cache).free
+    if needed > free:
+        note(
+            f"{len(missing)} modules are not fetched: they need {sized(needed)}, and {cache} has {sized(free)} free"
+        )
+        return found
     progress.start("modules", None)
     with Pool(FETCHERS) as pool:
         loads = [
@@ -157,8 +165,7 @@ def _fetch(bucket: Bucket, module: Module, cache: str, progress: Progress) -> st
     descriptor, name = tempfile.mkstemp(dir=cache, prefix=".module-")
     try:
         with open(descriptor, "wb") as file:
-            most = module.size_bytes or MOST_MODULE_BYTES
-            file.writelines(content_of(bucket, module.sha256, most, progress))
+            file.writelines(content_of(bucket, module.sha256, module.size_bytes, progress))
         os.replace(name, path)
     except OSError as error:
         os.unlink(name)

@@ -74,7 +74,8 @@ class Settings(BaseSettings):
     )
     upload_sensitive: bool = Field(
         default=True,
-        description="Upload dumps that are flagged sensitive, e.g. of set-uid programs; false leaves them on disk.",
+        description="Upload dumps that are flagged sensitive, e.g. of set-uid programs; false leaves them on disk, "
+        "and publishes no list and no file that was found behind them alone.",
     )
     metadata: bool = Field(
         default=True,

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.keyspace import KeySpace, key_space, serving
 
@@ -165,6 +165,7 @@ def test_record_that_both_layouts_hold_is_listed_once(cli):
     assert [row["corefile"] for row in found] == ["suppressed"] * 2
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.lists(st.lists(st.integers(0, 30), max_size=4), max_size=4), min_size=1, max_size=3))
 def test_merged_streams_are_complete_and_newest_first(streams):
     """The numbers of a stream are put into order and keep their cuts, which may leave groups empty of all but some."""

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import modules as support
 from tests.support.s3 import BUCKET
@@ -124,7 +124,7 @@ def test_module_with_other_content_than_its_name_says_is_refused(crashed, cli, j
     crashed.put(cli, modules=False)
     for digest in crashed.contents:
         cli.put_raw(f"_modules/sha256/{digest}", junk)
-    done = cli.run("bt")
+    done = cli.run("bt", code=1)
     assert "SHA-256" in done.stderr or "gzip data" in done.stderr
     assert f"missing: {crashed.program}" in done.stderr
     assert not list((cli.home / ".cache" / "core-dumps").glob("*.module"))
@@ -134,7 +134,7 @@ def test_bomb_ends_at_the_size_that_the_list_says(crashed, cli):
     crashed.put(cli, modules=False)
     for digest in crashed.contents:
         cli.put_raw(f"_modules/sha256/{digest}", gzip.compress(bytes(64 << 20)))
-    assert "it has more than" in cli.run("bt").stderr
+    assert "it has more than" in cli.run("bt", code=1).stderr
 
 
 def test_what_is_missing_is_said_once_with_the_command_that_gets_it(crashed, cli):
@@ -144,7 +144,7 @@ def test_what_is_missing_is_said_once_with_the_command_that_gets_it(crashed, cli
     cli.put(
         NAME, gzip.compress(crashed.core.read_bytes(), 1), {"bytes": crashed.core.stat().st_size} | fields
     )
-    told = cli.run("bt").stderr
+    told = cli.run("bt", code=1).stderr
     (line,) = [line for line in told.splitlines() if f"missing: {crashed.program} " in line]
     assert "not kept on its node, not_readable" in line
     assert f"crane export shop.example:5000/app@sha256:{'ab' * 32} - | tar" in told
@@ -152,14 +152,14 @@ def test_what_is_missing_is_said_once_with_the_command_that_gets_it(crashed, cli
     cli.put(
         NAME, gzip.compress(crashed.core.read_bytes(), 1), {"bytes": crashed.core.stat().st_size} | fields
     )
-    assert "crane export 'shop.example:5000/app:1.2;rm' - | tar" in cli.run("bt").stderr
+    assert "crane export 'shop.example:5000/app:1.2;rm' - | tar" in cli.run("bt", code=1).stderr
 
 
 @pytest.mark.parametrize("damage", [b"junk", b"[" * 1000, b'{"version": 2}', b"x" * ((4 << 20) + 1)])
 def test_list_that_is_none_costs_no_backtrace(crashed, cli, damage):
     crashed.put(cli, modules=False)
     cli.put_raw(f"{NAME}.modules.json", damage)
-    done = cli.run("bt")
+    done = cli.run("bt", code=1)
     assert "is not a list of modules" in done.stderr
     assert "missing: " in done.stderr
 
@@ -170,6 +170,24 @@ def test_list_of_another_process_is_not_believed(crashed, cli, tmp_path):
     row = support.module(content, b"/app", crashed.modules[0].start, "ab" * 20)
     modules = wanted.read_modules(str(crashed.core), None, [], ModuleList("x", (row,)))
     assert not any(module.sha256 for module in modules.every)
+
+
+def test_file_with_another_build_id_than_the_core_has_is_not_used(crashed, cli):
+    """The list may lack build IDs, and name any file that the bucket has."""
+    (first, second, *_) = [row for row in crashed.modules if row.build_id]
+    swapped = [
+        row._replace(build_id="", sha256=second.sha256, size_bytes=second.size_bytes) if row is first else row
+        for row in crashed.modules
+    ]
+    crashed.put(cli, rows=swapped)
+    assert "a file with another build ID: not used" in cli.run("bt", code=1).stderr
+
+
+def test_modules_that_would_fill_the_disk_are_not_fetched(crashed, cli):
+    huge = [row._replace(size_bytes=1 << 40) for row in crashed.modules]
+    crashed.put(cli, rows=huge)
+    told = cli.run("bt", code=1).stderr
+    assert "modules are not fetched: they need" in told
 
 
 def test_file_of_symbols_that_the_user_names_is_used(cli, tmp_path):
@@ -219,6 +237,7 @@ def test_hostile_path_does_not_leave_the_tree(tmp_path, name):
     assert target.read_bytes() == b"x"
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.binary(max_size=40) | st.sampled_from([b"/a", b"/a/b", b"/a/b/c", b"/lib/x", b"/usr/lib/x"]))
 )
@@ -248,6 +267,7 @@ def test_first_file_of_a_name_stays(tmp_path):
         assert Path(place).read_bytes() == b"1"
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.binary(max_size=200))
 def test_path_is_below_the_root_or_none(name):
     found = inside(name)
@@ -262,6 +282,7 @@ def test_names_of_the_loader_are_those_of_the_process(crashed):
     assert os.fsencode(crashed.library) in names
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_lying_loader_list_is_not_fatal(crashed, tmp_path_factory, data):
     content = bytearray(crashed.core.read_bytes())

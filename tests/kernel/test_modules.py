@@ -1,0 +1,104 @@
+"""A process crashes in a container that is gone afterwards; the bucket alone gives its backtrace."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import shutil
+import subprocess
+import uuid
+
+import pytest
+from tests.cli.conftest import Cli
+from tests.integration.test_modules import IMPATIENT, MODULES
+from tests.support import s3
+from tests.support.collector import running, wait_until
+
+from core_dumps import buildid
+
+LIBRARY = "void die(volatile int *at) { *at = 1; }\n"
+PROGRAM = """
+#include <sys/prctl.h>
+void die(volatile int *);
+int main() { prctl(PR_SET_NAME, "app"); die(0); }
+"""
+
+
+@pytest.fixture
+def image(node):
+    """Build a program and its library; return the folder that holds them, and the one that they have in the image."""
+    built, place = node.directory / "built", node.directory / "image"
+    built.mkdir(mode=0o755)
+    place.mkdir(mode=0o755)
+    (built / "lib.c").write_text(LIBRARY)
+    (built / "main.c").write_text(PROGRAM)
+    library = built / "libdie.so"
+    subprocess.run(["gcc", "-g", "-O0", "-shared", "-fPIC", "-o", library, built / "lib.c"], check=True)
+    link = ["gcc", "-g", "-O0", "-o", built / "app", built / "main.c", f"-Wl,-rpath,{place}"]
+    subprocess.run([*link, f"-L{built}", "-ldie"], check=True)
+    return built, place
+
+
+def crash_in_container(node, built, place):
+    """Run the program in a mount namespace of its own, whose file system goes with it."""
+    script = 'mount -t tmpfs image "$2" && cp "$1/app" "$1/libdie.so" "$2" && exec "$2/app"'
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", built, place]
+    process = node.start(*command, name=b"app", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process.wait(timeout=60)
+    node.settle()
+    assert not (place / "app").exists()
+    return process.pid
+
+
+def frames(text):
+    """Return the frames below the headings of threads; before them, gdb prints the newest one."""
+    below = re.split(r"^Thread \d.*$", text, flags=re.MULTILINE)[1:]
+    return [line.strip() for part in below for line in part.splitlines() if re.match(r"#\d", line)]
+
+
+def gdb_on_the_original_files(node, built, place, key, bucket):
+    """Return gdb's frames, with the files where they were."""
+    core = node.directory / "core"
+    core.write_bytes(gzip.decompress(s3.body_of(bucket, key)))
+    for name in ("app", "libdie.so"):
+        shutil.copy(built / name, place / name)
+    command = ["gdb", "-nx", "-q", "-batch", "-ex", "thread apply all bt", place / "app", core]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name in ("app", "libdie.so"):
+        (place / name).unlink()
+        (built / name).unlink()
+    return frames(said)
+
+
+@pytest.mark.skipif(shutil.which("gdb") is None, reason="needs gdb: apt-get install gdb")
+def test_backtrace_of_a_container_that_is_gone_needs_nothing_but_the_bucket(
+    node, image, seaweed, bucket, tmp_path, monkeypatch
+):
+    prefix = f"gone-{uuid.uuid4().hex[:8]}"
+    environ = seaweed.environ(s3.WRITER) | MODULES | {"BUCKET_NAME": f"s3://{s3.BUCKET}/{prefix}"}
+
+    def keys(end):
+        return [key for key in s3.keys_in(bucket, prefix=f"{prefix}/") if key.endswith(end)]
+
+    with running(node.watch_dir, environ, tmp_path, program=IMPATIENT) as collector:
+        mark = node.watch_dir / ".modules" / "collector"
+        wait_until(mark.exists, 20, "the collector's mark")
+        with node.installed():
+            pids = [crash_in_container(node, *image) for _ in range(2)]
+        wait_until(lambda: len(keys(".gz.modules.json")) == 2, 60, "both lists")
+        wait_until(lambda: not list(mark.parent.glob("module-*")), 60, "the modules")
+        uploaded = len(keys("")) - 2 * 3
+        assert uploaded >= 4, "the program, its library, libc, the loader"
+        metric = 'core_dump_modules_total{result="uploaded"}'
+        wait_until(lambda: collector.metric(metric) == uploaded, 20, "each once")
+    (key,) = [key for key in keys(".gz") if f"-{pids[1]}-" in key]
+    expected = gdb_on_the_original_files(node, *image, key, bucket)
+    assert any("die (at=0x0)" in line and "lib.c:1" in line for line in expected)
+    # a machine that has none of the files
+    monkeypatch.setattr(buildid.Search, "find", lambda _, module: module)
+    cli = Cli(seaweed, prefix, tmp_path)
+    done = cli.run("bt", str(pids[1]))
+    assert frames(done.stdout) == expected
+    assert "missing" not in done.stderr
+    listed = cli.run("modules", str(pids[1])).stdout
+    assert len(re.findall(r"^stored ", listed, re.MULTILINE)) == uploaded
