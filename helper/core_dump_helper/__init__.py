@@ -58,8 +58,6 @@ def main() -> int:
     try:
         handler = Handler(crash, secure_process())
         handler.run()
-        if handler.capture:
-            handler.capture.hand_over()
     except Refused as refused:
         if not refused.repeated:
             log("%s; no dump: %s" % (crash.sentence(), refused))
@@ -67,4 +65,5 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001 - nobody reads a traceback here; exiting releases the process
         log("%s; no dump: %s: %s" % (crash.sentence(), type(error).__name__, error), 3)
         return 1
+    handler.copy_modules()
     return 0

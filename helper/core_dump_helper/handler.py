@@ -177,6 +177,14 @@ class Handler:
             log("%s: its files are not copied: %s" % (self.crash, error))
             self.capture = None
 
+    def copy_modules(self) -> None:
+        """Become the program that copies the files behind the crash; return if that is not possible."""
+        try:
+            if self.capture:
+                self.capture.hand_over()
+        except OSError as error:
+            log("%s: its files are not copied: %s" % (self.crash, error))
+
     def create(self, directory: int, suffix: str) -> tuple[int, str]:
         """Return the dump's descriptor and its name; raises Refused if it cannot be created."""
         try:

@@ -246,7 +246,7 @@ class Copier:
             writer = make_writer(name, target, self._settings)
             try:
                 writer.start()
-            except ImportError:
+            except (ImportError, PermissionError):
                 continue
             return writer
         raise Missing("read_error")

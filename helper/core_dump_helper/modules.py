@@ -220,8 +220,12 @@ class Capture:
         origin, sensitive = (metadata.get(key, b"") for key in ("origin", "sensitive"))
         cut = b"%d" % (not self._is_whole)
         parts = (dump.encode(), origin, sensitive, descriptors, self._mounts, cut, b"".join(self._maps))
-        for part in parts:
-            write_all(self._list, b"%d\n" % len(part) + part)
+        try:
+            for part in parts:
+                write_all(self._list, b"%d\n" % len(part) + part)
+        except OSError:
+            os.unlink(name + ".partial", dir_fd=self._directory)
+            raise
 
     def hand_over(self) -> None:
         """Become the program that copies the files: it is small, and this one's locks are released.

@@ -38,7 +38,7 @@ SYSTEM = frozenset(
 )
 """Directories of the system: giving one of them to root alone breaks it."""
 ROOT_ALONE = (0o700, 0, 0)
-OUR_NAMES = (".helper", "quarantine", "lost+found")
+OUR_NAMES = (".helper", ".modules", "quarantine", "lost+found")
 
 
 def _refuse(problem: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import subprocess
 import urllib.error
 import urllib.request
@@ -70,6 +71,28 @@ def test_store_that_comes_back_makes_the_collector_ready(seaweed, bucket, watch_
             partial.write_bytes(gzip.compress(b"dump"))
             partial.rename(partial.with_suffix(""))
             wait_until(lambda: readiness(collector) == (200, "ok\n"), 30)
+
+
+def test_pod_that_is_deleted_while_the_store_is_down_stays_with_its_dump(
+    seaweed, bucket, watch_dir, tmp_path
+):
+    uid, pods = "11111111-2222-3333-4444-555555555555", tmp_path / "pods"
+    (pods / f"shop_cart-0_{uid}/app").mkdir(parents=True)
+    (tmp_path / "haproxy").mkdir()
+    with s3.haproxy(tmp_path / "haproxy", seaweed) as proxy:
+        proxy.stop()
+        environ = seaweed.environ() | {"AWS_ENDPOINT_URL_S3": proxy.endpoint, "RETRY_SECONDS": "1"}
+        environ |= {"POD_LOGS_DIRECTORY": str(pods), "KEY_TEMPLATE": "{namespace}/{pod}/{name}"}
+        with running(watch_dir, environ, tmp_path):
+            partial = watch_dir / "core-app-1700000000-1-11.gz.partial"
+            partial.write_bytes(gzip.compress(b"dump"))
+            os.setxattr(partial, "user.coredump.pod_uid", uid.encode())
+            dump = partial.rename(partial.with_suffix(""))
+            wait_until(lambda: "user.coredump.pod" in os.listxattr(dump), 30, "the pod's name")
+            shutil.rmtree(pods / f"shop_cart-0_{uid}")
+            proxy.start()
+            wait_until(lambda: not dump.exists(), 30, "the upload")
+    assert set(s3.keys_in(bucket)) == {f"shop/cart-0/{dump.name}", f"shop/cart-0/{dump.name}.json"}
 
 
 def put_dump(directory, number):

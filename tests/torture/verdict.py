@@ -108,7 +108,7 @@ def left_over(torture: Torture, journal: Journal | None) -> list[str]:
     if journal is None:
         return [path.name for path in torture.watch_dir.glob("core*")]
     roots = [path.name for path in torture.watch_dir.iterdir() if not path.lstat().st_uid]
-    own = (".helper", "quarantine", ".quarantine")
+    own = (".helper", ".modules", "quarantine", ".quarantine")
     left = [name for name in roots if not name.startswith(own) and name not in journal.names]
     return left + changed_outside(torture.watch_dir.parent / "outside")
 
