@@ -6,6 +6,7 @@ import functools
 import gzip
 import hashlib
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -196,6 +197,40 @@ def test_write_lease_makes_nobody_wait(taken, process_with, tmp_path):
         listed = crash(taken, pid)
     assert module_of(listed, leased).missing == "busy"
     assert time.monotonic() - began < 20, "the kernel breaks a lease after 45 s"
+
+
+@contextlib.contextmanager
+def served_file(tmp_path):
+    """A file of a FUSE file system that stops to answer when the function is called."""
+    program = kernel.build(MAPPER.with_name("fusefile.c"), tmp_path / "fusefile")
+    mounted = tmp_path / "served"
+    mounted.mkdir()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([program, mounted, "4096"], **pipes) as server:
+        try:
+            assert server.stdout.readline() == "mounted\n"
+            yield mounted / "file", lambda: server.send_signal(signal.SIGSTOP)
+        finally:
+            server.kill()
+            subprocess.run(["umount", "-l", mounted], check=False)
+
+
+def test_file_system_that_never_answers_is_not_asked(taken, process_with, tmp_path):
+    with served_file(tmp_path) as (file, stop), process_with(file) as pid:
+        stop()
+        began = time.monotonic()
+        listed = crash(taken, pid)
+        assert time.monotonic() - began < 20
+    assert module_of(listed, file).missing == "file_system"
+
+
+def test_file_system_that_is_not_mounted_any_more_is_not_asked(taken, process_with, tmp_path):
+    with served_file(tmp_path) as (file, stop), process_with(file) as pid:
+        subprocess.run(["umount", "-l", tmp_path / "served"], check=True)
+        stop()
+        listed = crash(taken, pid)
+    (module,) = [module for module in listed.modules if module.path.endswith(b"/file")]
+    assert module.missing == "file_system"
 
 
 def test_files_of_an_overlay_in_another_mount_namespace_are_kept_after_it_is_gone(

@@ -113,8 +113,9 @@ class Node:
         return found
 
     def names(self):
-        """Return all names in the watch directory except the helper's state and strangers' dumps."""
-        return sorted(name for name in os.listdir(self.watch_dir) if name != ".helper" and self.is_ours(name))
+        """Return all names in the watch directory except the helper's state, modules and strangers' dumps."""
+        state = {".helper", ".modules"}
+        return sorted(name for name in os.listdir(self.watch_dir) if name not in state and self.is_ours(name))
 
     def dump(self):
         """Return the path of the only dump."""
