@@ -35,10 +35,12 @@ def is_rate(text: str) -> bool:
     return text == "0" or (len(parts) == 2 and are_numbers(parts))
 
 
+YES_OR_NO = (lambda text: text in ("yes", "no"), "yes or no")
 TEXTS: dict[str, tuple[Callable[[str], bool], str]] = {
     "COMPRESSOR": (lambda text: text in COMPRESSORS, "one of " + ", ".join(COMPRESSORS)),
-    "RESPECT_RLIMIT": (lambda text: text in ("yes", "no"), "yes or no"),
-    "MODULES": (lambda text: text in ("yes", "no"), "yes or no"),
+    "RESPECT_RLIMIT": YES_OR_NO,
+    "MODULES": YES_OR_NO,
+    "REASSERT": YES_OR_NO,
     "RATE_LIMIT": (is_rate, "dumps/seconds like 5/600, or 0"),
     "MAX_TOTAL_BYTES": (
         lambda text: text == HALF or (text != "" and are_numbers([text], 18)),
@@ -70,6 +72,7 @@ class Settings:
     RESPECT_RLIMIT = "no"
     CGROUP = ""
     PYTHON_PATH = ""
+    REASSERT = "no"
 
     def load(self, path: str, report: Callable[[str], None] = log) -> None:
         """Read the configuration file; report each line that is wrong and keep that setting's default."""

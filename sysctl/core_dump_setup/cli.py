@@ -6,7 +6,7 @@ import argparse
 import os
 import subprocess
 
-from core_dump_setup import boot, cgroup, commands, interrupts, kernel, release
+from core_dump_setup import boot, commands, interrupts, kernel, reassert, release
 from core_dump_setup.errors import SetupError, complain, escape_unprintable, warn
 from core_dump_setup.files import RECORD, Tree
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "test": "crash a throw-away process and find its dump",
     "deactivate": "put the saved pattern back, if the one in use is ours",
     "uninstall": "deactivate, then remove the files; dumps and helper.conf stay",
+    "reassert": "give the pattern back if something else took it and REASSERT=yes; core-dump-reassert.timer does it",
     "cgroup": "make the cgroup that helpers move into; core-dump-cgroup.service does it at every boot",
 }
 OPTIONS = {
@@ -44,8 +45,9 @@ FILES = (
     boot.FILE,
     *(boot.MASKED + name for name in boot.SERVICES),
     boot.SHARE + "/" + boot.NAME,
-    cgroup.UNIT,
+    *(path for path, _ in commands.UNITS),
     kernel.SAVED,
+    reassert.TIMES,
     RECORD,
     commands.CALIBRATION,
 )
@@ -106,6 +108,7 @@ def _run(options: argparse.Namespace, tree: Tree) -> None:
         "test": setup.prove,
         "deactivate": setup.deactivate,
         "uninstall": setup.uninstall,
+        "reassert": setup.reassert,
         "cgroup": setup.prepare_cgroup,
     }
     step[options.command]()
@@ -141,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         for name, (where, explained) in OPTIONS.items():
             if command in where:
                 sub.add_argument(name, action="store_true", help=explained)
-        if command not in ("test", "cgroup"):
+        if command not in ("test", "cgroup", "reassert"):
             sub.add_argument(
                 "--root",
                 metavar="DIR",

@@ -11,7 +11,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-from core_dump_setup import boot, cgroup, directory, kernel, proof, release
+from core_dump_setup import boot, cgroup, directory, kernel, proof, reassert, release
 from core_dump_setup.disk import remove_any
 from core_dump_setup.errors import SetupError, say, warn
 from core_dump_setup.files import RECORD, STATE, Tree
@@ -23,6 +23,8 @@ CONFIGURATION = {
     directory.CONFIG: "helper.conf",
 }
 """Files of /etc that an operator may edit, and where a checkout has them; boot.FILE is placed after the proof."""
+UNITS = ((cgroup.UNIT, cgroup.UNIT_NAME), *zip(reassert.UNITS, reassert.UNIT_NAMES))
+"""Files of systemd, and what a checkout calls them."""
 CALIBRATION_SECONDS = 60
 DRAIN_SECONDS = 30
 
@@ -76,7 +78,8 @@ class Setup:
         self._check()
         release.install(self.tree, self.source)
         self.tree.place(boot.SHARE + "/" + boot.NAME, self.shipped(boot.NAME))
-        self.tree.place(cgroup.UNIT, self.shipped(cgroup.UNIT_NAME))
+        for path, name in UNITS:
+            self.tree.place(path, self.shipped(name))
         for name, shipped in CONFIGURATION.items():
             self.tree.configure(name, self.shipped(shipped))
         self._activate()
@@ -104,9 +107,13 @@ class Setup:
         boot.mask_services(self.tree)
         if not self.tree.exists(cgroup.WANTED):
             self.tree.link(cgroup.WANTED, cgroup.UNIT)
+        wanted = directory.settings(self.tree).REASSERT == "yes"
+        reassert.switch(self.tree, on=wanted)
         if self.live:
             self._reload_systemd()
             self._use(pattern, limit, watched)
+            if not self.tree.dry_run:
+                reassert.apply_now(on=wanted)
         self.tree.configure(boot.FILE, self.shipped(boot.NAME))
         self.tree.keep()
         when = "now and at every boot" if self.live else "at the next boot; the running kernel is left alone"
@@ -175,13 +182,23 @@ class Setup:
             raise SetupError("no cgroup is made here: the kernel starts its helpers in another root")
         say("%s leads to %s" % (cgroup.LINK, cgroup.prepare()))
 
+    def reassert(self) -> None:
+        """Give the pattern back to the helper if something else has taken it, where REASSERT=yes allows that."""
+        if not self.live:
+            raise SetupError("the pattern is not set here: the kernel starts its helpers in another root")
+        if directory.settings(self.tree).REASSERT == "yes":
+            reassert.reassert(self.tree, *boot.ours(self.tree, self.shipped(boot.NAME)))
+
     def deactivate(self) -> None:
         """Give the kernel its former pattern and remove what sets ours at boot.
 
         Raises:
             SetupError: the kernel still starts the helper; nothing was removed.
         """
+        reassert.switch(self.tree, on=False)
         if self.live:
+            if not self.tree.dry_run:
+                reassert.apply_now(on=False)
             kernel.restore(self.tree)
         elif kernel.starts_helper_in(self.tree.root or "/"):
             raise SetupError(
@@ -197,6 +214,7 @@ class Setup:
             _wait_for_helpers()
             cgroup.remove()
         self.tree.remove(kernel.SAVED)
+        self.tree.remove(reassert.TIMES)
 
     def _shipped_or_nothing(self, name: str) -> bytes:
         try:
@@ -214,7 +232,8 @@ class Setup:
         if purge:
             self._remove_directory(watched)
         self.tree.remove(boot.SHARE + "/" + boot.NAME)
-        self.tree.remove(cgroup.UNIT)
+        for path, _ in UNITS:
+            self.tree.remove(path)
         self.tree.remove(CALIBRATION)
         release.remove(self.tree)
         self.tree.remove(RECORD)

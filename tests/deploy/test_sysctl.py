@@ -12,7 +12,7 @@ import pytest
 from tests.support import deploy, kernel
 
 from core_dump_helper.settings import Settings
-from core_dump_setup import cgroup
+from core_dump_setup import cgroup, commands
 
 SYSCTL = deploy.ROOT / "sysctl"
 PACKAGES = [deploy.ROOT / name for name in deploy.PACKAGES]
@@ -84,7 +84,7 @@ def test_scratch_root_gets_every_file_with_its_mode(tmp_path):
         "usr/libexec/core-dump-handler/core-dump-helper": 0o755,
         "usr/libexec/core-dump-handler/core-dump-setup": 0o755,
         "usr/share/core-dump-handler/69-core-dump.conf": 0o644,
-        "usr/lib/systemd/system/core-dump-cgroup.service": 0o644,
+        **{path[1:]: 0o644 for path, _ in commands.UNITS},
         "var/lib/core-dump-handler/installed-files": 0o644,
         **dict.fromkeys(CONFIGURATION, 0o644),
     }

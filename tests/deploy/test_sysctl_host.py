@@ -14,7 +14,7 @@ import pytest
 from tests.support import collector, deploy, kernel
 
 from core_dump_collector.node import host as configure_host
-from core_dump_setup import cgroup
+from core_dump_setup import cgroup, commands
 
 pytestmark = pytest.mark.xdist_group("machine")
 
@@ -29,7 +29,7 @@ STATE = Path("/var/lib/core-dump-handler")
 SAVED = STATE / "previous-core-pattern"
 INSTALLED = [
     *(PROGRAM.parent, BOOT_FILE, WATCH_DIR, CONF.parent, STATE, Path("/usr/share/core-dump-handler")),
-    *(Path(cgroup.LINK).parent, Path(cgroup.UNIT), Path(cgroup.WANTED)),
+    *(Path(cgroup.LINK).parent, Path(cgroup.WANTED), *(Path(path) for path, _ in commands.UNITS)),
 ]
 OURS = deploy.sysctl_values(SYSCTL / "69-core-dump.conf")["kernel.core_pattern"]
 FOREIGN = "|/bin/true %P %u"
