@@ -203,7 +203,7 @@ class Daemon:
         metrics, look, directory = self._metrics, self._observer.look, self._directory
         metrics.backlog_oldest.set(self._backlog.oldest_seconds(time.time()))
         look(Look.FREE_SPACE, lambda: metrics.observe_disk(directory))
-        look(Look.CORE_PATTERN, lambda: metrics.pattern_ours.set(int(corepattern.leads_to(directory))))
+        look(Look.CORE_PATTERN, self._observe_pattern)
         look(Look.OWNER, lambda: metrics.insecure.set(int(scan.is_insecure(directory))))
         look(Look.QUARANTINE, self._observe_quarantine)
         look(Look.HELPER, self._observe_helper)
@@ -214,6 +214,11 @@ class Daemon:
             metrics.dropped.labels(refusal.reason).inc(refusal.number)
         look(Look.KERNEL_LOG, lambda: self._kernel_log.follow(refusals))
         look(Look.OVERVIEW, self._show_overview)
+
+    def _observe_pattern(self) -> None:
+        pattern = corepattern.read()
+        if self._metrics.observe_pattern(ours=corepattern.is_ours(pattern, self._directory)):
+            log.error("something else took the core pattern: crashes leave no dump here", pattern=pattern)
 
     def _observe_quarantine(self) -> None:
         self._quarantined, size = scan.measure_quarantined(self._directory)

@@ -194,6 +194,11 @@ class Metrics:
         self.pattern_ours = Gauge(
             "core_dump_core_pattern_ours", "1 if a crash on the node leads to this directory.", registry=r
         )
+        self.pattern_taken = Counter(
+            "core_dump_core_pattern_taken",
+            "Times something else took the core pattern while the collector ran.",
+            registry=r,
+        )
         self.helper_info = Gauge(
             "core_dump_helper_info",
             "Always 1; release and configuration (SHA-256) of the helper on the node, as far as known.",
@@ -279,6 +284,13 @@ class Metrics:
         status = os.statvfs(directory)
         self.free_bytes.set(status.f_bavail * status.f_frsize)
         self.size_bytes.set(status.f_blocks * status.f_frsize)
+
+    def observe_pattern(self, *, ours: bool) -> bool:
+        """Show whether a crash leads to the directory; count and return true if it did so at the last look."""
+        taken = not ours and bool(self.pattern_ours._value.get())  # noqa: SLF001  the only reader there is
+        self.pattern_ours.set(int(ours))
+        self.pattern_taken.inc(int(taken))
+        return taken
 
     def observe_quarantine(self, files: int, size_bytes: int) -> None:
         """Show what lies in quarantine/."""

@@ -14,6 +14,12 @@ from core_dump_collector.losses.kernellog import Batch, DeviceReader, Line, Sysc
 from core_dump_collector.losses.position import Position
 from core_dump_collector.losses.watcher import KernelLog
 
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    monkeypatch.setattr(watcher, "SCRAPED_SECONDS", 0)
+
+
 DROP = b"coredump: 12(app): over core_pipe_limit, skipping core dump"
 
 
@@ -191,6 +197,18 @@ def test_record_that_was_not_stored_before_a_restart_is_stored_after_it_and_not_
     assert [found.rpartition("-")[0] for found, _ in after.documents()] == [name.rpartition("-")[0]]
 
 
+def test_losses_of_the_time_without_a_collector_are_counted_after_a_scrape_has_seen_zeros(
+    tmp_path, monkeypatch
+):
+    Watched(tmp_path).log.close()
+    monkeypatch.setattr(watcher, "SCRAPED_SECONDS", 3600)
+    after = Watched(tmp_path, [Line(time.monotonic_ns() // 1000, 0, DROP)])
+    assert dropped(after) == 0
+    after.log._read_due = 0
+    after.log.follow()
+    assert dropped(after) == 1
+
+
 @pytest.mark.parametrize("sequence", [-1, 7])
 def test_first_start_begins_at_the_end_of_the_log_and_another_boot_at_its_start(tmp_path, sequence):
     line = Line(1000, 0, DROP, sequence)
@@ -250,3 +268,27 @@ def test_empty_partial_of_a_killed_helper_is_a_loss(tmp_path):
     watched = Watched(tmp_path)
     watched.log.lose_partial(f"core-app-{int(time.time())}-7-6.gz.partial")
     assert watched.value("core_dump_helper_failures_total", reason="killed") == 1
+
+
+def test_names_chosen_at_random_fill_no_bucket(tmp_path):
+    watched = Watched(tmp_path)
+    watched.write(*[b"coredump: 1(x%d): over core_pipe_limit, skipping core dump" % n for n in range(1000)])
+    assert dropped(watched) == 1000
+    found = list(watched.documents())
+    assert len(found) == 201
+    assert found[-1][1]["comm"] == "*"
+
+
+def test_long_log_is_read_in_pieces_by_syslog(monkeypatch):
+    text = b"".join(b"<6>[%5d.000000] line %d\n" % (n, n) for n in range(12))
+    reader = SyscallReader.__new__(SyscallReader)
+    reader._last, reader._before = None, b""
+    reader._buffer = type("Buffer", (), {"raw": text, "__len__": lambda _: len(text)})()
+    reader._call = lambda *_: len(reader._buffer.raw)
+    monkeypatch.setattr(kernellog, "MOST_LINES", 5)
+    found = [[int(line.text.split()[1]) for line in reader.read().lines] for _ in range(4)]
+    assert found == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11], []]
+    reader._buffer.raw = text[text.index(b"<6>[   11") :] + b"<6>[   12.000000] line 12\n"
+    assert [line.text for line in reader.read().lines] == [b"line 12"]
+    reader._buffer.raw = b"<6>[   99.000000] line 99\n"
+    assert (reader.read().lost, reader.read().lost) == (1, 0)

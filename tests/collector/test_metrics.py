@@ -33,3 +33,10 @@ def test_each_outcome_is_counted_once_where_it_belongs(outcome):
     if outcome is Outcome.RETRY:
         expected = 'core_dump_retries_total{reason="network"}'
     assert moved == [expected]
+
+
+def test_pattern_is_taken_once_for_each_time_it_was_ours():
+    metrics = Metrics()
+    looks = [False, True, False, False, True, False]
+    assert [metrics.observe_pattern(ours=ours) for ours in looks] == [False, False, True, False, False, True]
+    assert samples(metrics)["core_dump_core_pattern_taken_total"] == "2.0"

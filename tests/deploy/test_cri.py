@@ -80,7 +80,7 @@ def render(folder):
     return {found["kind"]: found for found in yaml.safe_load_all(rendered)}
 
 
-def collector_of(overlay, store, scratch):
+def collector_of(overlay, store, scratch, *components):
     """Return the pod spec and the config maps of an overlay whose user named bucket and store, as the page says."""
     mine = scratch / "my-nodes"
     mine.mkdir()
@@ -91,6 +91,7 @@ def collector_of(overlay, store, scratch):
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "resources": [os.path.relpath(FOLDER / "overlays" / overlay, mine.resolve())],
+        "components": [os.path.relpath(FOLDER / "components" / name, mine.resolve()) for name in components],
         "patches": [{"patch": json.dumps(patch)}],
     }
     (mine / "kustomization.yaml").write_text(json.dumps(own))
@@ -164,6 +165,28 @@ def test_dump_of_a_pod_is_in_the_bucket_under_the_pods_name(node, store, bucket,
         POD,
     )
     assert [path.name for path in watch_dir.iterdir() if path.name != ".helper"] == []
+
+
+@pytest.mark.parametrize(("components", "watched"), [((), 0), (("kernel-log",), 1)])
+def test_pod_reads_the_kernel_log_with_one_capability_and_says_so_without_it(
+    node, store, tmp_path, components, watched
+):
+    spec, config_maps = collector_of("amazon-linux", store, tmp_path, *components)
+    (node.root / "core_dumps").mkdir(mode=0o700)
+    with node.pod("core-dump-handler", "core-dump-collector-x2x9z", spec, config_maps) as pod:
+        wait_until(lambda: probe(pod, "startupProbe"), 60, "start-up probe")
+
+        def samples():
+            with urllib.request.urlopen(f"http://{pod.address()}:9412/metrics", timeout=5) as answer:
+                return answer.read().decode()
+
+        wait_until(lambda: f"core_dump_kernel_log_watched {watched}.0" in samples(), 15, "a look at the log")
+        assert ("core_dump_kernel_dropped_total{" in samples()) is bool(watched), (
+            "no zero that nobody has counted"
+        )
+        assert int(status_of(pod, "collector")["CapEff"], 16) == (1 << 34 if watched else 0), (
+            "CAP_SYSLOG alone"
+        )
 
 
 def test_file_way_collects_what_the_kernel_writes_into_the_volume_of_a_pod(node, store, bucket, tmp_path):

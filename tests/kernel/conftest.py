@@ -42,10 +42,10 @@ class Node:
     """Name, as a file's name holds it, and pid, in its own namespace, of each crash of this test."""
 
     @contextlib.contextmanager
-    def installed(self, python=sys.executable, **settings):
+    def installed(self, python=sys.executable, *, pipe_limit=None, **settings):
         """Let the kernel start the helper with these settings."""
         given = {"WATCH_DIR": self.watch_dir, "RATE_LIMIT": 0, "KEEP_FREE_PERCENT": 1} | settings
-        with kernel.core_pattern(kernel.install_helper(self.directory, given, python)):
+        with kernel.core_pattern(kernel.install_helper(self.directory, given, python), pipe_limit):
             yield self
 
     def keep_copy(self):

@@ -190,7 +190,7 @@ def sleepers():
 def losses(node, seaweed, bucket, tmp_path, request):
     grace = getattr(request, "param", 3.0)
     with (
-        node.installed(),
+        node.installed(pipe_limit=0),  # restored even if this test is killed while it changes it
         running(
             node.watch_dir,
             seaweed.environ() | {"KERNEL_LOG": "auto"},
@@ -253,7 +253,7 @@ def test_thousand_crashes_of_which_a_fifth_is_lost_in_six_ways_are_counted_one_b
             )
         time.sleep(RATE_LIMIT_SECONDS)  # the kernel tells how many lines it suppressed with the next one
         way(6)
-    for _ in range(133):
+    for _ in range(135):
         losses.crash(pick.choice(kinds), wait=False)
     losses.node.settle()
     for turn in range(33):
@@ -263,4 +263,4 @@ def test_thousand_crashes_of_which_a_fifth_is_lost_in_six_ways_are_counted_one_b
     stored = losses.truth["stored", ""]
     losses.check(300)
     print(f"{sum(losses.truth.values())} crashes, {stored} stored: {dict(losses.truth)}")  # noqa: T201
-    assert sum(losses.truth.values()) == 1000
+    assert (stored, sum(losses.truth.values())) == (800, 1000)

@@ -46,6 +46,7 @@ need haproxy /usr/sbin/haproxy
 need openssl /usr/bin/openssl
 need strace /usr/bin/strace
 need btrfs-progs /usr/bin/btrfs /bin/btrfs /usr/sbin/btrfs
+need prometheus /usr/bin/promtool
 need util-linux /usr/bin/unshare
 need rpm /usr/bin/rpmbuild
 [ -n "$missing" ] || exit 0

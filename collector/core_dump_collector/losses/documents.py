@@ -6,7 +6,7 @@ The first loss of a process's name is stored at once, further ones of a window a
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from core_dump_collector.jobs import Document
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 PREFIX = ".kernel-log/"
 """Keeps the names apart from every file's, and from the helper's records."""
 WINDOW_SECONDS = 600.0
-MOST_WINDOWS = 1000
-"""More share one for all names of their reason."""
+MOST_WINDOWS = 200
+"""At one time; more names share one for each reason, so that names chosen at random fill no bucket."""
+MOST_WAITING = 1000
+"""Records that wait for the store."""
 PAUSE_SECONDS = 60.0
 """After a record that could not be stored."""
 _MOST_TEXT = 100
@@ -52,6 +54,7 @@ class LossDocuments:
         key = (loss.kind, loss.reason, loss.comm, loss.signal)
         if key not in self._windows and len(self._windows) >= MOST_WINDOWS:
             key = (loss.kind, loss.reason, b"*", 0)
+            loss = replace(loss, comm=b"*", pid=0, signal=0)
         window = self._windows.get(key)
         if window is not None and loss.seconds - window.opened >= WINDOW_SECONDS:
             self._close(key)
@@ -105,12 +108,12 @@ class LossDocuments:
             self._store(window.loss, window.microseconds, window.number, window.last)
 
     def _store(self, loss: Loss, microseconds: int, number: int, last: float) -> None:
-        if len(self._ready) >= MOST_WINDOWS:
+        if len(self._ready) >= MOST_WAITING:
             return  # the store takes nothing; they are counted, and read again from the log at the next start
         seed = f"{self._boot_id} {loss.kind} {loss.reason} {loss.comm!r} {loss.pid} {microseconds}"
         name = hashlib.sha256(seed.encode()).hexdigest()[:24]
         first = max(0, int(loss.seconds))
-        facts: dict[str, str | int] = {"reason": loss.reason, "source": loss.kind, "kept": 0}
+        facts: dict[str, str | int] = {"reason": str(loss.reason), "source": str(loss.kind), "kept": 0}
         facts |= {"suppressed": number, "first": first, "last": max(first, int(last)), "timestamp": first}
         if loss.comm:
             facts["comm"] = printable(loss.comm.decode("utf-8", "backslashreplace"), _MOST_TEXT)

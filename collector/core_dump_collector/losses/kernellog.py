@@ -141,6 +141,7 @@ class SyscallReader:
         size = min(self._call(_SIZE, None, 0), _MOST_BUFFER_BYTES)
         self._buffer = ctypes.create_string_buffer(max(size, _MOST_RECORD_BYTES))
         self._last: Line | None = None
+        self._before = b""
         length = self._call(_READ_ALL, self._buffer, len(self._buffer))
         if length and self._PREFIX.match(self._buffer.raw[:100]) is None:
             raise OSError(errno.ENOTSUP, "its lines have no time: set kernel parameter printk.time=1")
@@ -154,7 +155,10 @@ class SyscallReader:
     def read(self) -> Batch:
         """Return the new records."""
         length = self._call(_READ_ALL, self._buffer, len(self._buffer))
-        lines = self.split(self._buffer.raw[:length])
+        text = self._buffer.raw[:length]
+        if text == self._before:
+            return Batch()
+        lines = self.split(text)
         before, lost = self._last, 0
         if before is not None:
             at = next((i for i in reversed(range(len(lines))) if lines[i] == before), None)
@@ -163,6 +167,7 @@ class SyscallReader:
             else:
                 lost = int(bool(lines) and lines[0].microseconds > before.microseconds)
                 lines = [line for line in lines if line.microseconds > before.microseconds]
+        self._before = text if len(lines) <= MOST_LINES else b""
         if lines:
             self._last = lines[min(len(lines), MOST_LINES) - 1]
         return Batch(tuple(lines[:MOST_LINES]), lost)

@@ -32,6 +32,8 @@ log = structlog.get_logger()
 
 REOPEN_SECONDS = 60.0
 """Between two attempts to open a log that may not be read."""
+SCRAPED_SECONDS = 65.0
+"""From the start to the first reading after another collector: a scrape must see zeros before what is made up for."""
 SAVE_SECONDS = 60.0
 """Between two saved positions while the log tells of no crash."""
 _MOST_NAMES = 20_000
@@ -64,7 +66,7 @@ class KernelLog:
         self._reader: Reader | None = None
         self.obstacle = "KERNEL_LOG=off" if open_reader is None else "it was not opened yet"
         """Why the log is not read; empty if it is."""
-        self._reopen_due = 0.0
+        self._reopen_due = self._read_due = 0.0
         self._boot_id = kernellog.boot_id()
         self._ledger = Ledger(GRACE_SECONDS)
         self._documents = LossDocuments(self._boot_id)
@@ -87,7 +89,7 @@ class KernelLog:
         for refusal in refusals:
             self._metrics.see("refused", refusal.number)
             self.note_refusal(refusal)
-        if self._reader is None:
+        if self._reader is None or time.monotonic() < self._read_due:
             return
         now = time.time()
         try:
@@ -124,6 +126,7 @@ class KernelLog:
     def _resume(self) -> None:
         """Begin where the last collector has ended; at the end if there was none, at the start of a new boot."""
         before = position.load(self._directory)
+        self._read_due = time.monotonic() + (SCRAPED_SECONDS if before is not None else 0)
         if before is None:
             now = int(time.monotonic() * _MICRO)
             before = Position(self._boot_id, needed=now, read=now, judged=now)
