@@ -134,8 +134,7 @@ class Losses:
             holder.write_text("#!/bin/sh\nexec sleep 60\n")
             holder.chmod(0o755)
         with self.pattern(f"|{holder}"):
-            first = self.node.start(self.node.program, "6", b"holder".hex(), "0", "z", "0", name=b"holder")
-            wait_until(sleepers, 10, "the first helper")
+            first = self.hold_the_only_place()
             try:
                 return self.crash(number, "kernel", "pipe_limit", wait=False)
             finally:
@@ -143,6 +142,20 @@ class Losses:
                     os.kill(pid, signal.SIGKILL)
                 first.wait()
                 limit.write_text("0\n")
+
+    def hold_the_only_place(self):
+        """Crash a process whose helper does not end; a stranger's crash may take the place a moment before."""
+        held = []
+
+        def is_held():
+            if not held or (held[-1].poll() is not None and not sleepers()):
+                held.append(
+                    self.node.start(self.node.program, "6", b"holder".hex(), "0", "z", "0", name=b"holder")
+                )
+            return sleepers()
+
+        wait_until(is_held, 60, "a helper that holds the only place")
+        return held[-1]
 
     # What is counted
 
