@@ -20,7 +20,7 @@ NUMBERS = frozenset(
 )
 TEXTS = frozenset(
     {"hostname", "comm", "exe", "cmdline", "thread", "cgroup", "container_id", "pod_uid", "origin"}
-    | {"truncated", "sensitive", "compressor", "helper_version", "vital"}
+    | {"truncated", "sensitive", "compressor", "helper_version", "vital", "frames", "build_id", "machine"}
     | {"namespace", "pod", "container", "image", "image_digest", "identity_source"}
 )
 UPLOAD_RECORD = ATTRIBUTE_PREFIX + "upload"
@@ -34,10 +34,10 @@ TRUNCATED_REASONS = frozenset(
 )
 
 METADATA_FLAGS = frozenset({"sensitive"})
-METADATA_NUMBERS = NUMBERS | {"schema", "size_bytes"}
+METADATA_NUMBERS = NUMBERS | {"schema", "size_bytes", "fingerprint_version"}
 METADATA_TEXTS = (TEXTS - METADATA_FLAGS) | {
     *("key", "bucket", "crc32", "node", "uploaded_at", "collector_version", "state", "sensitive_reason"),
-    *("fingerprint", "build_id", "frames", "machine"),
+    "fingerprint",
 }
 METADATA_FIELDS = METADATA_NUMBERS | METADATA_TEXTS | METADATA_FLAGS
 """Every field of a metadata object, and so everything that `core-dumps` can be asked for."""
@@ -46,6 +46,7 @@ _NAME = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 _FORMS = {
     "container_id": re.compile(rb"[0-9a-f]{64}"),
     "pod_uid": re.compile(rb"[0-9a-f-]{36}|[0-9a-f]{32}"),
+    "build_id": re.compile(rb"([0-9a-f]{2}){4,64}"),
     "namespace": _NAME,
     "pod": _NAME,
     "container": _NAME,

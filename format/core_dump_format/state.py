@@ -18,8 +18,9 @@ MAX_THREADS = 1 << 15
 MAX_FILES = 1 << 18
 NT_PRSTATUS, NT_AUXV, NT_FILE = 1, 6, 0x46494C45
 NT_386_TLS, NT_ARM_TLS = 0x200, 0x401
-AT_PHDR, AT_PHNUM, AT_BASE, AT_SYSINFO_EHDR = 3, 5, 7, 33
+AT_PHDR, AT_PHNUM, AT_BASE, AT_ENTRY, AT_SYSINFO_EHDR = 3, 5, 7, 9, 33
 I386, X86_64, AARCH64 = 3, 62, 183
+MACHINE_NAMES = {I386: "i386", X86_64: "x86-64", AARCH64: "aarch64"}
 
 
 class Registers:
@@ -56,6 +57,8 @@ class ProcessState:
         self.raw_auxv = b""
         self.files: list[tuple[int, int, bytes]] = []
         """Start, end and path of each mapping of a file."""
+        self.offsets: list[int] = []
+        """Where each mapping begins in its file, in bytes."""
         self._has_all_files = False
         self._layout = front.layout
         self._registers = REGISTERS.get((front.layout.bits, front.machine))
@@ -105,4 +108,5 @@ class ProcessState:
         names = bytes(content[word * (2 + 3 * words[0]) :]).split(b"\0", count)
         rows = words[2 : 2 + 3 * count].tolist()
         self.files = list(islice(zip(rows[::3], rows[1::3], names), count))
+        self.offsets = [pages * words[1] for pages in rows[2::3]]
         self._has_all_files = len(self.files) == words[0]
