@@ -21,12 +21,11 @@ if TYPE_CHECKING:
 
     Prepare = Callable[[bytearray, Callable[[int], bool]], VitalPart | None]
 
-MIN_BUFFERS = 4
-"""Buffers that every dump may use, however little memory there is."""
-GROWTH_BUFFERS = 64
+MIN_BUFFERS, GROWTH_BUFFERS = 4, 64
+"""Buffers that every dump may use, however little memory there is, and by how many they become more."""
 CACHED = (b"inactive_file ", b"active_file ")
-LARGE_BYTES = 8 << 20
-"""From this length on, the vital part of a core comes first."""
+HEAD_BYTES = 32 << 10  # read before the pipe is enlarged; the program headers of 580 mappings
+LARGE_BYTES = 8 << 20  # from this length on, the vital part of a core comes first
 MAP_POPULATE = 0x8000  # a third less time for a new buffer than a page fault for each of its pages
 IDENT_BYTES = 64
 """Bytes that hold the ELF header of either class: elf(5)."""
@@ -218,6 +217,7 @@ class Reader:
         """
         self.reason, self.size, self.ended, self.is_large = "", 0, False, False
         self._descriptor, self._deadline, self._prepare = descriptor, deadline, prepare
+        self.look: Callable[[memoryview], None] = lambda _: None  # called with the first bytes of the core
         self._limit = settings.MAX_DUMP_BYTES or sys.maxsize
         self._memory, self._max_buffers = memory, settings.BUFFER_BYTES // CHUNK
         self._allowed, self._allocated = MIN_BUFFERS, 0
@@ -228,6 +228,13 @@ class Reader:
 
     def start(self) -> VitalPart | None:
         """Start reading; return what comes before the chunks, or None if the core comes in the kernel's order."""
+        head, size = bytearray(HEAD_BYTES), 0
+        try:
+            size, _ = self._fill(memoryview(head))
+        except OSError:
+            self.stop("read_error")
+        self.look(memoryview(head)[:size])  # the pipe is small, so the kernel still holds the process
+        self._source.put_back(head[:size], [])
         enlarge_pipe(self._descriptor)
         start_new_thread(self._read, ())
         return self._vital.get()

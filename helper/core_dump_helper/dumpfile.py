@@ -12,10 +12,12 @@ TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
     from core_dump_helper.crash import Crash
 
-ATTRIBUTE_SPACE = 2600
+ATTRIBUTE_SPACE = 2200
 """Bytes for the attributes known at the start: ext4 has 4 KiB for all, and the collector adds its own."""
 IDENTITY_SPACE = 900
 """Bytes of ATTRIBUTE_SPACE that are kept for what the container runtime says."""
+FRAMES_SPACE = 720
+"""Bytes for the attributes that tell where the thread was."""
 RESULT_SPACE = 600
 """Bytes for the attributes known at the end."""
 

@@ -13,7 +13,7 @@ from _thread import start_new_thread
 from core_dump_format.front import UnsupportedError, front_bytes, read_front
 from core_dump_format.reorder import Reordered
 from core_dump_format.state import ProcessState
-from core_dump_format.vital import AbandonedError, Selection, is_known
+from core_dump_format.vital import PF_X, POINTING_BYTES, AbandonedError, Selection, is_known
 from core_dump_helper.memory import open_memory
 from core_dump_helper.system import CHUNK, log
 
@@ -24,10 +24,16 @@ if TYPE_CHECKING:
     from core_dump_format.front import Front
     from core_dump_helper.crash import Crash
 
+    Origin = tuple[Front, ProcessState, list[tuple[int, bytes]]]
+
 PREPARE_SECONDS = 3
 """Reading memory may wait for a file server or for a swap device; the process is held for no longer than this."""
 
 FIRST_CHUNK = 4 << 10
+POINTING_PIECES = 3
+"""Of the vital part: the stacks of the crashing thread come first."""
+MAX_KEPT_BYTES = 8 << 20
+"""Of memory, until the process is released."""
 MAX_FRONT_BYTES = 16 << 20
 """Of headers and notes. The first CHUNK is always allowed, because it was read already."""
 FRONT_FACTOR = 6
@@ -37,10 +43,28 @@ FRONT_FACTOR = 6
 class VitalPart:
     """The new front of a dump, and what of the kernel's stream follows it."""
 
-    def __init__(self, order: Reordered, pieces: list[memoryview], runs: list[list[int]], state: str) -> None:
+    def __init__(self, order: Reordered, pieces: list[memoryview], state: str, origin: Origin) -> None:
         """Store what `prepare` found; `state` is `whole` or `partial`."""
         self.length, self.end, self.state = order.length, order.vital_end, state
-        self.pieces, self.runs = pieces, runs
+        self.pieces, self.runs = pieces, order.runs()
+        self.origin = origin
+        """Front, state and memory of the process, from which its frames are computed."""
+
+    def code_spans(self) -> list[tuple[int, int]]:
+        """Return start and end of executable memory, first of that to which the newest frames point."""
+        front, state, memory = self.origin
+        layout, step = front.layout, front.layout.words
+        pointers = list(state.threads[0].registers) if state.threads else []
+        for _, content in memory[:POINTING_PIECES]:
+            pointers += layout.cast(content[:POINTING_BYTES]).tolist()
+        code = [index for index, flag in enumerate(front.flags) if flag & PF_X and index]
+        order = dict.fromkeys([*map(front.at, pointers), *code])
+        sizes = layout.cast(front.table)[5::step]
+        return [
+            (front.addresses[index], front.addresses[index] + sizes[index])
+            for index in order
+            if front.flags[index] & PF_X
+        ]
 
     def cut(self, limit: int) -> int:
         """Cut the pieces to `limit` bytes in all; return how many bytes they are now."""
@@ -70,13 +94,14 @@ def prepare(
         front = _read_front(head, read, max(CHUNK, min(MAX_FRONT_BYTES, share // FRONT_FACTOR)))
         if front is None or not is_known(front):
             return None
-        selection = _select(front, crash, limit)
+        process = ProcessState(front)
+        selection = _select(front, process, crash, limit)
         pieces = list(selection.pieces)
         if not pieces:
             raise UnsupportedError("none of its memory could be read")
         order = Reordered(front, pieces, selection.memory.page)
         state = "whole" if selection.is_whole and len(pieces) == len(selection.pieces) else "partial"
-        vital = VitalPart(order, _chunks(order.head, pieces), order.runs(), state)
+        vital = VitalPart(order, _chunks(order.head, pieces), state, (front, process, _keep(pieces)))
         took_ms = (time.monotonic() - started) * 1000
         log("%s: vital part of %d bytes, %s, prepared in %.1f ms" % (crash, vital.end, state, took_ms), 6)
         return vital
@@ -101,9 +126,8 @@ def _read_front(head: bytearray, read: Callable[[int], bool], limit: int) -> Fro
     return read_front(head)
 
 
-def _select(front: Front, crash: Crash, limit: int) -> Selection:
+def _select(front: Front, state: ProcessState, crash: Crash, limit: int) -> Selection:
     """Copy the vital memory in a thread of its own; return what it has after PREPARE_SECONDS at the latest."""
-    state = ProcessState(front)
     selection = Selection(front, open_memory(crash, state.raw_auxv), limit)
     done: SimpleQueue[str] = SimpleQueue()
     start_new_thread(_run, (selection, state, done))
@@ -127,6 +151,16 @@ def _run(selection: Selection, state: ProcessState, done: SimpleQueue[str]) -> N
         pass
     except Exception as error:  # noqa: BLE001 - whatever was copied is of use
         done.put("%s: %s" % (type(error).__name__, error))
+
+
+def _keep(pieces: list[tuple[int, int, bytes]]) -> list[tuple[int, bytes]]:
+    """Return address and content of the memory that may hold frames, at most MAX_KEPT_BYTES of it."""
+    kept, left = [], MAX_KEPT_BYTES
+    for _, address, content in pieces:
+        if len(content) <= left:
+            kept.append((address, content))
+            left -= len(content)
+    return kept
 
 
 def _chunks(head: bytes, pieces: list[tuple[int, int, bytes]]) -> list[memoryview]:
