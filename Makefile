@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 DEMO_READY := $(VENV)/.demo-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: dist mutants deploy-tools help demo picture run test test-swift test-programs test-large test-coverage-count check format torture bench docs wheel clean packages
+.PHONY: dist mutants deploy-tools help demo picture run test test-swift test-programs test-fingerprints test-large test-coverage-count check format torture bench docs wheel clean packages
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,10 @@ test-swift: $(READY) packages ## a store without checksums and conditions; needs
 test-programs: $(READY) packages ## crash programs of many languages, and Redis; minutes; installs them
 	@sh tests/support/packages.sh programs
 	PROGRAMS=1 $(BIN)/python -m pytest tests/kernel/test_vital_programs.py tests/kernel/test_languages.py $(PYTEST_FLAGS)
+
+test-fingerprints: $(READY) packages ## crash over 40 bugs in several languages and compare fingerprints; minutes; installs them
+	@sh tests/support/packages.sh programs
+	FINGERPRINTS=1 $(BIN)/python -m pytest -p no:randomly tests/kernel/test_fingerprints.py $(PYTEST_FLAGS)
 
 test-large: $(READY) packages ## LARGE_GIB=10: dumps of that size; minutes, and twice the disk
 	LARGE_GIB=$(LARGE_GIB) $(BIN)/python -m pytest --timeout 1800 tests/integration/test_large_dumps.py $(PYTEST_FLAGS)

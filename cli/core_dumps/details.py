@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from core_dump_format.text import printable
-from core_dumps import show, tables
+from core_dumps import show, tables, where
 from core_dumps.dump import signal_name
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _LABELS = {
     "container_id": "Container ID", "pod_uid": "Pod UID", "threads": "Threads", "bytes": "Core Size",
     "expected_bytes": "Expected Size", "truncated": "Truncated", "sensitive_reason": "Sensitive",
     "compressor": "Compressor", "duration_ms": "Dump Took", "uploaded_at": "Uploaded",
-    "build_id": "Build ID", "machine": "Machine", "fingerprint": "Fingerprint", "frames": "Where", "crc32": "CRC-32",
+    "build_id": "Build ID", "machine": "Machine", "fingerprint": "Fingerprint", "frames": "Frames", "crc32": "CRC-32",
 }  # fmt: skip
 _CODES = {
     signals.SIGSEGV: {1: "address not mapped", 2: "access not permitted"},
@@ -86,6 +86,10 @@ def _facts(bucket: str, dump: Dump) -> Iterator[tuple[str, Text]]:
         value = dump.executable if field == "exe" else dump.get(field)
         if value is not None:
             unit = " ms" if field == "duration_ms" else ""
+            if field == "fingerprint":
+                unit = f" (version {dump.fingerprint_version})"
+            if field == "frames":
+                yield "Where", Text(printable(where.where(str(value)), 1100))
             yield label, Text(printable(value, 1100) + unit)
     yield (
         "Storage",

@@ -101,6 +101,11 @@ class Dump:
         return None if number is None else signal_name(number)
 
     @property
+    def fingerprint_version(self) -> int:
+        """Return the version of the fingerprint; the first one is not recorded."""
+        return self.number("fingerprint_version") or 1
+
+    @property
     def compressed(self) -> bool:
         """Tell whether the object is gzip."""
         return self.key.endswith(".gz")

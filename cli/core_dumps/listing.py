@@ -71,6 +71,9 @@ def list_dumps(
             groups = tables.groups(dumps)[:limit][:: -1 if oldest_first else 1]
             with paged(off=no_pager):
                 _print_groups(groups, json, legend=not no_legend)
+            if len(found_versions := tables.versions(groups)) > 1:
+                known = " and ".join(map(str, sorted(found_versions)))
+                selection.note(f"fingerprints of versions {known}: one crash can be a group in each")
         else:
             with paged(off=no_pager):
                 _print_dumps(dumps, field, json, legend=not no_legend)

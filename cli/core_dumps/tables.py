@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from core_dump_format.text import printable
-from core_dumps import show
+from core_dumps import show, where
 from core_dumps.dump import Dump, signal_name
 from core_dumps.fit import Columns
 
@@ -138,11 +138,16 @@ def groups(dumps: Iterable[Dump]) -> list[Group]:
     """
     found: dict[tuple[str, ...], Group] = {}
     for dump in dumps:
-        fingerprint = dump.text("fingerprint")
-        identity = (fingerprint,) if fingerprint else (dump.program, str(dump.number("signal")))
+        fingerprint, version = dump.text("fingerprint"), str(dump.fingerprint_version)
+        identity = (version, fingerprint) if fingerprint else (dump.program, str(dump.number("signal")), "")
         group = found.setdefault(identity, Group(0, dump.timestamp, dump.timestamp, dump))
         group.add(dump)
     return sorted(found.values(), key=lambda group: group.last, reverse=True)
+
+
+def versions(groups: Iterable[Group]) -> set[int]:
+    """Return the versions of the groups' fingerprints. One crash has another fingerprint in each version."""
+    return {group.newest.fingerprint_version for group in groups if group.newest.text("fingerprint")}
 
 
 def group_row(group: Group) -> list[str]:
@@ -157,7 +162,7 @@ def group_row(group: Group) -> list[str]:
         newest.signal_name or "-",
         printable(newest.program, 80),
         printable(newest.text("fingerprint") or "-", 16),
-        printable((newest.text("frames") or "-"), 120),
+        printable(where.where(newest.text("frames") or "") or "-", 120),
     ]
 
 
@@ -170,7 +175,8 @@ def group_document(group: Group) -> dict[str, Any]:
         "sig": group.newest.number("signal"),
         "exe": group.newest.executable,
         "fingerprint": group.newest.text("fingerprint"),
-        "frames": (group.newest.text("frames") or "").split(),
+        "fingerprint_version": group.newest.fingerprint_version,
+        "frames": where.words(group.newest.text("frames") or ""),
         "nodes": sorted(group.nodes),
         "builds": sorted(group.builds),
         "newest": group.newest.key,

@@ -84,7 +84,7 @@ class Settings(BaseSettings):
     )
     fingerprint: bool = Field(
         default=True,
-        description="Compute a fingerprint of each crash from its core; takes at most 2 s a dump.",
+        description="Put a fingerprint of each crash into the metadata; one without frames is read, for 2 s at most.",
     )
     modules: bool = Field(
         default=True,

@@ -1,13 +1,12 @@
 """Owns the fingerprint of a crash: equal for the same bug, whatever the node, the pid or the address layout.
 
-It hashes the executable's build ID (its name if it has none), the signal, and the places of the crashing thread: file
-and offset of the program counter and of the callers found on its stack. Callers come from the chain of frame pointers
-if there is one, else from stack words that point into code. A core holds neither code nor unwind tables, so the places
-are evidence for grouping, not a backtrace.
+It hashes its own version, the executable's build ID (its name if it has none), the signal, and the program's own frames
+(`core_dump_format.frames`). The helper finds these while the files of the process are there, and writes them into the
+attributes of the dump, so no byte of the dump itself is read. A dump without them, written by an older helper, by the
+kernel or by `dd`, is read: its front, or the parts of a raw core that matter. It holds no code, so its frames are
+evidence for grouping, not a backtrace.
 
-`fingerprint_of_file(descriptor)` reads a dump on disk, gzip or raw, and leaves the descriptor's position unchanged;
-`fingerprint(read)` reads any uncompressed core from its start. Both read forward only and stop at `most_bytes` and
-`seconds` (a raw core on disk is read only where it matters); no content of a core makes them raise.
+Nothing that a core contains makes the functions here raise.
 """
 
 from __future__ import annotations
@@ -16,24 +15,29 @@ import hashlib
 import os
 import time
 from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from core_dump_collector.s3 import parts
-from core_dump_format.core import read_build_ids, read_core
+from core_dump_format.core import DELETED, read_build_ids, read_core
 from core_dump_format.elf import NotACoreError
+from core_dump_format.frames import RECURSION, choose, decode, find_places, own_places
 from core_dump_format.gzip import inflate_until_damage
+from core_dump_format.machine import MACHINES
 from core_dump_format.stream import Forward, Seekable
+from core_dump_format.walk import Mapping, Process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from collections.abc import Mapping as Facts
 
-    from core_dump_format.core import Core, Thread
+    from core_dump_format.core import Core
+    from core_dump_format.frames import Place
 
+VERSION = 2
+"""Part of the hash. Version 1, which no field names, hashed five frames of a dump's first 256 MiB."""
 MOST_BYTES = 256 * 1024 * 1024
 SECONDS = 2.0
-FRAMES = 5
-STACK_BYTES = 16 * 1024
+STACK_BYTES = 64 * 1024
 BLOCK_BYTES = 64 * 1024
 PIECE_BYTES = 256 * 1024
 
@@ -46,15 +50,39 @@ class Fingerprint:
     """16 hexadecimal digits."""
     build_id: str | None
     """Build ID of the executable."""
-    frames: tuple[str, ...]
-    """`file+0xoffset`, the crashing program counter first."""
+    frames: str
+    """As the metadata object has them; empty if none is known."""
     machine: str
     """Architecture of the core, such as `x86-64`."""
 
-    def fields(self) -> dict[str, str]:
+    def fields(self) -> dict[str, str | int]:
         """Return the fields of the metadata object."""
-        fields = {"fingerprint": self.id, "frames": " ".join(self.frames), "machine": self.machine}
-        return fields | ({"build_id": self.build_id} if self.build_id else {})
+        fields: dict[str, str | int] = {"fingerprint": self.id, "fingerprint_version": VERSION}
+        known = {"frames": self.frames, "machine": self.machine, "build_id": self.build_id}
+        return fields | {name: value for name, value in known.items() if value}
+
+
+class _Known(NamedTuple):
+    """What is known besides frames."""
+
+    program: str
+    build_id: str | None
+    signal: str | int | None
+    machine: str
+
+
+def fingerprint_of_attributes(attributes: Facts[str, str | int]) -> Fingerprint | None:
+    """Compute the fingerprint of a dump whose helper has found its frames; None if it has not."""
+    text = attributes.get("frames")
+    if not text:
+        return None
+    places, is_deep = decode(str(text))
+    if not places:
+        return None
+    build_id = str(attributes["build_id"]) if "build_id" in attributes else None
+    program = str(attributes.get("exe") or attributes.get("comm") or "")
+    known = _Known(program, build_id, attributes.get("signal"), str(attributes.get("machine", "")))
+    return _make(known, places, is_deep=is_deep)
 
 
 def fingerprint(
@@ -81,6 +109,32 @@ def fingerprint_of_file(
     return _of_core(Forward.over(pieces, most_bytes, seconds))
 
 
+def _make(known: _Known, places: list[Place], *, is_deep: bool) -> Fingerprint:
+    program = (known.build_id or known.program).removesuffix(DELETED).rpartition("/")[2]
+    own = own_places(places, is_deep=is_deep)
+    text = "\n".join([f"version {VERSION}", program, str(known.signal), *own])
+    words = [place.text() for place in places] + [RECURSION] * is_deep
+    identity = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Fingerprint(identity, known.build_id, " ".join(words), known.machine)
+
+
+class _CoreProcess(Process):
+    """A process of which only headers, notes and some memory are known."""
+
+    def __init__(self, core: Core, read: Callable[[int, int], bytes]) -> None:
+        mappings = [
+            Mapping(file.start, file.end, file.offset_bytes, file.path.rpartition("/")[2])
+            for file in core.files
+        ]
+        super().__init__(MACHINES[core.form.bits, core.layout.header.machine], mappings)
+        self.is_code = core.is_code  # type: ignore[method-assign]
+        self._read = read
+
+    def read(self, address: int, size: int) -> bytes:
+        """Return the memory at an address, as far as the core gives it."""
+        return self._read(address, size)
+
+
 def _of_core(source: Forward) -> Fingerprint | None:
     try:
         core = read_core(source)
@@ -89,15 +143,29 @@ def _of_core(source: Forward) -> Fingerprint | None:
     if not core.threads:
         return None
     crashed = core.threads[0]
-    stack_at = (crashed.sp, STACK_BYTES)
-    build_ids, memory = read_build_ids(core, source, [stack_at])
-    frames = tuple(_frames(core, crashed, memory.get(crashed.sp, b"")))
-    executable = core.executable()
-    build_id = build_ids.get(executable) if executable else None
-    program = build_id or (executable or core.comm or "").rpartition("/")[2]
+    build_ids, memory = read_build_ids(core, source, [(crashed.sp, STACK_BYTES)])
+
+    def read(address: int, size: int) -> bytes:
+        if isinstance(source, Seekable):
+            place = core.where(address, size)
+            return source.reach(*place) if place else b""
+        stack, at = memory.get(crashed.sp, b""), address - crashed.sp
+        return stack[at : at + size] if at >= 0 else b""
+
+    executable = core.executable() or ""
     signal = core.signal if core.signal is not None else crashed.signal
-    text = "\n".join([program, str(signal), *frames])
-    return Fingerprint(hashlib.sha256(text.encode()).hexdigest()[:16], build_id, frames, core.machine)
+    known = _Known(executable or core.comm or "", build_ids.get(executable), signal, core.machine)
+    return _make(known, _places(core, read), is_deep=False)
+
+
+def _places(core: Core, read: Callable[[int, int], bytes]) -> list[Place]:
+    crashed = core.threads[0]
+    machine = MACHINES.get((core.form.bits, core.layout.header.machine))
+    if machine is None or core.form.order != "<":
+        return []
+    registers = {machine.pc: crashed.pc, machine.sp: crashed.sp, machine.fp: crashed.fp}
+    places, is_deep = find_places(_CoreProcess(core, read), registers, has_files=False)
+    return choose(places, is_deep=is_deep)
 
 
 def _read(descriptor: int, until: float) -> Iterator[bytes]:
@@ -106,44 +174,3 @@ def _read(descriptor: int, until: float) -> Iterator[bytes]:
     while time.monotonic() < until and (block := os.pread(descriptor, BLOCK_BYTES, at)):
         at += len(block)
         yield block
-
-
-def _frames(core: Core, thread: Thread, stack: bytes) -> Iterator[str]:
-    yield _place(core, thread.pc)
-    callers = _chain(core, thread, stack) or _scan(core, stack)
-    for address in callers[: FRAMES - 1]:
-        yield _place(core, address)
-
-
-def _place(core: Core, address: int) -> str:
-    """Name an address in a way that does not depend on where the kernel put the file."""
-    file = core.file_at(address)
-    if file is None:
-        return "?"
-    name = file.path.rpartition("/")[2].replace(" ", "_")[:64]
-    return f"{name}+{address - file.start + file.offset_bytes:#x}"
-
-
-def _chain(core: Core, thread: Thread, stack: bytes) -> list[int]:
-    """Follow saved frame pointers: each points to the next one, followed by the return address."""
-    found: list[int] = []
-    at, word = thread.fp, core.form.word_bytes
-    while len(found) < FRAMES and thread.sp <= at <= thread.sp + len(stack) - 2 * word and at % word == 0:
-        following, address = core.form.words(stack, at - thread.sp, 2)
-        if not _in_file_code(core, address):
-            break
-        found.append(address)
-        if following <= at:
-            break
-        at = following
-    return found
-
-
-def _scan(core: Core, stack: bytes) -> list[int]:
-    """Return the first words of a stack that point into the code of a mapped file."""
-    words = core.form.words(stack, 0, len(stack) // core.form.word_bytes)
-    return list(islice((word for word in words if _in_file_code(core, word)), FRAMES))
-
-
-def _in_file_code(core: Core, address: int) -> bool:
-    return core.file_at(address) is not None and core.is_code(address)

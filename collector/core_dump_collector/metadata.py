@@ -123,7 +123,9 @@ def gather(dump: DumpFile, raw: dict[str, bytes], options: UploadOptions) -> Fac
     )
 
 
-def render(facts: Facts, stored: StoredObject, bucket: str, crash: Mapping[str, str] | None = None) -> bytes:
+def render(
+    facts: Facts, stored: StoredObject, bucket: str, crash: Mapping[str, str | int] | None = None
+) -> bytes:
     """Return the metadata object of a stored dump: one flat JSON object.
 
     Args:

@@ -154,7 +154,7 @@ class Worker:
                 transfer = Transfer(store, dump, read, attempt, _headers(facts, read))
                 stored, outcome = transfer.run(key)
                 if options.metadata:
-                    rendered = metadata.render(facts, stored, options.bucket, self._fingerprint(dump))
+                    rendered = metadata.render(facts, stored, options.bucket, self._fingerprint(dump, facts))
                     documents.put(store, stored.key + ".json", rendered)
         except PermanentError as error:
             name = dump.quarantine()
@@ -170,13 +170,15 @@ class Worker:
             return attempt.part_bytes
         return min(LEAST_PART_BYTES, most) if self._flow.wants_small_parts else most
 
-    def _fingerprint(self, dump: DumpFile) -> dict[str, str]:
-        """Return the fingerprint's fields; none if they are not wanted or the core does not contain them."""
+    def _fingerprint(self, dump: DumpFile, facts: Facts) -> dict[str, str | int]:
+        """Return the fingerprint's fields; none if they are not wanted, or neither attributes nor core contain them."""
         if not self._options.fingerprint:
             return {}
         try:
-            with self._fingerprinting:
-                found = fingerprint.fingerprint_of_file(dump.fd)
+            found = fingerprint.fingerprint_of_attributes(facts.attributes)
+            if found is None:
+                with self._fingerprinting:
+                    found = fingerprint.fingerprint_of_file(dump.fd)
         except Exception:  # noqa: BLE001  hostile bytes may cost the metadata, never the dump
             return {}
         return found.fields() if found else {}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_OWN, MAX_RUNTIME = 16, 3
 MAX_MODULE, MAX_NAME = 64, 48
 """Characters of a file's name and of a function's."""
-MAX_BYTES = 600
+MAX_BYTES = 520
 """Of all frames as an attribute."""
 RECURSION = "..."
 """The last word where recursion was not followed to its end."""

@@ -59,7 +59,7 @@ CALLERS = [("exe", 0x2000), ("", 5), ("lib", 0x3000), ("sp", 8)]
 def test_same_crash_has_the_same_fingerprint_at_other_addresses():
     found = of(core(stack=CALLERS))
     assert found.build_id == BUILD_ID.hex()
-    assert found.frames == ("app+0x1234", "app+0x2000", "libc.so.6+0x3000")
+    assert found.frames == "app+0x1234 app+0x2000"
     assert of(core(stack=CALLERS, slide=0x7654_3000, tid=99)) == found
 
 
@@ -78,14 +78,15 @@ def test_program_replaced_while_it_ran_gives_the_same_fingerprint():
 
 
 def test_frame_pointers_win_over_words_that_lie_about():
-    chain = [("exe", 0x3F00), ("sp", 32), ("exe", 0x2222), ("", 0), ("", 0), ("lib", 0x1111)]
-    assert of(core(stack=chain, fp=8)).frames == ("app+0x1234", "app+0x2222", "libc.so.6+0x1111")
+    chain = [("exe", 0x3F00), ("sp", 32), ("exe", 0x2222), ("", 0), ("sp", 48), ("exe", 0x1111), ("", 0)]
+    chain += [("exe", 0x3333)]
+    assert of(core(stack=chain, fp=8)).frames == "app+0x1234 app+0x2222 app+0x1111 app+0x3333"
 
 
 def test_bound_costs_frames_and_not_the_fingerprint():
     far = core(stack=CALLERS, gap=1_000_000)
-    assert of(far, most_bytes=500_000).frames == ("app+0x1234",)
-    assert of(far).frames[1:] == ("app+0x2000", "libc.so.6+0x3000")
+    assert of(far, most_bytes=500_000).frames == "app+0x1234"
+    assert of(far).frames == "app+0x1234 app+0x2000"
 
 
 @pytest.mark.parametrize("compress", [lambda content: content, gzip.compress], ids=["raw", "gzip"])

@@ -59,6 +59,7 @@ def test_every_name_of_the_helper_is_parsed_to_equal_fields(comm, timestamp, pid
 
 
 FORMS = {
+    "build_id": b"0a" * 20,
     "container_id": b"c" * 64,
     "pod_uid": b"01234567-89ab-cdef-0123-456789abcdef",
     "namespace": b"shop",
@@ -97,6 +98,7 @@ def test_every_attribute_of_the_helper_is_read_by_the_collector(watch_dir, value
 def test_every_attribute_that_the_helper_names_is_known_to_the_collector():
     known = set(read_metadata(crash_of(b"app", 1_700_000_000, os.getpid(), 11))[0])
     results = {"bytes", "expected_bytes", "truncated", "compressor", "duration_ms", "helper_version"}
+    results |= {"frames", "build_id", "machine"}
     written = known | {"sensitive"} | results
     assert {"comm", "exe", "cmdline", "threads", "ns_pid", "tid"} - {"tid"} <= written
     assert written <= NUMBERS | TEXTS

@@ -33,6 +33,8 @@ if [ "${1:-}" = programs ]; then # what `make test-programs` crashes
     need rustc /usr/bin/rustc "$HOME/.cargo/bin/rustc"
     need python3 /usr/bin/python3
     need elfutils /usr/bin/eu-stack
+    need golang-go /usr/bin/go
+    need rustc /usr/bin/rustc "$HOME/.cargo/bin/rustc"
     [ -n "$missing" ] || exit 0
     # shellcheck disable=SC2086  # a list of words
     install $missing
