@@ -85,11 +85,16 @@ $(VENV)/release/bin/cyclonedx-py: $(READY)
 	$(PYTHON) -m venv $(VENV)/release
 	$(VENV)/release/bin/pip install -q --disable-pip-version-check 'build>=1.2' 'cyclonedx-bom>=7'
 
-deploy-tools: $(VENV)/checkov/bin/checkov ## the policy linter of kubernetes/ and ecs/, 290 MB
+deploy-tools: $(VENV)/checkov/bin/checkov $(VENV)/helm/ready ## the policy linter of kubernetes/ and ecs/, and Helm; 550 MB
 
 $(VENV)/checkov/bin/checkov: $(READY)
 	$(PYTHON) -m venv $(VENV)/checkov
 	$(VENV)/checkov/bin/pip install -q --disable-pip-version-check 'checkov>=3.2'
+
+$(VENV)/helm/ready: $(READY)
+	$(PYTHON) -m venv $(VENV)/helm
+	$(VENV)/helm/bin/pip install -q --disable-pip-version-check 'helm-python-sdk>=0.2.2'
+	@touch $@
 
 packages:
 	@sh tests/support/packages.sh

@@ -26,6 +26,7 @@ def test_files_that_name_a_release_name_this_one():
         "kubernetes/base/daemonset.yaml": r"core-dump-collector:(\S+)",
         "kubernetes/overlays/configure-host/init.yaml": r"core-dump-collector:(\S+)",
         "tests/deploy/targets.mk": r"core-dump-collector:(\S+)",
+        "charts/core-dump-handler/Chart.yaml": r"^(?:version|appVersion): (\S+)$",
     }
     for path, pattern in releases.items():
         found = re.findall(pattern, (ROOT / path).read_text(), re.MULTILINE)
