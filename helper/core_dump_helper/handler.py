@@ -182,7 +182,7 @@ class Handler:
         try:
             if self.capture:
                 self.capture.hand_over()
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:  # Python may not know its own path
             log("%s: its files are not copied: %s" % (self.crash, error))
 
     def create(self, directory: int, suffix: str) -> tuple[int, str]:

@@ -101,9 +101,11 @@ def read_mounts(process: int) -> bytes:
     In a user namespace of its own, a process can mount FUSE, and an overlay above it. Then the host's mounts count.
     """
     user = "ns/user"
-    if os.readlink(user, dir_fd=process) == os.readlink("/proc/self/" + user):
-        return read_file("mountinfo", MAX_MOUNTS_BYTES, process)
-    return read_file("/proc/self/mountinfo", MAX_MOUNTS_BYTES)
+    try:
+        is_own = os.readlink(user, dir_fd=process) == os.readlink("/proc/self/" + user)
+    except FileNotFoundError:  # a kernel without user namespaces
+        is_own = True
+    return read_file("mountinfo" if is_own else "/proc/self/mountinfo", MAX_MOUNTS_BYTES, process)
 
 
 def open_mapping(span: bytes, files: int) -> int:
