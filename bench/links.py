@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from tests.support import s3
 from tests.support.cleanup import guarded
+from tests.support.herd import simulate
 
 from bench import cgroup, machine, plots, uploaders, uploads
 from bench.report import Report, Table, seconds
 from bench.uploads import OURS, Bench, median
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 MIB = 1 << 20
@@ -29,6 +30,7 @@ SMALL = 2000
 THROTTLED_PERCENT = 5
 THIN_BYTES_PER_SECOND = 500_000
 THIN_BYTES = 4 * MIB
+HERD, HERD_DUMPS, HERD_PER_SECOND = 50, 40, 100
 Cell = tuple[str, uploads.Table]
 
 
@@ -46,6 +48,7 @@ def run(root: Path, report: Report, rounds: int) -> None:
         _report(report, "links: 2,000 dumps of 64 KiB", small, SMALL)
         _throttled(report, bench, rounds)
         _thin(report, bench)
+    herd(report)
 
 
 @contextlib.contextmanager
@@ -112,6 +115,29 @@ def _throttled(report: Report, bench: Bench, rounds: int) -> None:
     rows = [(who, seconds(median(runs)), f"{SMALL / median(runs):.0f}") for who, runs in table.items()]
     note = f"30 ms, {RATES[-1]} MB/s, {THROTTLED_PERCENT} % of all requests answered with 503 SlowDown."
     report.add(Table("links: throttled", ("who", "2,000 dumps of 64 KiB", "dumps/s"), rows, note))
+
+
+def herd(report: Report) -> None:
+    """Show how many collectors drain through a store that throttles them: a simulation with their own decisions."""
+    run = simulate(HERD, HERD_DUMPS, HERD_PER_SECOND)
+    refused, taken = sum(run.refused), sum(run.taken)
+    rows = [
+        (
+            f"{HERD} x {HERD_DUMPS}",
+            seconds(run.seconds),
+            seconds(taken / HERD_PER_SECOND),
+            f"{taken:,}",
+            f"{refused:,}",
+            f"{sum(run.refused[5:]):,}",
+        )
+    ]
+    head = ("collectors x dumps", "drained after", "at least", "requests taken", "refused", "after 5 s")
+    report.add(Table("links: herd", head, rows))
+    series: dict[str, Sequence[float]] = {"taken": run.taken, "refused with 503": run.refused}
+    at = [second + 1 for second in range(len(run.taken))]
+    plots.lines(
+        "links-herd", "requests a second at a store that takes 100", ("second", "requests"), at, series
+    )
 
 
 def _thin(report: Report, bench: Bench) -> None:

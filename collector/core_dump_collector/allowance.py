@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from core_dump_collector.budget import SHORT_SHARE
 from core_dump_collector.governor import REQUEST_BYTES, Governor, Sample
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ class Allowance:
         self._governor = Governor()
         self._allowed = self._governor.connections
         self._memory_due = 0.0
-        self._memory_short = False
+        self._memory_share = 0.0
         self._past = [0, 0]
         """Work and setbacks of workers that have ended."""
         self._seen: dict[int, tuple[int, int]] = {}
@@ -65,11 +64,11 @@ class Allowance:
         self.due = now + TICK_SECONDS
         if self._limit is not None and now >= self._memory_due:
             self._memory_due = now + MEMORY_SECONDS
-            self._memory_short = (self._limit.used_share() or 0.0) > SHORT_SHARE
+            self._memory_share = self._limit.used_share() or 0.0
         work, setbacks = self._total(workers)
         seats = [worker.seat for worker in workers]
         active, waiting = sum(seat.active for seat in seats), sum(seat.waiting for seat in seats)
-        sample = Sample(work, active, waiting, setbacks, memory_short=self._memory_short)
+        sample = Sample(work, active, waiting, setbacks, self._memory_share)
         self._allowed = self._governor.take(sample, now)
         self.spread(workers, now)
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from core_dump_collector.governor import GROWTH_SHARE
+
 MEBIBYTE = 1024 * 1024
-GROWTH_SHARE = 0.7
-"""Nothing grows beyond this share of the limit."""
-SHORT_SHARE = 0.85
-"""From here on fewer connections are used."""
 BASE_BYTES = 52 * MEBIBYTE
 """The daemon, the fork server and what workers share with it."""
 WORKER_BYTES = 24 * MEBIBYTE

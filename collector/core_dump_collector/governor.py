@@ -35,6 +35,10 @@ FEW = 2
 """With so few connections, a setback also means a rest."""
 FIRST_REST_SECONDS = 0.25
 LAST_REST_SECONDS = 16.0
+GROWTH_SHARE = 0.7
+"""From this share of the memory on, the number does not grow."""
+SHORT_SHARE = 0.9
+"""Above this share it falls, but to no fewer than `FEW`: connections are not what takes the most."""
 FAIR_BYTES_PER_SECOND = 40_000
 """What one connection should get of the link."""
 FAIR_WINDOW_SECONDS = 5.0
@@ -54,7 +58,8 @@ class Sample:
     """Threads that wait for one."""
     setbacks: int
     """Requests that were throttled or timed out."""
-    memory_short: bool = False
+    memory_share: float = 0.0
+    """How much of the memory that may be used is in use."""
 
 
 @dataclass(slots=True)
@@ -91,22 +96,27 @@ class Governor:
 
     def take(self, sample: Sample, now: float) -> int:
         """Take a sample and return how many connections may be used now."""
-        if sample.setbacks > self._setbacks or sample.memory_short:
-            self._fall_back(now, may_rest=sample.setbacks > self._setbacks)
+        if sample.setbacks > self._setbacks:
             self._setbacks = sample.setbacks
+            self._fall_back(now)
+        elif sample.memory_share > SHORT_SHARE and self.connections > FEW and now >= self._calm_until:
+            self._lower(now)
         if now >= self._calm_until:
             self._climb(sample, now)
         self._share(sample, now)
         return 0 if now < self._rest_until else self.connections
 
-    def _fall_back(self, now: float, *, may_rest: bool) -> None:
+    def _fall_back(self, now: float) -> None:
         if now < self._rest_until or (now < self._calm_until and self.connections > FEW):
             return
-        if may_rest and self.connections <= FEW:
+        if self.connections <= FEW:
             if now > self._rest_until + 2 * self._rest_seconds + CALM_SECONDS:
                 self._rest_seconds = max(FIRST_REST_SECONDS, self._rest_seconds / 4)
             self._rest_until = now + self._rest_seconds * self.jitter()
             self._rest_seconds = min(2 * self._rest_seconds, LAST_REST_SECONDS)
+        self._lower(now)
+
+    def _lower(self, now: float) -> None:
         self._set(max(1, self.connections // 2))
         self._before = None
         self._is_careful = True
@@ -131,7 +141,7 @@ class Governor:
             self._before = None
             self._retry_at = now + self._retry_seconds
             self._retry_seconds = min(2 * self._retry_seconds, LAST_RETRY_SECONDS)
-        elif now >= self._retry_at:
+        elif now >= self._retry_at and sample.memory_share < GROWTH_SHARE:
             if raised:
                 self._retry_seconds = FIRST_RETRY_SECONDS
             self._raised_at = now

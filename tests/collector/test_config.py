@@ -50,6 +50,8 @@ def test_lists_are_comma_separated():
         ({"bucket_name": "dumps", "workers": "many"}, "WORKERS='many'"),
         ({"bucket_name": "dumps", "node_name": "a/b"}, "NODE_NAME='a/b'"),
         ({"bucket_name": "dumps", "node_name": ".."}, "NODE_NAME='..'"),
+        ({"bucket_name": "dumps", "max_upload_bytes_per_second": "9999"}, "at least 10000 bytes a second"),
+        ({"bucket_name": "dumps", "max_upload_bytes_per_second": "-1"}, "MAX_UPLOAD_BYTES_PER_SECOND='-1'"),
         ({"bucket_name": "dumps", "key_template": "{nope}/{name}"}, "KEY_TEMPLATE="),
         ({"bucket_name": "dumps", "file_patterns": "core*,/etc/*"}, "FILE_PATTERNS="),
         ({"bucket_name": "dumps", "object_tags": "a=1,a=2"}, "OBJECT_TAGS="),

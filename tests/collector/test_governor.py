@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core_dump_collector.allowance import TICK_SECONDS, share
-from core_dump_collector.governor import FIRST, LAST_REST_SECONDS, MOST, Governor, Sample
+from core_dump_collector.governor import FEW, FIRST, LAST_REST_SECONDS, MOST, Governor, Sample
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Link:
     threads: int = 16
     moved: float = 0.0
     setbacks: int = 0
+    memory_share: float = 0.0
     ready: list[float] = field(default_factory=list)
     """When each connection carries something."""
 
@@ -34,7 +35,7 @@ class Link:
             carrying = sum(at <= now for at in self.ready)
             self.moved += min(carrying * self.per_connection, self.capacity) * TICK_SECONDS
             now += TICK_SECONDS
-            sample = Sample(int(self.moved), active, self.threads - active, self.setbacks)
+            sample = Sample(int(self.moved), active, self.threads - active, self.setbacks, self.memory_share)
             seen.append(governor.take(sample, now))
         return seen
 
@@ -76,20 +77,27 @@ def test_throttling_halves_the_connections_and_they_come_back_slowly():
     assert link.run(governor, 0.1, now=13)[-1] <= after // 2 + 3
 
 
-def test_short_memory_takes_connections_away_until_one_is_left():
-    governor = Governor()
-    allowed = [
-        governor.take(Sample(tick * 10**7, 16, 16, 0, memory_short=True), tick * TICK_SECONDS)
-        for tick in range(200)
-    ]
-    assert allowed[-1] == 1
-    assert min(allowed) == 1
+def test_short_memory_takes_connections_away_until_few_are_left_and_nothing_ever_rests():
+    link, governor = Link(8e6, 1e9), Governor()
+    assert link.run(governor, 3)[-1] >= 16
+    link.memory_share = 0.95
+    allowed = link.run(governor, 20, now=3)
+    assert allowed[-1] == min(allowed) == FEW
+
+
+def test_connections_do_not_grow_while_memory_is_in_use():
+    link, governor = Link(8e6, 1e9, memory_share=0.75), Governor()
+    assert set(link.run(governor, 20)) == {FIRST}
 
 
 @given(
     st.lists(
         st.tuples(
-            st.integers(0, 10**12), st.integers(0, 200), st.integers(0, 200), st.integers(0, 9), st.booleans()
+            st.integers(0, 10**12),
+            st.integers(0, 200),
+            st.integers(0, 200),
+            st.integers(0, 9),
+            st.floats(0, 2),
         ),
         max_size=200,
     ),
@@ -98,7 +106,7 @@ def test_short_memory_takes_connections_away_until_one_is_left():
 def test_there_is_a_connection_after_each_rest_and_never_more_than_allowed(samples, pause):
     governor, now, calm = Governor(), 0.0, Sample(0, 0, 0, 0)
     for work, active, waiting, setbacks, short in samples:
-        sample = Sample(work, active, waiting, setbacks, memory_short=short)
+        sample = Sample(work, active, waiting, setbacks, short)
         assert 0 <= governor.take(sample, now) <= MOST
         now += pause
         calm = Sample(work, 0, 0, setbacks)

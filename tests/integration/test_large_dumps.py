@@ -78,9 +78,9 @@ def memory_limit():
 
 
 @contextlib.contextmanager
-def confined(group, watch_dir, environ, tmp_path):
+def confined(group, watch_dir, environ, tmp_path, *flags):
     """Run a collector in a cgroup: moved there before it has loaded anything."""
-    with running(watch_dir, environ, tmp_path, "--workers", "1", wait=False) as collector:
+    with running(watch_dir, environ, tmp_path, *flags, wait=False) as collector:
         (group / "cgroup.procs").write_text(str(collector.process.pid))
         collector.wait_ready()
         yield collector
@@ -102,12 +102,12 @@ def test_dump_sigkilled_half_way_under_a_memory_limit_arrives_whole(
     digest, size = write_gzip(dump, LARGE * GIB), dump.stat().st_size
     began = time.monotonic()
     with memory_limit() as group:
-        with confined(group, watch_dir, seaweed.environ(), tmp_path) as collector:
+        with confined(group, watch_dir, seaweed.environ(), tmp_path, "--workers", "1") as collector:
             wait_until(lambda: bytes_stored(bucket) > size // 2, 900, "half of it to be stored")
             collector.kill()
         assert dump.exists()
         kept = bytes_stored(bucket)
-        with confined(group, watch_dir, seaweed.environ(), tmp_path) as collector:
+        with confined(group, watch_dir, seaweed.environ(), tmp_path, "--workers", "1") as collector:
             wait_until(lambda: not dump.exists(), 900, "the rest to be stored")
             wait_until(lambda: collector.metric('core_dump_uploads_total{result="uploaded"}') == 1, 10)
             assert collector.metric("core_dump_pool_rebuilds_total") == 0
@@ -124,6 +124,22 @@ def test_dump_sigkilled_half_way_under_a_memory_limit_arrives_whole(
     assert kept > size // 2
     assert digest_of(bucket, f"node-1/{dump.name}") == digest
     assert s3.unfinished_multiparts(bucket) == []
+
+
+def test_thousands_of_small_dumps_and_a_large_one_fit_into_128_mib_with_the_default_workers(
+    seaweed, bucket, watch_dir, tmp_path, record_property
+):
+    write_gzip(watch_dir / "core-large-1700000000-1-6.gz", GIB)
+    for number in range(2000):
+        path = watch_dir / f"core-small-{1_700_000_001 + number}-{number}-11.gz"
+        path.write_bytes(b"\x1f\x8b" + os.urandom(64 << 10))
+    with memory_limit() as group:
+        with confined(group, watch_dir, seaweed.environ(), tmp_path) as collector:
+            wait_until(lambda: not list(watch_dir.glob("core*")), 900, "all to be stored")
+            assert collector.metric("core_dump_pool_rebuilds_total") == 0
+        oom = (group / "memory.oom_control").read_text()
+        record_property("most_bytes", (group / "memory.max_usage_in_bytes").read_text().strip())
+    assert "oom_kill 0" in oom
 
 
 @pytest.mark.parametrize("kind", ["raw sparse core", "gzip"])
