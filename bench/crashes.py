@@ -128,6 +128,33 @@ class Crashes:
         head = ("available", "handler", "hold", "peak memory", "others stalled for memory")
         self.report.add(Table("memory pressure", head, rows, "1 GiB of a service; one round."))
 
+    def trimmed(self, image: Path) -> None:
+        """Compare a trimmed dump with a reader that discards everything: at most a fifth of its time."""
+        rows = []
+        kinds = (
+            ("1 GiB of a service", f"image:{image}"),
+            ("4.6 GB touched", f"zeros:{4_600_000_000 >> 20 << 20}"),
+            ("64 MiB touched, 16 GiB reserved", f"reserve:{16 * GIB}"),
+        )
+        for label, what in kinds:
+            handlers = [self.shop.limit(), self.shop.trimming()]
+            (limit, ours), loads = self._compare(handlers, what, self.rounds + 1)
+            ratio = f"{ours.median('hold') / limit.median('hold'):.2f}"
+            held = (seconds(limit.median("hold")), seconds(ours.median("hold")))
+            rows.append(
+                (label, *held, ratio, seconds(ours.median("whole")), size(ours.median("written")), loads)
+            )
+        head = (
+            "process",
+            "kernel, discarded",
+            "ours, trimmed",
+            "x limit",
+            "file whole",
+            "written",
+            "machine",
+        )
+        self.report.add(Table("hold: trimmed", head, rows, f"{self.rounds + 1} alternating rounds."))
+
     def small(self, name: str, handlers: Sequence[Handler], rounds: int, count: int) -> None:
         """Compare handlers on small processes, `count` at once."""
         before = machine.load()
@@ -139,6 +166,17 @@ class Crashes:
         what = "hold" if count == 1 else "until the last is released"
         note = f"{rounds} alternating rounds; load average {before:.1f} before."
         self.report.add(Table(name, ("handler", f"{what}, median", "least", "most"), rows, note))
+
+    def many_trimmed(self, count: int) -> None:
+        """Show what many large processes that crash at once cost each other, trimmed and discarded."""
+        handlers, rounds = [self.shop.limit(), self.shop.trimming()], 3
+        times = hold.compare_small(handlers, rounds, self.shop, count, f"zeros:{80 << 20}")
+        rows = [
+            (handler.name, seconds(statistics.median(mine)), seconds(min(mine)), seconds(max(mine)))
+            for handler, mine in zip(handlers, times, strict=True)
+        ]
+        head = ("handler", "until the last is released, median", "least", "most")
+        self.report.add(Table(f"hold: {count} trimmed at once", head, rows, f"80 MiB each; {rounds} rounds."))
 
 
 def run(root: Path, report: Report, rounds: int) -> None:
@@ -170,6 +208,7 @@ def run(root: Path, report: Report, rounds: int) -> None:
         ]
         bare.small("hold: 0.5 MB", handlers, 9, 1)
         bare.small("hold: 64 at once", [handlers[0], *handlers[3:]], 3, 64)
+    bare.many_trimmed(64)
 
 
 def large_processes(crashes: Crashes, choice: str) -> None:
@@ -183,6 +222,7 @@ def large_processes(crashes: Crashes, choice: str) -> None:
         crashes.large("hold: 1 GiB of random bytes", [*base[:3], systemd], f"image:{noise}", 1)
         crashes.large("hold: 4 GiB of touched zeros", base[:3], f"zeros:{4 * GIB}", 1)
     noise.unlink()
+    crashes.trimmed(image)
     crashes.buffers(image)
     crashes.memory(image, choice)
     crashes.cache()

@@ -101,6 +101,7 @@ class Workshop:
             "WATCH_DIR": self.out,
             "COMPRESSOR": compressor,
             "RATE_LIMIT": 0,
+            "VITAL_LIMIT": 0,
             "PYTHON_PATH": Path(isal.__file__).parent.parent,
         }
         if buffer_bytes is not None:
@@ -115,6 +116,17 @@ class Workshop:
             f"core-dump-helper {kernel.ARGUMENTS} with COMPRESSOR={compressor}",
             most_rounds=3 if compressor in {"auto", "isal"} else 1,
         )
+
+    def trimming(self) -> Handler:
+        """The helper that trims each dump to its default budget."""
+        whole = self.ours("auto")
+        conf = self.root / "trim.conf"
+        conf.write_text((self.root / "auto.conf").read_text() + "RULES=trim\n")
+        conf.chmod(0o644)
+        command = f"{self.root / 'h'} -C{conf}"
+        pattern = self.script("o-trim", command + ' "$@"') if self._group else command
+        described = f"core-dump-helper {kernel.ARGUMENTS} with RULES=trim"
+        return Handler("ours, trimmed", f"{pattern} {kernel.ARGUMENTS}", described, whole.pipe_limit)
 
     def calibrate(self) -> tuple[float, str]:
         """Run `--calibrate` for the configuration of auto; return seconds and its choice."""

@@ -104,16 +104,17 @@ def peak_kib(handler: Handler, what: str, group: Group, workshop: Workshop) -> i
 
 
 def compare_small(
-    handlers: Sequence[Handler], rounds: int, workshop: Workshop, count: int = 1
+    handlers: Sequence[Handler], rounds: int, workshop: Workshop, count: int = 1, what: str = ""
 ) -> list[list[float]]:
-    """Crash `count` small processes at once; for each handler, the hold times of all rounds.
+    """Crash `count` small processes, or processes that hold `what`, at once; for each handler, the hold times.
 
     Patterns go to the kernel bare, without the line that counts CPU time: start-up is what is measured.
     """
     times: list[list[float]] = [[] for _ in handlers]
     for _ in range(rounds):
         for handler, mine in zip(handlers, times, strict=True):
-            with victims.small(count) as pids, core_pattern("|" + handler.pattern, handler.pipe_limit):
+            crowd = victims.many(what, count) if what else victims.small(count)
+            with crowd as pids, core_pattern("|" + handler.pattern, handler.pipe_limit):
                 _, holds = victims.crash(pids)
                 mine.extend(holds if count == 1 else [max(holds)])
             settle(workshop)

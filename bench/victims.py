@@ -63,12 +63,13 @@ LOADER = """
 import mmap, os, signal, sys
 kind, _, rest = sys.argv[1].partition(":")
 size = os.stat(rest).st_size if kind == "image" else int(rest)
-memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+NORESERVE = 0x4000
+memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
 view, block = memoryview(memory), bytes(1 << 20)
 if kind == "hog":
     memory.madvise(mmap.MADV_HUGEPAGE)  # or it takes minutes
 if kind != "image":
-    for offset in range(0, size, 1 << 20):
+    for offset in range(0, size if kind != "reserve" else 64 << 20, 1 << 20):
         view[offset:offset + (1 << 20)] = block[:min(1 << 20, size - offset)]
 else:
     with open(rest, "rb", buffering=0) as file:
@@ -96,7 +97,10 @@ def make_random(path: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def loaded(what: str) -> Iterator[int]:
-    """Yield the pid of a process that holds `image:PATH`, `zeros:BYTES` or `hog:BYTES` as its own memory."""
+    """Yield the pid of a process that holds `image:PATH`, `zeros:BYTES` or `hog:BYTES` as its own memory.
+
+    `reserve:BYTES` is memory of which only the first 64 MiB were touched.
+    """
     process = _load(what)
     try:
         _wait_loaded(process)
@@ -109,6 +113,13 @@ def loaded(what: str) -> Iterator[int]:
         if process.stdout:
             process.stdout.close()
         process.returncode = -signal.SIGSEGV  # it was waited for by its pid
+
+
+@contextlib.contextmanager
+def many(what: str, count: int) -> Iterator[list[int]]:
+    """Yield the pids of several processes that hold the same."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(loaded(what)) for _ in range(count)]
 
 
 def _load(what: str) -> subprocess.Popen[bytes]:

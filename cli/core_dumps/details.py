@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from core_dump_format.attributes import TRIMMED
 from core_dump_format.text import printable
 from core_dumps import show, tables, where
 from core_dumps.dump import signal_name
@@ -25,7 +26,7 @@ _LABELS = {
     "thread": "Thread", "exe": "Executable", "cmdline": "Command Line", "cgroup": "Control Group",
     "hostname": "Hostname", "node": "Node", "namespace": "Namespace", "pod": "Pod", "container": "Container",
     "container_id": "Container ID", "pod_uid": "Pod UID", "threads": "Threads", "bytes": "Core Size",
-    "expected_bytes": "Expected Size", "truncated": "Truncated", "sensitive_reason": "Sensitive",
+    "expected_bytes": "Expected Size", "trimmed": "Trimmed", "truncated": "Truncated", "sensitive_reason": "Sensitive",
     "compressor": "Compressor", "duration_ms": "Dump Took", "uploaded_at": "Uploaded",
     "build_id": "Build ID", "machine": "Machine", "fingerprint": "Fingerprint", "frames": "Frames", "crc32": "CRC-32",
 }  # fmt: skip
@@ -37,6 +38,7 @@ _CODES = {
 }
 """sigaction(2), si_code."""
 MOST_SHOWN = 64
+MOST_RANGES = 16
 
 
 def print_info(console: Console, bucket: str, dump: Dump, head: Head | None) -> None:
@@ -74,6 +76,7 @@ def document(dump: Dump, head: Head | None) -> dict[str, Any]:
     files = [{"path": path, "build_id": head.build_ids.get(path)} for path in _paths(core)]
     facts = {"machine": core.machine, "bits": core.form.bits, "expected_bytes": core.expected_bytes}
     facts |= {"signal": core.signal, "fault_address": core.fault_address, "thread_count": core.thread_count}
+    facts["dropped"] = [list(span) for span in core.dropped]
     return content | {"core": {**facts, "threads": threads, "files": files}}
 
 
@@ -84,6 +87,8 @@ def _facts(bucket: str, dump: Dump) -> Iterator[tuple[str, Text]]:
     yield "Timestamp", Text(f"{show.moment(dump.timestamp)} ({show.ago(dump.timestamp)})")
     for field, label in _LABELS.items():
         value = dump.executable if field == "exe" else dump.get(field)
+        if field == TRIMMED and value is not None:
+            value = f"{value}: {trimmed_note(dump)}"
         if value is not None:
             unit = " ms" if field == "duration_ms" else ""
             if field == "fingerprint":
@@ -103,6 +108,24 @@ def _facts(bucket: str, dump: Dump) -> Iterator[tuple[str, Text]]:
         yield "Metadata", Text(printable(problem), style="red")
 
 
+def trimmed_note(dump: Dump) -> str:
+    """Return what a trimmed dump lacks."""
+    if dump.text(TRIMMED) == "metadata":
+        return "it has headers and notes, but no memory"
+    dropped = dump.number("dropped_bytes")
+    amount = "memory" if dropped is None else f"{show.size(dropped)} of memory"
+    return f"{amount} was left out; backtraces do not need it"
+
+
+def _dropped_lines(core: Core) -> Iterator[str]:
+    if core.dropped:
+        amount = show.size(sum(max(0, end - start) for start, end in core.dropped))
+        yield f"Dropped memory: {amount} in {len(core.dropped)} ranges"
+        for start, end in core.dropped[:MOST_RANGES]:
+            yield f"  {start:#018x}-{end:#018x}  {show.size(max(0, end - start))}"
+        yield from _more(len(core.dropped), MOST_RANGES)
+
+
 def _core_lines(core: Core, head: Head) -> Iterator[str]:
     if core.signal is not None:
         yield f"Cause: {signal_name(core.signal)}{_cause(core)}"
@@ -110,6 +133,7 @@ def _core_lines(core: Core, head: Head) -> Iterator[str]:
         yield f"Arguments: {printable(core.arguments)}"
     yield f"Length according to its headers: {core.expected_bytes} bytes"
     yield f"Machine: {core.machine}, {core.form.bits} bits"
+    yield from _dropped_lines(core)
     yield f"\n{core.thread_count} threads, the crashed one first:"
     for thread in core.threads[:MOST_SHOWN]:
         where = printable(_where(core, thread) or "not in a file")

@@ -7,7 +7,7 @@ import signal as signals
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from core_dump_format.attributes import METADATA_FIELDS, METADATA_FLAGS, METADATA_NUMBERS
+from core_dump_format.attributes import METADATA_FIELDS, METADATA_FLAGS, METADATA_NUMBERS, TRIMMED, is_trimmed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +18,17 @@ MOST_METADATA_BYTES = 64 * 1024
 MOST_NUMBER = 2**64 - 1
 """The largest number that the attributes can hold."""
 STATES = frozenset(
-    {"present", "truncated", "sensitive", "incomplete", "damaged", "unreadable", "missing", "suppressed"}
+    {
+        "present",
+        "trimmed",
+        "truncated",
+        "sensitive",
+        "incomplete",
+        "damaged",
+        "unreadable",
+        "missing",
+        "suppressed",
+    }
     | {"unread"}
 )
 """Everything that STATE shows."""
@@ -78,6 +88,12 @@ class Dump:
         return self.get("state") == "truncated" or self.get("truncated") is not None
 
     @property
+    def trimmed(self) -> str | None:
+        """Return why memory was left out of the dump on purpose; None if it was not, or if more is missing."""
+        facts = {name: self.get(name) for name in (TRIMMED, "truncated") if self.get(name) is not None}
+        return self.text(TRIMMED) if is_trimmed(facts) else None
+
+    @property
     def states(self) -> list[str]:
         """Return the warnings about a dump; `present` if there are none."""
         if self.size_bytes is None:
@@ -90,7 +106,7 @@ class Dump:
             return ["damaged"]
         if self.metadata is None:
             return ["unread"]
-        found = ["truncated"] if self.truncated else []
+        found = ["trimmed"] if self.trimmed else ["truncated"] if self.truncated else []
         found += ["sensitive"] if self.sensitive else []
         return found or ["present"]
 

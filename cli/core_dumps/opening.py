@@ -83,9 +83,13 @@ def get(
 
 def _warn(selection: Selection, dump: Dump, warning: str | None = None) -> None:
     """Print what a user must know before using a dump."""
+    from core_dumps import details
+
     if warning:
         selection.note(warning)
-    if dump.truncated:
+    if dump.trimmed:
+        selection.note(f"this dump was trimmed on its node ({dump.trimmed}): {details.trimmed_note(dump)}")
+    elif dump.truncated:
         selection.note(f"this dump was cut short on its node ({dump.text('truncated') or 'unknown reason'})")
     if dump.sensitive:
         reason = dump.text("sensitive_reason") or "unknown reason"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _STATE_STYLES = {
     "present": "green",
+    "trimmed": "cyan",
     "truncated": "yellow",
     "sensitive": "magenta",
     "incomplete": "yellow",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from core_dump_collector import __version__
 from core_dump_collector.node import identity
-from core_dump_format.attributes import read_attributes
+from core_dump_format.attributes import TRIMMED, is_trimmed, read_attributes
 from core_dump_format.crc32 import encode_crc32
 from core_dump_format.keys import build_record_key, date_and_hour
 from core_dump_format.names import parse_name
@@ -56,7 +56,9 @@ class Facts:
 
     @property
     def state(self) -> str:
-        """`complete` or `truncated`."""
+        """`complete`, `trimmed` or `truncated`."""
+        if is_trimmed(self.attributes):
+            return TRIMMED
         return "truncated" if self.truncated else "complete"
 
     def with_attributes(self, attributes: Mapping[str, str | int]) -> Facts:

@@ -16,11 +16,21 @@ MOST_ATTRIBUTE_BYTES = 1024
 
 NUMBERS = frozenset(
     {"pid", "tid", "ns_pid", "uid", "gid", "signal", "timestamp", "rlimit", "dumpable", "threads"}
-    | {"bytes", "expected_bytes", "duration_ms", "vital_bytes", "vital_crc32"}
+    | {"bytes", "expected_bytes", "duration_ms", "vital_bytes", "vital_crc32", "dropped_bytes"}
 )
 TEXTS = frozenset(
     {"hostname", "comm", "exe", "cmdline", "thread", "cgroup", "container_id", "pod_uid", "origin"}
-    | {"truncated", "sensitive", "compressor", "helper_version", "vital", "frames", "build_id", "machine"}
+    | {
+        "truncated",
+        "sensitive",
+        "compressor",
+        "helper_version",
+        "vital",
+        "trimmed",
+        "frames",
+        "build_id",
+        "machine",
+    }
     | {"namespace", "pod", "container", "image", "image_digest", "identity_source"}
 )
 UPLOAD_RECORD = ATTRIBUTE_PREFIX + "upload"
@@ -32,6 +42,12 @@ TRUNCATED_REASONS = frozenset(
     {"killed", "max_dump_bytes", "keep_free", "max_total_bytes", "deadline", "disk_full"}
     | {"compressor_failed", "read_error", "not_elf", "salvaged"}
 )
+TRIMMED_REASONS = frozenset(
+    {"trim_above_bytes", "max_dump_bytes", "rule", "metadata"}
+    | {"rate_limit", "keep_free", "max_total_bytes", "no_slot"}
+)
+TRIMMED = "trimmed"
+"""The attribute, and the state of a dump that lacks memory on purpose; `truncated` says `max_dump_bytes` then."""
 
 METADATA_FLAGS = frozenset({"sensitive"})
 METADATA_NUMBERS = NUMBERS | {"schema", "size_bytes", "fingerprint_version"}
@@ -74,4 +90,11 @@ def read_attributes(raw: Mapping[str, bytes]) -> dict[str, str | int]:
             attributes[name] = value.decode("utf-8", "backslashreplace")
     if attributes.get("truncated", "killed") not in TRUNCATED_REASONS:
         attributes["truncated"] = "read_error"
+    if attributes.get(TRIMMED, "rule") not in TRIMMED_REASONS:
+        attributes[TRIMMED] = "rule"
     return attributes
+
+
+def is_trimmed(attributes: Mapping[str, object]) -> bool:
+    """Tell whether a dump is whole but for the memory that was left out on purpose."""
+    return TRIMMED in attributes and attributes.get("truncated") == "max_dump_bytes"

@@ -21,6 +21,7 @@ MOST_THREADS = 32_768
 """Kept with their registers; more are counted."""
 MOST_FILES = 65_536
 MOST_FIRST_PAGES = 2048
+MOST_DROPPED = 1 << 20
 DELETED = " (deleted)"
 """The kernel appends it to the path of a file that was deleted or replaced (d_path in fs/d_path.c)."""
 
@@ -100,6 +101,8 @@ class Core:
     code: int | None = None
     fault_address: int | None = None
     sender_pid: int | None = None
+    dropped: list[tuple[int, int]] = field(default_factory=list)
+    """Start and end of the ranges of memory that a trimmed dump lacks."""
     entry: int | None = None
     """Address of the program's first instruction."""
 
@@ -213,6 +216,15 @@ def _read_files(core: Core, content: bytes) -> None:
     core.files = sorted(_mapped(core.form, content))
 
 
+def _read_order(core: Core, content: bytes) -> None:
+    """Read the note of this project: docs/contracts.md, "Order of a large dump"."""
+    order = core.form.order
+    version, count, _ = struct.unpack_from(order + "IIQ", content)
+    if version == _ORDER_VERSION and count <= min(MOST_DROPPED, (len(content) - 16) // 16):
+        core.dropped = list(struct.iter_unpack(order + "QQ", content[16 : 16 + 16 * count]))
+
+
+_ORDER_VERSION = 1
 _NT_PRSTATUS = 1
 _READERS: dict[int, Callable[[Core, bytes], None]] = {
     _NT_PRSTATUS: _read_status,
@@ -220,8 +232,9 @@ _READERS: dict[int, Callable[[Core, bytes], None]] = {
     6: _read_auxiliary,
     0x53494749: _read_signal,
     0x46494C45: _read_files,
+    0x43444831: _read_order,
 }
-"""The NT_ numbers of elf.h: PRSTATUS, PRPSINFO, AUXV, SIGINFO, FILE."""
+"""The NT_ numbers of elf.h: PRSTATUS, PRPSINFO, AUXV, SIGINFO, FILE; and that of this project's note."""
 
 
 def _mapped(form: Form, content: bytes) -> Iterator[MappedFile]:

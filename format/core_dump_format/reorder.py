@@ -32,6 +32,41 @@ def order_note(vital_end: int, dropped: list[tuple[int, int]]) -> bytes:
     return _NOTE_HEAD.pack(len(NOTE_OWNER), len(content), NOTE_KIND) + owner + content
 
 
+class Geometry:
+    """Where everything lies in the new front of a core."""
+
+    def __init__(self, front: Front, count: int, dropped: list[tuple[int, int]], page: int) -> None:
+        """Take the number of program headers and the dropped ranges."""
+        self._front, self._count, self._dropped = front, count, dropped
+        self.notes_at = front.layout.header.size + count * front.layout.row.size
+        self.notes_bytes = len(front.notes) + -len(front.notes) % 4 + len(order_note(0, dropped))
+        notes_end = self.notes_at + self.notes_bytes
+        self._section_at = notes_end + -notes_end % 8
+        data_at = self._section_at + (front.layout.section.size if count >= PN_XNUM else 0)
+        self.data_at = data_at + -data_at % max(front.alignment, page)
+        """Offset of the first segment with memory."""
+
+    def assemble(self, table: bytes, vital_end: int) -> bytes:
+        """Return everything before the memory; `vital_end` is the length of headers, notes and vital part."""
+        notes = self._front.notes + bytes(-len(self._front.notes) % 4) + order_note(vital_end, self._dropped)
+        parts = [self._header(), table, notes]
+        if self._count >= PN_XNUM:
+            parts += [bytes(self._section_at - self.notes_at - self.notes_bytes), self._section()]
+        head = b"".join(parts)
+        return head + bytes(self.data_at - len(head))
+
+    def _header(self) -> bytes:
+        fields, layout = list(self._front.header), self._front.layout
+        many = self._count >= PN_XNUM
+        fields[6] = self._section_at if many else 0
+        fields[10:14] = [min(self._count, PN_XNUM), layout.section.size if many else 0, int(many), 0]
+        return layout.header.pack(*fields)
+
+    def _section(self) -> bytes:
+        """Return the section header that holds the number of program headers: elf(5), e_phnum."""
+        return self._front.layout.section.pack(0, 0, 0, 0, 0, 1, 0, self._count, 0, 0)
+
+
 class Reordered:
     """The new front of a core, and what of the kernel's stream follows it."""
 
@@ -47,21 +82,14 @@ class Reordered:
             self._spans.setdefault(index, []).append((address, address + len(content), number))
         self._sort_spans()
         count = len(front.addresses) + self._added_rows()
-        notes_at = front.layout.header.size + count * front.layout.row.size
-        notes_bytes = len(front.notes) + -len(front.notes) % 4 + len(order_note(0, []))
-        section_at = notes_at + notes_bytes + -(notes_at + notes_bytes) % 8
-        data_at = section_at + (front.layout.section.size if count >= PN_XNUM else 0)
-        self._data_at = data_at + -data_at % max(front.alignment, page)
+        geometry = Geometry(front, count, [], page)
+        self._data_at = geometry.data_at
         self.vital_end = self._data_at + sum(len(content) for _, _, content in pieces)
         """Length of headers, notes and vital part, which are the front of the dump."""
-        self.length = self.vital_end + front.length - front.data_offset - (self.vital_end - self._data_at)
+        self.length = self._data_at + front.length - front.data_offset
         """Length of the whole dump."""
-        notes = front.notes + bytes(-len(front.notes) % 4) + order_note(self.vital_end, [])
-        self.head = b"".join(
-            [self._header(count, section_at), self._table(count, notes_at, notes_bytes), notes]
-            + ([bytes(section_at - notes_at - notes_bytes), self._section(count)] if count >= PN_XNUM else [])
-        )
-        self.head += bytes(self._data_at - len(self.head))
+        table = self._table(count, geometry.notes_at, geometry.notes_bytes)
+        self.head = geometry.assemble(table, self.vital_end)
 
     def _sort_spans(self) -> None:
         for index, spans in self._spans.items():
@@ -82,17 +110,6 @@ class Reordered:
                 at = last
             added += (at < end) - 1
         return added
-
-    def _header(self, count: int, section_at: int) -> bytes:
-        fields, layout = list(self._front.header), self._front.layout
-        many = count >= PN_XNUM
-        fields[6] = section_at if many else 0
-        fields[10:14] = [min(count, PN_XNUM), layout.section.size if many else 0, int(many), 0]
-        return layout.header.pack(*fields)
-
-    def _section(self, count: int) -> bytes:
-        """Return the section header that holds the number of program headers: elf(5), e_phnum."""
-        return self._front.layout.section.pack(0, 0, 0, 0, 0, 1, 0, count, 0, 0)
 
     def _table(self, count: int, notes_at: int, notes_bytes: int) -> bytes:
         """Return the program headers."""

@@ -59,7 +59,8 @@ class ProcessState:
         """Start, end and path of each mapping of a file."""
         self.offsets: list[int] = []
         """Where each mapping begins in its file, in bytes."""
-        self._has_all_files = False
+        self.has_all_files = False
+        """Whether `files` has every mapping of a file; the kernel leaves out a note that would be too long."""
         self._layout = front.layout
         self._registers = REGISTERS.get((front.layout.bits, front.machine))
         readers = {
@@ -76,7 +77,7 @@ class ProcessState:
 
     def maps_no_file(self, address: int) -> bool:
         """Tell whether no file is mapped at an address; False if the notes do not say so."""
-        return self._has_all_files and not any(start <= address < end for start, end, _ in self.files)
+        return self.has_all_files and not any(start <= address < end for start, end, _ in self.files)
 
     def _read_thread(self, content: memoryview) -> None:
         layout = self._registers
@@ -109,4 +110,4 @@ class ProcessState:
         rows = words[2 : 2 + 3 * count].tolist()
         self.files = list(islice(zip(rows[::3], rows[1::3], names), count))
         self.offsets = [pages * words[1] for pages in rows[2::3]]
-        self._has_all_files = len(self.files) == words[0]
+        self.has_all_files = len(self.files) == words[0]

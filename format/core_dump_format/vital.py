@@ -75,6 +75,11 @@ class Pages:
         """Yield the parts of a range that hold data."""
         raise NotImplementedError
 
+    def survey(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """Yield the parts of a range that are known, and whether they hold data; by default, those that do."""
+        for first, last in self.resident(start, end):
+            yield first, last, True
+
 
 class Selection:
     """The vital pages of a core, copied in the order of their importance."""
@@ -86,6 +91,8 @@ class Selection:
         """Index of the segment, address and content of each run of pages."""
         self.is_whole = False
         """Whether everything that is vital was copied."""
+        self.vital_pieces: int | None = None
+        """How many pieces are vital, once all were copied."""
         self.is_abandoned = False
         self._lacks = False
         self._taken: set[int] = set()
@@ -102,6 +109,7 @@ class Selection:
             self._take_ended(state)
             self._take_pointed(state.threads)
         self.is_whole = not self._lacks and not self.memory.refused and bool(self.pieces)
+        self.vital_pieces = len(self.pieces)
 
     def take(
         self, address: int, below: int, above: int, most: int | None = None, *, always: bool = False

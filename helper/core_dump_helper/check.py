@@ -9,7 +9,7 @@ import os
 import stat
 
 from core_dump_helper.compress import PIGZ, make_writer
-from core_dump_helper.limits import DiskLimits
+from core_dump_helper.disk import DiskLimits
 from core_dump_helper.records import open_state
 from core_dump_helper.settings import Settings
 from core_dump_helper.system import DIRECTORY, Refused, is_private

@@ -1,4 +1,4 @@
-"""Owns reading the core from the kernel's pipe, and the length that its ELF headers promise."""
+"""Owns reading the core from the kernel's pipe, ahead of the compressor, within the memory that helpers may use."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import select
 import sys
 import time
 from _queue import Empty, SimpleQueue
-from _struct import calcsize, iter_unpack, unpack_from
 from _thread import start_new_thread
 
+from core_dump_helper.length import elf_length
 from core_dump_helper.system import CHUNK, enlarge_pipe, log, read_fields, read_file, write_file
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
@@ -27,91 +27,6 @@ CACHED = (b"inactive_file ", b"active_file ")
 HEAD_BYTES = 32 << 10  # read before the pipe is enlarged; the program headers of 580 mappings
 LARGE_BYTES = 8 << 20  # from this length on, the vital part of a core comes first
 MAP_POPULATE = 0x8000  # a third less time for a new buffer than a page fault for each of its pages
-IDENT_BYTES = 64
-"""Bytes that hold the ELF header of either class: elf(5)."""
-HEADER_LIMIT = 64 << 20
-"""More than a million program headers."""
-PN_XNUM = 0xFFFF
-"""Number of segments in the ELF header when the real number does not fit."""
-
-
-class ElfHeader:
-    """The fields of an ELF header, of either class and byte order, that tell how long a core is."""
-
-    def __init__(self, head: bytes | bytearray) -> None:
-        """Read the first IDENT_BYTES of an ELF file."""
-        order = "<" if head[5] == 1 else ">"
-        wide = head[4] == 2
-        self.row = order + ("8xQ16xQ16x" if wide else "4xI8xI12x")
-        """Layout of a program header: offset and size in the file."""
-        self.table, self._sections = unpack_from(order + ("QQ" if wide else "II"), head, 32 if wide else 28)
-        counts = unpack_from(order + "HHHH", head, 54 if wide else 42)
-        self.row_bytes, self.rows, self._section_bytes, self._section_count = counts
-
-    def is_valid(self) -> bool:
-        """Return whether the table has the usual layout and starts within the limit."""
-        return bool(self.row_bytes == calcsize(self.row) and self.table <= HEADER_LIMIT)
-
-    def table_end(self, head: bytes | bytearray) -> int:
-        """Return where the program headers end, as far as `head` tells.
-
-        From 65,535 segments on, the first segment tells their number, because it lies right behind the table.
-        """
-        rows = self.rows
-        if rows == PN_XNUM and len(head) >= self.table + self.row_bytes:
-            rows = max(0, unpack_from(self.row, head, self.table)[0] - self.table) // self.row_bytes
-        elif len(head) < self.table + self.row_bytes:
-            rows = 1
-        return int(self.table + rows * self.row_bytes)
-
-    def sections_end(self) -> int:
-        """Return where the section headers end, or 0 if there are none."""
-        return self._sections + self._section_bytes * self._section_count if self._sections else 0
-
-
-def elf_length(head: bytes | bytearray) -> tuple[int, int]:
-    """Return how many leading bytes must be known, and the length that the headers in `head` promise.
-
-    The length is 0 as long as `head` is too short; both are 0 if it is not an ELF file. Only this length reveals a
-    dump that ended early because its process was killed: the kernel does not report it.
-    """
-    if len(head) < IDENT_BYTES:
-        return IDENT_BYTES, 0
-    if head[:4] != b"\x7fELF" or head[4] not in (1, 2) or head[5] not in (1, 2):
-        return 0, 0
-    header = ElfHeader(head)
-    if not header.is_valid():
-        return 0, 0
-    end = header.table_end(head)
-    if end > HEADER_LIMIT:
-        return 0, 0
-    if len(head) < end:
-        return end, 0
-    rows = iter_unpack(header.row, head[header.table : end])
-    length = max((offset + held for offset, held in rows), default=0)
-    return end, max(length, end, header.sections_end())
-
-
-class LengthCheck:
-    """Learns from the first pieces of a core how long the whole core must be."""
-
-    def __init__(self, expected: int = 0) -> None:
-        """Start without a byte, or with a known length."""
-        self.expected = expected
-        """Bytes that the headers promise; 0 while unknown."""
-        self._head, self._needed = bytearray(), IDENT_BYTES
-
-    def feed(self, piece: memoryview) -> None:
-        """Look at the next piece."""
-        if not self.expected and len(self._head) < self._needed:
-            self._head += piece
-            self._needed, self.expected = elf_length(self._head)
-
-    def verdict(self, size: int) -> str:
-        """Return why a core of `size` bytes is incomplete, or an empty string."""
-        if self.expected and size >= self.expected:
-            return ""
-        return "killed" if self._needed else "not_elf"
 
 
 class Memory:
@@ -212,10 +127,11 @@ class Reader:
     ) -> None:
         """Store the descriptor, which is closed at the end of the core, at a limit, or at `deadline` (monotonic).
 
-        `prepare` is called for a large core, with its first bytes and a function that adds more of them; without it,
-        every core comes in the kernel's order.
+        `prepare` is called for a core from `prepare_from` bytes on, and for one that is longer than MAX_DUMP_BYTES,
+        with its first bytes and a function that adds more of them; without it, every core comes in the kernel's order.
         """
         self.reason, self.size, self.ended, self.is_large = "", 0, False, False
+        self.prepare_from = LARGE_BYTES
         self._descriptor, self._deadline, self._prepare = descriptor, deadline, prepare
         self.look: Callable[[memoryview], None] = lambda _: None  # called with the first bytes of the core
         self._limit = settings.MAX_DUMP_BYTES or sys.maxsize
@@ -230,7 +146,7 @@ class Reader:
         """Start reading; return what comes before the chunks, or None if the core comes in the kernel's order."""
         head, size = bytearray(HEAD_BYTES), 0
         try:
-            size, _ = self._fill(memoryview(head))
+            size, _ = self._fill(memoryview(head), sys.maxsize)
         except OSError:
             self.stop("read_error")
         self.look(memoryview(head)[:size])  # the pipe is small, so the kernel still holds the process
@@ -262,40 +178,58 @@ class Reader:
             more = self._begin()
             while more and not self.reason:
                 buffer = self._buffer()
-                size, more = self._fill(buffer)
+                size, more = self._fill(buffer, self._limit)
                 self._hand_over(buffer, size)
         except (OSError, MemoryError) as error:
             log("cannot read the core: %s" % error)
             self.stop("read_error")
         finally:
-            os.close(self._descriptor)
-            self.ended = True
+            self._release()
             self._vital.put(None)  # nobody waits for it any more, unless reading failed
             self._full.put((memoryview(b""), 0))
+
+    def _release(self) -> None:
+        """Close the pipe: the kernel stops writing and releases the crashed process."""
+        if not self.ended:
+            self.ended = True
+            os.close(self._descriptor)
 
     def _begin(self) -> bool:
         """Read the first piece, and prepare the vital part of a large core; return False at the end of the core."""
         buffer = self._buffer()
-        size, more = self._fill(buffer)
-        needed, length = elf_length(bytes(buffer)) if size == CHUNK else (0, 0)
-        self.is_large = length >= LARGE_BYTES or needed > size
-        if self.is_large and self._prepare:
-            head = bytearray(buffer[:size])
-            vital = self._prepare(head, lambda count: self._extend(head, count))
-            self._source.put_back(head, vital.runs if vital else [])
-            self._free.put(buffer)
-            self.size = vital.cut(self._limit) if vital else 0
-            self._vital.put(vital)
-            return True
+        size, more = self._fill(buffer, sys.maxsize)
+        needed, length = elf_length(bytes(buffer[:size]))
+        self.is_large = length >= LARGE_BYTES or needed > size == CHUNK
+        is_longer = self._limit < length > size
+        if self._prepare and (self.is_large or is_longer or (length and length >= self.prepare_from)):
+            return self._begin_prepared(self._prepare, bytearray(buffer[:size]), buffer)
         self._vital.put(None)
+        if size > self._limit:
+            size = self._limit
+            self.stop("max_dump_bytes")
         self._hand_over(buffer, size)
         return more
+
+    def _begin_prepared(self, prepare: Prepare, head: bytearray, buffer: memoryview) -> bool:
+        """Hand over the vital part, then all that a trimmed dump holds; return whether the rest of the core follows."""
+        vital = prepare(head, lambda count: self._extend(head, count))
+        self.size = vital.cut(self._limit) if vital else 0
+        if vital and vital.trimmed:
+            self._release()
+            self._vital.put(vital)
+            for piece in vital.rest:
+                self._hand_over(piece, len(piece))
+            return False
+        self._source.put_back(head, vital.runs if vital else [])
+        self._free.put(buffer)
+        self._vital.put(vital)
+        return True
 
     def _extend(self, head: bytearray, count: int) -> bool:
         """Append the next bytes of the core; return False if it ends before, or at the deadline."""
         buffer = memoryview(bytearray(min(count, CHUNK)))
         while count and not self.reason:
-            size, _ = self._fill(buffer[:count])
+            size, _ = self._fill(buffer[:count], sys.maxsize)
             if not size:
                 return False
             head += buffer[:size]
@@ -307,10 +241,10 @@ class Reader:
         if size:
             self._full.put((buffer, size))
 
-    def _fill(self, buffer: memoryview) -> tuple[int, bool]:
-        """Fill a buffer as far as MAX_DUMP_BYTES allows; return the number of bytes, and False at the end."""
+    def _fill(self, buffer: memoryview, limit: int) -> tuple[int, bool]:
+        """Fill a buffer as far as `limit` bytes in all allow; return the number of bytes, and False at the end."""
         size, count = 0, 1
-        room = min(len(buffer), self._limit - self.size)
+        room = min(len(buffer), limit - self.size)
         if room <= 0:
             self.stop("max_dump_bytes")
         while size < room and count and not self.reason:

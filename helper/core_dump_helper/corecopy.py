@@ -8,9 +8,11 @@ import time
 from _struct import iter_unpack
 
 from core_dump_helper.compress import COMPRESSORS, IN_PROCESS, start_writer
-from core_dump_helper.core import IDENT_BYTES, LARGE_BYTES, ElfHeader, LengthCheck, Memory, Reader, elf_length
+from core_dump_helper.core import LARGE_BYTES, Memory, Reader
 from core_dump_helper.crash import open_files
 from core_dump_helper.dumpfile import FRAMES_SPACE, RESULT_SPACE, set_attributes
+from core_dump_helper.keep import Keep
+from core_dump_helper.length import IDENT_BYTES, ElfHeader, LengthCheck, elf_length
 from core_dump_helper.settings import CONFIG
 from core_dump_helper.system import Refused, log
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from core_dump_helper.compress import GzipWriter, PigzWriter, SparseWriter
     from core_dump_helper.crash import Crash, OpenedFiles
-    from core_dump_helper.limits import DiskWatch
+    from core_dump_helper.disk import DiskWatch
     from core_dump_helper.settings import Settings
     from core_dump_helper.vitalpart import VitalPart
 
@@ -46,9 +48,15 @@ def set_alarm(settings: Settings) -> None:
 class CoreCopy:
     """Copies one core into a dump."""
 
-    def __init__(self, crash: Crash, core: int, settings: Settings, dump: int) -> None:
-        """Store the descriptors `core` to read from and `dump` to write to."""
+    def __init__(
+        self, crash: Crash, core: int, settings: Settings, dump: int, keep: Keep | None = None
+    ) -> None:
+        """Store the descriptors `core` to read from and `dump` to write to, and how much of the core is kept."""
         self.crash, self.core, self.settings, self.dump = crash, core, settings, dump
+        self._keep = keep or Keep(settings)
+        self._may_read_memory = False
+        self.trimmed = ""
+        """Why the dump is trimmed."""
         self.expected = 0
         """Bytes that a whole core has; 0 if unknown."""
         self.writer: Writer
@@ -66,30 +74,36 @@ class CoreCopy:
             announce: called as soon as a compressor writes.
 
         Raises:
-            Refused: no compressor can write.
+            Refused: no compressor can write, or the core must be trimmed and cannot be.
         """
-        deadline = time.monotonic() + self.settings.DEADLINE_SECONDS
-        prepare = self._prepare if may_read_memory and self.settings.VITAL_BYTES else None
-        reader = Reader(self.core, self.settings, Memory(self.settings.CGROUP), deadline, prepare)
+        deadline, keep = time.monotonic() + self.settings.DEADLINE_SECONDS, self._keep
+        self._may_read_memory = may_read_memory and self.settings.VITAL_BYTES > 0
+        prepare = self._prepare if self._may_read_memory or keep.required else None
+        memory = Memory(self.settings.CGROUP)
+        reader = Reader(self.core, self.settings, memory, deadline, prepare)
+        reader.prepare_from = keep.from_bytes
         if may_read_memory:
             reader.look = self._look
         set_alarm(self.settings)  # the wait for a slot must not shorten the dump
         vital = reader.start()
+        if keep.required and not vital and (reader.is_large or not keep.from_bytes):
+            reader.stop("refused")
+            raise Refused(keep.refusal, "its core cannot be trimmed")
         self.writer = self._start_writer(0, IN_PROCESS if vital else COMPRESSORS)
         announce()
         if vital:
+            self.trimmed = vital.trimmed
             self._write_vital(vital)
         elif reader.is_large:
             set_attributes(self.dump, {"vital": b"none"}, RESULT_SPACE)
         length = LengthCheck(vital.length if vital else 0)
         self._copy(reader, watch, length, vital)
-        if length.expected >= LARGE_BYTES and not reader.is_large:  # it ended before its first MiB
-            set_attributes(self.dump, {"vital": b"none"}, RESULT_SPACE)
         set_alarm(self.settings)
         failed = self._close()
         self.expected = length.expected
         incomplete = length.verdict(self.writer.size)
-        return failed or (incomplete and (self._failure or reader.reason or incomplete))
+        cut = failed or (incomplete and (self._failure or reader.reason or incomplete))
+        return cut or ("max_dump_bytes" if self.trimmed else "")
 
     def _copy(self, reader: Reader, watch: DiskWatch, length: LengthCheck, vital: VitalPart | None) -> None:
         """Copy what comes from the reader, until a failure."""
@@ -133,6 +147,8 @@ class CoreCopy:
             from core_dump_helper.backtrace import find_frames, read_core
 
             core = vital.origin if vital else read_core(bytes(small or b""))
+            if not core:
+                raise ValueError("its memory is not kept")
             set_attributes(self.dump, find_frames(self.crash, core, opened), FRAMES_SPACE)
         except (ImportError, ValueError) as error:
             log("%s: its frames are not known: %s" % (self.crash, error))
@@ -146,7 +162,9 @@ class CoreCopy:
             log("%s: its vital part does not come first: %s" % (self.crash, error))
             return None
         share = max(MIN_VITAL_BYTES, Memory(self.settings.CGROUP).available() // 4)
-        vital = prepare(head, read, self.crash, min(self.settings.VITAL_BYTES, share), share)
+        limit = min(self.settings.VITAL_BYTES, share) if self._may_read_memory else 0
+        self._keep.memory_bytes = share
+        vital = prepare(head, read, self.crash, limit, self._keep)
         if vital:
             self._open_files(vital.code_spans())
         return vital
@@ -167,12 +185,17 @@ class CoreCopy:
             set_attributes(self.dump, {"vital": b"partial"}, RESULT_SPACE)
             return
         attributes = {"vital": vital.state.encode()}
-        if is_member:
+        if vital.trimmed:
+            attributes["trimmed"] = vital.trimmed.encode()
+            attributes["dropped_bytes"] = b"%d" % vital.dropped_bytes
+        if is_member and vital.state != "none":
             attributes.update(self._describe_member())
         set_attributes(self.dump, attributes, RESULT_SPACE)
         if is_member:
             try:
-                self.writer = self._start_writer(self.writer.size)
+                self.writer = self._start_writer(
+                    self.writer.size, IN_PROCESS if vital.trimmed else COMPRESSORS
+                )
             except Refused as refused:
                 log("%s: its dump ends with the vital part: %s" % (self.crash, refused))
                 self._failure = "disk_full"

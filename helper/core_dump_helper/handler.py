@@ -7,6 +7,7 @@ import time
 
 from core_dump_helper.corecopy import CoreCopy, set_alarm
 from core_dump_helper.crash import read_metadata
+from core_dump_helper.disk import DiskWatch
 from core_dump_helper.dumpfile import (
     ATTRIBUTE_SPACE,
     IDENTITY_SPACE,
@@ -15,7 +16,8 @@ from core_dump_helper.dumpfile import (
     publish,
     set_attributes,
 )
-from core_dump_helper.limits import DiskWatch, Limits
+from core_dump_helper.keep import NOTHING, Keep
+from core_dump_helper.limits import Limits
 from core_dump_helper.settings import CONFIG, Settings
 from core_dump_helper.system import CHUNK, DIRECTORY, DISK_FULL, Refused, is_private, log
 
@@ -48,7 +50,8 @@ class Handler:
         try:
             self.prepare()
             directory = self.open_watch_directory()
-            limits = Limits(self.crash, self.metadata, directory, self.settings)
+            may_read = self.owns_proc() and self.settings.VITAL_BYTES > 0
+            limits = Limits(self.crash, self.metadata, directory, self.settings, may_read)
             limits.open()
             try:
                 self.dump(directory, limits)
@@ -110,12 +113,13 @@ class Handler:
         """Copy the core into the watch directory and publish it; raises Refused, OSError."""
         suffix = "" if self.settings.COMPRESSOR == "none" else ".gz"
         try:
-            limits.check(self.started + self.settings.DEADLINE_SECONDS)
+            action = self.choose()
+            limit = limits.check(self.started + self.settings.DEADLINE_SECONDS)
             self.open_modules(directory)
             self.read_runtime_file()
             dump, name = self.create(directory, suffix)
             watch = DiskWatch(dump, limits.disk)
-            copy = CoreCopy(self.crash, self.core, self.settings, dump)
+            copy = CoreCopy(self.crash, self.core, self.settings, dump, Keep(self.settings, action, limit))
             try:
                 truncated = copy.run(watch, self.owns_proc(), self.announce)
             except Refused:
@@ -138,8 +142,8 @@ class Handler:
             raise Refused("", "%s failed; %s.partial holds what it wrote" % (writer.name, name))
         self.announce_modules(name)
         name = publish(directory, dump, name, self.crash, suffix)
-        state = "truncated (%s)" % truncated if truncated else "complete"
-        result = (self.crash, name, state, writer.size, writer.name, took_ms)
+        limits.count_vital(is_trimmed=bool(copy.trimmed))
+        result = (self.crash, name, describe(copy.trimmed, truncated), writer.size, writer.name, took_ms)
         log("%s: %s is %s: %d bytes by %s in %d ms" % result, 6)
         watch.finish()
 
@@ -185,6 +189,17 @@ class Handler:
         except (OSError, TypeError, ValueError) as error:  # Python may not know its own path
             log("%s: its files are not copied: %s" % (self.crash, error))
 
+    def choose(self) -> str:
+        """Return what RULES choose for this crash, or an empty string; raises Refused if that is nothing."""
+        if not self.settings.RULES:
+            return ""
+        from core_dump_helper.rules import choose
+
+        action = choose(self.settings.RULES, self.metadata)
+        if action == NOTHING:
+            raise Refused("rule", "RULES keep nothing of it")
+        return action
+
     def create(self, directory: int, suffix: str) -> tuple[int, str]:
         """Return the dump's descriptor and its name; raises Refused if it cannot be created."""
         try:
@@ -227,6 +242,13 @@ class Handler:
         except Exception as error:  # noqa: BLE001 - it must not cost the dump
             log("%s: cannot use what its container runtime says: %s" % (self.crash, error))
             return {}
+
+
+def describe(trimmed: str, truncated: str) -> str:
+    """Return what the log says of a dump's state."""
+    if trimmed and truncated == "max_dump_bytes":
+        return "trimmed (%s)" % trimmed
+    return "truncated (%s)" % truncated if truncated else "complete"
 
 
 def is_full(descriptor: int) -> bool:

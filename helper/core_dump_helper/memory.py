@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import groupby
 
 from core_dump_format.vital import Pages
 from core_dump_helper.crash import is_identical
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 MAX_AUXV_BYTES = 4096
 ENTRY_BYTES = 8
 """Of one page in /proc/PID/pagemap."""
-PRESENT = 0x40
-"""The most significant byte of an entry is at least this if bit 63 or 62 is set."""
-OF_NO_FILE = bytes(flag for flag in range(256) if flag < PRESENT or not flag & 0x20)
-"""Such bytes of pages that are absent, or belong to no file: bit 61 is clear."""
+SURVEY_PAGES = 1 << 16
+"""Whose entries are read at once."""
+ABSENT, PRESENT, OF_FILE = range(3)
+KINDS = bytes(ABSENT if flag < 0x40 else OF_FILE if flag & 0x20 else PRESENT for flag in range(256))
+"""By the first byte of an entry: bit 63 or 62 is set for a page in memory or swap, bit 61 for one of a file."""
 
 
 class ProcessMemory(Pages):
@@ -62,7 +64,7 @@ class ProcessMemory(Pages):
             return b""
 
     def resident(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield the parts of a range whose pages are in memory or swapped out (proc_pid_pagemap(5), bits 63 and 62).
+        """Yield the parts of a range whose pages are in memory or swapped out.
 
         Other pages would be zeros, or would have to be fetched from a file. So would pages of a file (bit 61), if its
         file system withdraws them.
@@ -71,38 +73,43 @@ class ProcessMemory(Pages):
             start: address of the first page.
             end: end of the last page.
         """
-        page, first = self.page, None
-        flags = self._flags(start, end)
-        if flags.translate(None, OF_NO_FILE):
-            flags = self._refuse(start, flags)
-        for number, flag in enumerate(flags):
-            address = start + number * page
-            if flag >= PRESENT and first is None:
-                first = address
-            elif flag < PRESENT and first is not None:
-                self._known = first, address
-                yield first, address
-                first = None
-        if first is not None:
-            self._known = first, start + len(flags) * page
-            yield self._known
+        for first, last, is_present in self.survey(start, end):
+            if is_present:
+                self._known = first, last
+                yield first, last
 
-    def _refuse(self, start: int, flags: bytes) -> bytes:
-        """Return the flags of pages from an address on; none for pages whose file system may never answer."""
-        kept, until = bytearray(flags), start
-        for number, flag in enumerate(flags):
-            if flag in OF_NO_FILE:
-                continue
-            address = start + number * self.page
-            if address >= until:
-                until = self._mappings.trusted_until(address)
-            if address >= until:
-                kept[number] = 0
+    def survey(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """Yield the parts of a range, and whether their pages are in memory or swapped out, as far as that is known.
+
+        Pages of a file that may not be read are left out.
+        """
+        page = self.page
+        while start < end:
+            kinds = self._kinds(start, min(end, start + SURVEY_PAGES * page))
+            if not kinds:
+                return
+            for kind, count in _runs(kinds):
+                stop = start + count * page
+                if kind == OF_FILE:
+                    yield from self._trusted(start, stop)
+                else:
+                    yield start, stop, kind == PRESENT
+                start = stop
+
+    def _trusted(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """Yield the parts of a range whose file system will answer; count the pages of others."""
+        at = start
+        while at < end:
+            stop = min(end, self._mappings.trusted_until(at))
+            if stop > at:
+                yield at, stop, True
+            else:
                 self.refused += 1
-        return bytes(kept)
+                stop = at + self.page
+            at = stop
 
-    def _flags(self, start: int, end: int) -> bytes:
-        """Return the most significant byte of each page's entry."""
+    def _kinds(self, start: int, end: int) -> bytes:
+        """Return ABSENT, PRESENT or OF_FILE for each page (proc_pid_pagemap(5)), as far as the kernel tells."""
         pages = (end - start) // self.page
         try:
             entries = os.pread(self._pagemap, pages * ENTRY_BYTES, start // self.page * ENTRY_BYTES)
@@ -110,7 +117,16 @@ class ProcessMemory(Pages):
             return b""
         from sys import byteorder
 
-        return entries[ENTRY_BYTES - 1 if byteorder == "little" else 0 :: ENTRY_BYTES]
+        return entries[ENTRY_BYTES - 1 if byteorder == "little" else 0 :: ENTRY_BYTES].translate(KINDS)
+
+
+def _runs(kinds: bytes) -> Iterator[tuple[int, int]]:
+    """Yield kind and length of successive pages of the same kind."""
+    if kinds.count(kinds[:1]) == len(kinds):  # most of a large process
+        yield kinds[0], len(kinds)
+        return
+    for kind, same in groupby(kinds):
+        yield kind, sum(1 for _ in same)
 
 
 def open_memory(crash: Crash, auxv: bytes) -> ProcessMemory:

@@ -16,12 +16,13 @@ from core_dump_format.elf import build_id_of
 from core_dump_format.modules import Module, ModuleList, list_name, module_name, render_list
 from core_dump_helper.compress import IN_PROCESS, make_writer
 from core_dump_helper.core import Memory
-from core_dump_helper.limits import DiskLimits, Slots
+from core_dump_helper.disk import DiskLimits
 from core_dump_helper.mapped import HandOver, Judge, Mapped, Missing
 from core_dump_helper.modules import DIRECTORY_NAME
 from core_dump_helper.modulestate import Known, ModuleState, identity
 from core_dump_helper.records import Records, open_state
 from core_dump_helper.settings import Settings
+from core_dump_helper.slots import Slots
 from core_dump_helper.system import CHUNK, DIRECTORY, DISK_FULL, NEW_FILE, exists, log, write_all, write_file
 
 TYPE_CHECKING = False

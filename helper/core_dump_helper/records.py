@@ -20,7 +20,7 @@ MAX_EXE_BYTES = 1000
 SPARES = ("spare-0", "spare-1", "spare-2")
 RESERVED = (
     *("spare-3", "spare-4", "spare-5", "spare-6"),
-    *("spare-7", "spare-8", "spare-9", "spare-10"),
+    *("spare-7", "spare-8", "spare-9", "spare-10", "spare-11"),
 )
 """For new records of all origins when no other spare file is left: as many as there are reasons to refuse a dump."""
 LOCK_SECONDS = 2
@@ -37,7 +37,8 @@ class Record:
         self.workload["exe"] = self.workload["exe"] or metadata.get("thread", b"")
         self.origin = metadata.get("origin", b"")
         self.reason, self.seconds = reason, seconds
-        self.kept = self.suppressed = 0
+        self.kept = self.suppressed = self.vital = 0
+        """Dumps; `vital` of the suppressed ones kept their vital part."""
         self.first = self.last = 0
         """Unix seconds."""
 
@@ -62,17 +63,21 @@ class Record:
         """Return whether several origins are counted here."""
         return self.origin == b"*"
 
+    def is_repeated(self) -> bool:
+        """Return whether the last refusal is not the first one that kept nothing."""
+        return self.suppressed - self.vital > 1
+
     def load(self, text: bytes) -> None:
         """Read the counts from a record's file; raises ValueError for a number with too many digits."""
         pairs = {key: value for key, _, value in (line.partition(b"=") for line in text.split(b"\n"))}
-        numbers = [pairs.get(key, b"") for key in (b"kept", b"suppressed", b"first")]
+        numbers = [pairs.get(key, b"") for key in (b"kept", b"suppressed", b"vital", b"first")]
         counts = [int(number) if number.isdigit() else 0 for number in numbers]
-        self.kept, self.suppressed, self.first = counts
+        self.kept, self.suppressed, self.vital, self.first = counts
 
     def open_window(self, now: int) -> None:
         """Start a new window if the current one is over."""
         if not 0 <= now - self.first < self.seconds:
-            self.kept = self.suppressed = 0
+            self.kept = self.suppressed = self.vital = 0
             self.first = now
 
     def count(self, kept: bool, now: int) -> None:
@@ -83,8 +88,8 @@ class Record:
 
     def render(self) -> bytes:
         """Return the text of the record's file: `key=value` lines, values percent-encoded, and a line of spaces."""
-        numbers = {"kept": self.kept, "suppressed": self.suppressed, "first": self.first, "last": self.last,
-                   "seconds": self.seconds}  # fmt: skip
+        numbers = {"kept": self.kept, "suppressed": self.suppressed, "vital": self.vital, "first": self.first,
+                   "last": self.last, "seconds": self.seconds}  # fmt: skip
         fields = {**self.workload, "origin": self.origin, "reason": self.reason.encode()}
         fields["exe"] = fields["exe"][:MAX_EXE_BYTES]
         fields.update({key: b"%d" % value for key, value in numbers.items()})
@@ -115,8 +120,10 @@ class Records:
         finally:
             os.close(guard)
 
-    def update(self, record: Record, max_kept: int) -> bool:
+    def update(self, record: Record, max_kept: int, vital: int = 0) -> bool:
         """Count a dump; keep it if fewer than `max_kept` were kept in this window. Change `record` to what is stored.
+
+        Of one that is not kept whole, `vital` says whether its vital part is.
 
         Raises:
             OSError: the state cannot be read or written.
@@ -132,6 +139,7 @@ class Records:
             record.open_window(now)
             kept = record.kept < max_kept
             record.count(kept, now)
+            record.vital += 0 if kept else vital
             self._save(record)
             return kept
         finally:
@@ -139,12 +147,20 @@ class Records:
 
     def take_back(self, record: Record) -> None:
         """Uncount a kept dump that could not be taken, in its own window; raises OSError, ValueError."""
+        self._change(record, kept=-1)
+
+    def add_vital(self, record: Record, count: int) -> None:
+        """Note that the vital part of a refused dump is kept (1), or not after all (-1); raises OSError, ValueError."""
+        self._change(record, vital=count)
+
+    def _change(self, record: Record, kept: int = 0, vital: int = 0) -> None:
         first = record.first
         guard = self._lock()
         try:
             record.load(self._read(record.name()))
-            if record.kept and record.first == first:
-                record.kept -= 1
+            if record.first == first and record.kept + kept >= 0 and record.vital + vital >= 0:
+                record.kept += kept
+                record.vital += vital
                 self._save(record)
         finally:
             os.close(guard)

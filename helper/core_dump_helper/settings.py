@@ -21,6 +21,8 @@ BOUNDS = {
     "DEADLINE_SECONDS": (1, 86400),
     "MAX_CONCURRENT": (0, 256),
     "VITAL_BYTES": (0, 256 << 20),
+    "TRIM_BUDGET_BYTES": (0, 1 << 30),
+    "VITAL_KEEP_FREE_PERCENT": (0, 99),
 }
 
 
@@ -42,6 +44,7 @@ TEXTS: dict[str, tuple[Callable[[str], bool], str]] = {
     "MODULES": YES_OR_NO,
     "REASSERT": YES_OR_NO,
     "RATE_LIMIT": (is_rate, "dumps/seconds like 5/600, or 0"),
+    "VITAL_LIMIT": (is_rate, "dumps/seconds like 20/600, or 0"),
     "MAX_TOTAL_BYTES": (
         lambda text: text == HALF or (text != "" and are_numbers([text], 18)),
         "half (of the file system), or a whole number of bytes, or 0",
@@ -66,6 +69,11 @@ class Settings:
     MAX_CONCURRENT = 8
     BUFFER_BYTES = 1 << 30
     VITAL_BYTES = 32 << 20
+    VITAL_LIMIT = "20/600"
+    VITAL_KEEP_FREE_PERCENT = 5
+    TRIM_ABOVE_BYTES = 64 << 30
+    TRIM_BUDGET_BYTES = 64 << 20
+    RULES = ""
     MODULES = "yes"
     MODULE_MAX_BYTES = 512 << 20
     IGNORE_SIGNALS = ""
@@ -104,6 +112,11 @@ class Settings:
             raise ValueError("one of " + ", ".join(cls.defaults()))
         if isinstance(default, int):
             return cls._parse_number(key, text)
+        if key == "RULES":
+            from core_dump_helper.rules import parse_rules
+
+            parse_rules(text)
+            return text
         accepts, accepted = TEXTS.get(key, PATH)
         if text != default and not accepts(text):
             raise ValueError(accepted)

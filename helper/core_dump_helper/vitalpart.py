@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from core_dump_format.front import Front
+    from core_dump_format.nearby import Nearby
+    from core_dump_format.trim import Trimmed
     from core_dump_helper.crash import Crash
+    from core_dump_helper.keep import Keep, Trim
 
     Origin = tuple[Front, ProcessState, list[tuple[int, bytes]]]
 
@@ -41,17 +44,25 @@ FRONT_FACTOR = 6
 
 
 class VitalPart:
-    """The new front of a dump, and what of the kernel's stream follows it."""
+    """The new front of a dump, and what follows it: of the kernel's stream, or, if it is trimmed, of memory."""
 
-    def __init__(self, order: Reordered, pieces: list[memoryview], state: str, origin: Origin) -> None:
-        """Store what `prepare` found; `state` is `whole` or `partial`."""
+    def __init__(self, order: Reordered | Trimmed, pieces: list[memoryview], state: str) -> None:
+        """Store the layout, the front in chunks, and `whole`, `partial` or `none`."""
         self.length, self.end, self.state = order.length, order.vital_end, state
-        self.pieces, self.runs = pieces, order.runs()
-        self.origin = origin
+        self.pieces = pieces
+        self.runs: list[list[int]] = []
+        """[length, is kept] of successive ranges of the kernel's stream."""
+        self.trimmed, self.dropped_bytes = "", 0
+        """Why the dump is trimmed, and how much memory it lacks."""
+        self.rest: list[memoryview] = []
+        """What follows the front of a trimmed dump."""
+        self.origin: Origin | None = None
         """Front, state and memory of the process, from which its frames are computed."""
 
     def code_spans(self) -> list[tuple[int, int]]:
         """Return start and end of executable memory, first of that to which the newest frames point."""
+        if not self.origin:
+            return []
         front, state, memory = self.origin
         layout, step = front.layout, front.layout.words
         pointers = list(state.threads[0].registers) if state.threads else []
@@ -70,6 +81,7 @@ class VitalPart:
         """Cut the pieces to `limit` bytes in all; return how many bytes they are now."""
         if self.end > limit:
             self.state = "partial"
+            self.rest = []
         left = limit
         for number, piece in enumerate(self.pieces):
             self.pieces[number] = piece[:left]
@@ -78,36 +90,84 @@ class VitalPart:
 
 
 def prepare(
-    head: bytearray, read: Callable[[int], bool], crash: Crash, limit: int, share: int
+    head: bytearray, read: Callable[[int], bool], crash: Crash, limit: int, keep: Keep
 ) -> VitalPart | None:
-    """Return the front of the reordered dump, or None if its order cannot be changed.
+    """Return the front of the dump, or None if it has to be in the kernel's order.
 
     Args:
         head: the bytes read so far, from the first one on.
         read: appends up to so many bytes to `head`; returns False at the end of the core or a deadline.
         crash: the crash.
-        limit: bytes of memory that the vital part may hold.
-        share: bytes of memory that this process may use for headers and notes.
+        limit: bytes of memory that the vital part may hold; 0 means that the core must not be reordered.
+        keep: how much of the core is kept, and the memory that this process may use.
     """
     started = time.monotonic()
     try:
-        front = _read_front(head, read, max(CHUNK, min(MAX_FRONT_BYTES, share // FRONT_FACTOR)))
-        if front is None or not is_known(front):
+        front = _read_front(head, read, max(CHUNK, min(MAX_FRONT_BYTES, keep.memory_bytes // FRONT_FACTOR)))
+        if front is None:
             return None
-        process = ProcessState(front)
-        selection = _select(front, process, crash, limit)
-        pieces = list(selection.pieces)
-        if not pieces:
-            raise UnsupportedError("none of its memory could be read")
-        order = Reordered(front, pieces, selection.memory.page)
-        state = "whole" if selection.is_whole and len(pieces) == len(selection.pieces) else "partial"
-        vital = VitalPart(order, _chunks(order.head, pieces), state, (front, process, _keep(pieces)))
+        trim = keep.choose(front.length)
+        if trim and not trim.has_memory:
+            vital = _trim(front, trim, None)
+        elif limit and is_known(front):
+            vital = _prepare(front, crash, limit, trim)
+        else:
+            return None
         took_ms = (time.monotonic() - started) * 1000
-        log("%s: vital part of %d bytes, %s, prepared in %.1f ms" % (crash, vital.end, state, took_ms), 6)
+        log(
+            "%s: vital part of %d bytes, %s, prepared in %.1f ms" % (crash, vital.end, vital.state, took_ms),
+            6,
+        )
+        if trim:
+            dropped = (crash, trim.reason, vital.length, vital.dropped_bytes)
+            log("%s: trimmed (%s) to %d bytes; %d bytes of memory are dropped" % dropped, 6)
         return vital
     except Exception as error:  # noqa: BLE001 - hostile input must not cost the dump
         log("%s: its vital part does not come first: %s: %s" % (crash, type(error).__name__, error))
         return None
+
+
+def _prepare(front: Front, crash: Crash, limit: int, trim: Trim | None) -> VitalPart:
+    """Read the memory that comes first, or all that a trimmed dump holds.
+
+    Raises:
+        UnsupportedError: none of it could be read, or the core is not laid out as expected.
+    """
+    if trim and trim.limit_bytes:
+        limit = max(1, min(limit, trim.limit_bytes - front.data_offset))
+    process = ProcessState(front)
+    selected = _select(front, process, crash, limit, trim)
+    if not selected.pieces:
+        raise UnsupportedError("none of its memory could be read")
+    if trim:
+        vital = _trim(front, trim, selected)
+    else:
+        order = Reordered(front, selected.pieces, selected.page)
+        vital = VitalPart(order, _chunks(order.head, selected.pieces), "whole")
+        vital.runs = order.runs()
+    vital.origin = front, process, _keep(selected.pieces)
+    if not selected.is_whole:
+        vital.state = "partial"
+    return vital
+
+
+def _trim(front: Front, trim: Trim, selected: Selected | None) -> VitalPart:
+    """Return a trimmed dump of what was selected, as far as it fits; of headers and notes alone if nothing was."""
+    from core_dump_format.trim import Content
+    from core_dump_helper.trimming import fit
+
+    if not selected:
+        order, _ = fit(front, Content([], 0, []), os.sysconf("SC_PAGESIZE"), 0)
+        vital = VitalPart(order, _chunks(order.head, []), "none")
+    else:
+        content = Content(selected.pieces, selected.vital_pieces, selected.untouched)
+        order, kept = fit(front, content, selected.page, trim.limit_bytes)
+        fits = kept.pieces[: kept.vital_pieces] == content.pieces[: content.vital_pieces]
+        pieces = _chunks(order.head, kept.pieces[: kept.vital_pieces])
+        vital = VitalPart(order, pieces, "whole" if fits else "partial")
+        vital.rest = _chunks(b"", kept.pieces[kept.vital_pieces :])
+    vital.trimmed, vital.dropped_bytes = trim.reason, order.dropped_bytes
+    return vital
 
 
 def _read_front(head: bytearray, read: Callable[[int], bool], limit: int) -> Front | None:
@@ -126,26 +186,45 @@ def _read_front(head: bytearray, read: Callable[[int], bool], limit: int) -> Fro
     return read_front(head)
 
 
-def _select(front: Front, state: ProcessState, crash: Crash, limit: int) -> Selection:
-    """Copy the vital memory in a thread of its own; return what it has after PREPARE_SECONDS at the latest."""
+class Selected:
+    """A selection as it was when the time for it was over."""
+
+    def __init__(self, selection: Selection, nearby: Nearby | None) -> None:
+        """Copy what was selected until now; the thread that selects may still run."""
+        self.is_whole, ended = selection.is_whole, selection.vital_pieces
+        self.pieces, self.page = list(selection.pieces), selection.memory.page
+        self.vital_pieces = len(self.pieces) if ended is None else ended
+        self.untouched = list(nearby.untouched) if nearby else []
+
+
+def _select(front: Front, state: ProcessState, crash: Crash, limit: int, trim: Trim | None) -> Selected:
+    """Copy memory in a thread of its own; return what it has after PREPARE_SECONDS at the latest."""
     selection = Selection(front, open_memory(crash, state.raw_auxv), limit)
+    nearby = None
+    if trim:
+        from core_dump_format.nearby import Nearby
+
+        nearby = Nearby(selection, state, trim.budget_bytes)
     done: SimpleQueue[str] = SimpleQueue()
-    start_new_thread(_run, (selection, state, done))
+    start_new_thread(_run, (selection, state, nearby, done))
     try:
         failure = done.get(True, PREPARE_SECONDS)
     except Empty:
         failure = "reading its memory took longer than %d s" % PREPARE_SECONDS
     selection.is_abandoned = True
-    if not failure and selection.memory.refused:
+    selected = Selected(selection, nearby)
+    if not failure and not selected.is_whole and selection.memory.refused:
         failure = "%d pages belong to a file system that may never answer" % selection.memory.refused
     if failure:
-        log("%s: its vital part is not whole: %s" % (crash, failure))
-    return selection
+        log("%s: its %s is not whole: %s" % (crash, "dump" if selected.is_whole else "vital part", failure))
+    return selected
 
 
-def _run(selection: Selection, state: ProcessState, done: SimpleQueue[str]) -> None:
+def _run(selection: Selection, state: ProcessState, nearby: Nearby | None, done: SimpleQueue[str]) -> None:
     try:
         selection.run(state)
+        if nearby:
+            nearby.run()
         done.put("")
     except AbandonedError:
         pass

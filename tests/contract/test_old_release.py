@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tests.cli.conftest import Cli
 from tests.helper.conftest import Station
+from tests.helper.test_helper_vital import large  # noqa: F401  a fixture
 from tests.support import s3
 from tests.support.collector import IMPATIENT, running, wait_until
 from tests.support.cores import simple as elf
@@ -74,6 +75,11 @@ def metadata_of(objects):
     """Return every metadata object without the fields that differ with each upload."""
     parsed = {key: json.loads(body) for key, body in objects.items() if key.endswith(".json")}
     return {key: {k: v for k, v in fields.items() if k not in CHANGED} for key, fields in parsed.items()}
+
+
+@pytest.fixture
+def station(tmp_path, watch_dir):
+    return Station(tmp_path, watch_dir)
 
 
 @pytest.fixture(params=RELEASES, ids=lambda path: path.name)
@@ -211,8 +217,9 @@ def test_core_dumps_lists_explains_and_fetches_old_objects(old, seaweed, bucket,
     assert (tmp_path / "core").read_bytes() == gzip.decompress(objects[app["key"]])
 
 
-def test_the_old_collector_uploads_what_the_helper_writes_today(old, seaweed, bucket, watch_dir, tmp_path):
-    station = Station(tmp_path, watch_dir)
+def test_the_old_collector_uploads_what_the_helper_writes_today(
+    old, seaweed, bucket, station, watch_dir, tmp_path
+):
     core = elf(bytes(100_000))
     station.run(core)
     station.settings["RATE_LIMIT"] = "1/600"
@@ -224,10 +231,15 @@ def test_the_old_collector_uploads_what_the_helper_writes_today(old, seaweed, bu
     shown = [sys.executable, "-c", "import core_dump_collector; print(core_dump_collector.__file__)"]
     assert subprocess.check_output(shown, env=environ, text=True).startswith(str(wheel))
     with running(watch_dir, environ, tmp_path):
-        wait_until(lambda: len(s3.keys_in(bucket)) >= 5, 30, "two dumps and one suppressed record")
+        wait_until(lambda: len(s3.keys_in(bucket)) >= 7, 30, "three dumps and one suppressed record")
     metadata = [json.loads(s3.body_of(bucket, key)) for key in s3.keys_in(bucket) if key.endswith(".json")]
     assert {fields["collector_version"] for fields in metadata} == {old.path.name.removeprefix("release-")}
-    assert sorted(fields["state"] for fields in metadata) == ["complete", "complete", "suppressed"]
+    assert sorted(fields["state"] for fields in metadata) == [
+        "complete",
+        "complete",
+        "complete",
+        "suppressed",
+    ]
     whole = next(
         fields for fields in metadata if fields.get("timestamp") == 1700000000 and "-app-" in fields["key"]
     )
@@ -235,13 +247,43 @@ def test_the_old_collector_uploads_what_the_helper_writes_today(old, seaweed, bu
     assert gzip.decompress(s3.body_of(bucket, whole["key"])) == core
 
 
-def test_the_old_configuration_means_the_same_to_the_helper(old, tmp_path, watch_dir):
+def test_readers_of_the_old_release_call_a_trimmed_dump_truncated(
+    old,
+    seaweed,
+    bucket,
+    station,
+    watch_dir,
+    tmp_path,
+    large,  # noqa: F811
+):
+    large(RATE_LIMIT="1/600", VITAL_LIMIT="1/600")
+    large(RATE_LIMIT="1/600", VITAL_LIMIT="1/600")
+    (trimmed,) = [name for name in station.names() if "trimmed" in station.attributes(watch_dir / name)]
+    content = (watch_dir / trimmed).read_bytes()
+    (wheel,) = old.path.glob("*.whl")
+    environ = seaweed.environ() | {"PYTHONPATH": str(wheel)}
+    with running(watch_dir, environ, tmp_path):
+        wait_until(lambda: len(s3.keys_in(bucket)) >= 4, 30, "two dumps")
+    (key,) = [key for key in s3.keys_in(bucket) if key.endswith(trimmed)]
+    assert s3.body_of(bucket, key) == content
+    fields = json.loads(s3.body_of(bucket, key + ".json"))
+    assert (fields["state"], fields["truncated"]) == ("truncated", "max_dump_bytes")
+    script = (
+        "import sys; from core_dumps.dump import Dump\n"
+        "dump = Dump('k', 1, 1, True, {}).with_sidecar(sys.stdin.buffer.read())\n"
+        "print(dump.states)"
+    )
+    given = json.dumps({"state": "trimmed", "trimmed": "rate_limit", "truncated": "max_dump_bytes"}).encode()
+    told = subprocess.check_output([sys.executable, "-c", script], input=given, env=environ)
+    assert told == b"['truncated']\n"
+
+
+def test_the_old_configuration_means_the_same_to_the_helper(old, station, tmp_path, watch_dir):
     config = tmp_path / "old.conf"
     config.write_text(
         (old.path / "helper.conf").read_text().replace("WATCH_DIR=/core_dumps", f"WATCH_DIR={watch_dir}")
     )
     config.chmod(0o644)
-    station = Station(tmp_path, watch_dir)
     values = {"%P": os.getpid(), "%p": 7, "%i": os.getpid(), "%u": os.getuid(), "%g": os.getgid(), "%s": 11}
     values |= {"%t": 1700000000, "%c": 0, "%d": 1, "%F": "", "%h": "node", "%e": "app"}
     given = (old.path / "arguments").read_text().removesuffix(" -- %e\n")

@@ -102,7 +102,7 @@ def test_reasons_for_refusal_are_all_those_of_the_code():
 
 
 def test_key_of_a_record_is_the_one_that_the_collector_writes():
-    record = suppressed.Record("ab" * 12, "rate_limit", 1, 2, 1700000000, 1700000001, 600, ())
+    record = suppressed.Record("ab" * 12, "rate_limit", 1, 2, 0, 1700000000, 1700000001, 600, ())
     name = record.as_document().name.rpartition("/")[2]
     (pattern,) = [code for code in codes(RECORDS) if "storm-" in code]
     shape = (

@@ -15,7 +15,7 @@ from core_dump_collector.node.dumpfile import DumpFile
 
 
 def test_waiting_for_a_slot_takes_nothing_from_the_time_that_a_dump_has(station):
-    station.settings = {"MAX_CONCURRENT": 1, "DEADLINE_SECONDS": 3}
+    station.settings = {"MAX_CONCURRENT": 1, "DEADLINE_SECONDS": 3, "VITAL_LIMIT": 0}
     station.run(elf(b"first"))
     first, core = set(station.names()), elf(b"second" * 1000)
     with (station.watch_dir / ".helper/slot-0").open() as slot:

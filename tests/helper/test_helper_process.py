@@ -298,7 +298,7 @@ def test_dump_that_makes_too_much_wait_is_cut_while_it_is_written(station):
 
 
 def test_first_dumps_of_a_crash_loop_are_kept_and_the_rest_counted(station):
-    station.settings = {"RATE_LIMIT": "2/600"}
+    station.settings = {"RATE_LIMIT": "2/600", "VITAL_LIMIT": 0}
     for _ in range(5):
         station.run(elf(b"core"), name="looping;\nx=1")
     assert len(station.names()) == 2
@@ -310,7 +310,7 @@ def test_first_dumps_of_a_crash_loop_are_kept_and_the_rest_counted(station):
 
 
 def test_rate_limit_counts_signals_apart_and_ends_with_its_window(station):
-    station.settings = {"RATE_LIMIT": "1/600"}
+    station.settings = {"RATE_LIMIT": "1/600", "VITAL_LIMIT": 0}
     me = f"-P{os.getpid()}"
     for number in (6, 11, 6):
         station.run(elf(b"core"), me, "-p1", "-t17", "-d1", f"-s{number}")
@@ -337,7 +337,7 @@ def test_records_are_bounded(station):
 
 
 def test_dump_waits_for_a_slot_and_is_refused_only_at_the_deadline(station):
-    station.settings = {"MAX_CONCURRENT": 1, "DEADLINE_SECONDS": 1}
+    station.settings = {"MAX_CONCURRENT": 1, "DEADLINE_SECONDS": 1, "VITAL_LIMIT": 0}
     station.run(elf(b"first"))
     with (station.watch_dir / ".helper/slot-0").open() as slot:
         fcntl.flock(slot, fcntl.LOCK_EX)
@@ -359,7 +359,7 @@ def test_dump_waits_for_a_slot_and_is_refused_only_at_the_deadline(station):
 
 
 def test_dump_that_got_no_slot_uses_up_no_rate_limit(station):
-    station.settings = {"MAX_CONCURRENT": 1, "DEADLINE_SECONDS": 1, "RATE_LIMIT": "1/600"}
+    station.settings = {"MAX_CONCURRENT": 1, "DEADLINE_SECONDS": 1, "RATE_LIMIT": "1/600", "VITAL_LIMIT": 0}
     (station.watch_dir / ".helper").mkdir(0o700)
     with (station.watch_dir / ".helper/slot-0").open("w") as slot:
         fcntl.flock(slot, fcntl.LOCK_EX)

@@ -13,8 +13,8 @@ from core_dump_collector.losses.messages import REFUSALS
 from core_dump_collector.node import suppressed
 from core_dump_helper.core import Memory
 from core_dump_helper.crash import read_files
-from core_dump_helper.limits import Slots
 from core_dump_helper.records import MAX_FILES, MAX_RECORDS, Record, Records, open_state
+from core_dump_helper.slots import Slots
 
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0, reason="mounts or changes owners, needs root: sudo make test"
@@ -55,7 +55,7 @@ def test_origin_may_hold_as_many_slots_as_it_leaves_free(records, count, shares)
 
 @needs_root
 def test_quiet_service_gets_a_slot_while_one_user_has_more_crashes_than_slots(station):
-    station.settings = {"MAX_CONCURRENT": 4, "DEADLINE_SECONDS": 20}
+    station.settings = {"MAX_CONCURRENT": 4, "DEADLINE_SECONDS": 20, "VITAL_LIMIT": 0}
     hog = station.command("-u65534", "-s11", "-t17", "-d1", name="hog")
     quiet = [{"-u65534": f"-P{os.getpid()}", "hog": "quiet"}.get(word, word) for word in hog]
     with contextlib.ExitStack() as stack:
@@ -136,7 +136,7 @@ def test_origins_beyond_all_records_are_kept_and_their_losses_counted_together(r
 
 
 def test_refusals_of_one_window_are_logged_once(station):
-    station.settings = {"RATE_LIMIT": "1/600", "NO_SUCH_KEY": "1"}
+    station.settings = {"RATE_LIMIT": "1/600", "NO_SUCH_KEY": "1", "VITAL_LIMIT": 0}
     station.watch_dir.chmod(0o755 | 0o22)
     logs = [station.run(CORE).splitlines() for _ in range(4)]
     assert [len(log) for log in logs] == [4, 3, 0, 0], logs

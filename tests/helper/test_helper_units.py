@@ -12,9 +12,10 @@ from tests.support import cores
 from tests.support.cores import Shape
 from tests.support.cores import simple as elf
 
-from core_dump_helper.core import HEADER_LIMIT, Memory, Reader, elf_length
+from core_dump_helper.core import Memory, Reader
 from core_dump_helper.crash import parse_arguments
 from core_dump_helper.dumpfile import create_partial, file_name, publish
+from core_dump_helper.length import HEADER_LIMIT, elf_length
 from core_dump_helper.records import percent
 from core_dump_helper.settings import Settings
 

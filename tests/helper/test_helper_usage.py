@@ -7,7 +7,7 @@ import pytest
 from tests.support.collector import wait_until
 from tests.support.cores import simple as elf
 
-from core_dump_helper.limits import CHECK_BYTES, DiskLimits, DiskWatch
+from core_dump_helper.disk import CHECK_BYTES, DiskLimits, DiskWatch
 from core_dump_helper.records import Records, open_state
 from core_dump_helper.settings import Settings
 from core_dump_helper.usage import Usage
@@ -139,7 +139,7 @@ def test_dumps_of_one_user_leave_room_on_the_disk_for_others(station, limit):
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "none", station.watch_dir], check=True)
     try:
         station.watch_dir.chmod(0o700)
-        station.settings = {"COMPRESSOR": "none", "MAX_CONCURRENT": 0, "MAX_TOTAL_BYTES": 0}
+        station.settings = {"COMPRESSOR": "none", "MAX_CONCURRENT": 0, "MAX_TOTAL_BYTES": 0, "VITAL_LIMIT": 0}
         values = {"KEEP_FREE_PERCENT": 33, "MAX_TOTAL_BYTES": 16 * MIB, "half": "half"}
         limit, value = limit.replace("half", "MAX_TOTAL_BYTES"), values[limit]
         station.settings[limit] = value

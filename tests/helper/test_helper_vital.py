@@ -20,6 +20,7 @@ from core_dump_format.vital import Pages
 from core_dump_helper import vitalpart
 from core_dump_helper.core import LARGE_BYTES, Memory, Reader, Source
 from core_dump_helper.crash import parse_arguments
+from core_dump_helper.keep import Keep
 from core_dump_helper.memory import open_memory
 from core_dump_helper.settings import Settings
 
@@ -34,7 +35,16 @@ def spans_of(size):
 def prepared(core, pages, monkeypatch, limit=32 << 20):
     """Prepare the vital part of a core whose process has these pages."""
     monkeypatch.setattr(vitalpart, "open_memory", lambda crash, vector: pages)
-    return vitalpart.prepare(bytearray(core), lambda count: False, CRASH, limit, 1 << 30)
+    return vitalpart.prepare(bytearray(core), lambda count: False, CRASH, limit, keep(1 << 30))
+
+
+def keep(memory, **given):
+    """Return what decides how much is kept, with so much memory to use."""
+    settings = Settings()
+    vars(settings).update(given)
+    decides = Keep(settings)
+    decides.memory_bytes = memory
+    return decides
 
 
 class Blocking(Held):
@@ -258,9 +268,13 @@ def test_full_disk_within_the_vital_part_keeps_the_newest_frames(tiny_disk, larg
     assert "vital_crc32" not in found
 
 
-def test_large_core_that_ends_before_its_first_mebibyte_says_that_it_has_no_vital_part(station, large):
-    large(MAX_DUMP_BYTES=600_000)
-    assert station.attributes()["vital"] == "none"
+def test_dump_limited_to_less_than_a_mebibyte_is_trimmed_to_the_newest_frames(station, large):
+    _, stack = large(MAX_DUMP_BYTES=600_000)
+    found, core = station.attributes(), station.core()
+    assert 550_000 < len(core) <= 600_000
+    assert stack[: 100 << 10] in core
+    assert found["truncated"] == found["trimmed"] == "max_dump_bytes"
+    assert found["bytes"] == found["expected_bytes"] == str(len(core))
 
 
 @pytest.mark.parametrize(
@@ -325,7 +339,7 @@ def test_headers_and_notes_take_no_more_memory_than_is_available(monkeypatch, sh
         head.extend(core[len(head) : len(head) + count])
         return True
 
-    assert bool(vitalpart.prepare(head, read, CRASH, 4 << 20, share)) == allowed
+    assert bool(vitalpart.prepare(head, read, CRASH, 4 << 20, keep(share))) == allowed
 
 
 @settings(max_examples=100, deadline=None)

@@ -44,7 +44,8 @@ class Node:
     @contextlib.contextmanager
     def installed(self, python=sys.executable, *, pipe_limit=None, **settings):
         """Let the kernel start the helper with these settings."""
-        given = {"WATCH_DIR": self.watch_dir, "RATE_LIMIT": 0, "KEEP_FREE_PERCENT": 1} | settings
+        given = {"WATCH_DIR": self.watch_dir, "RATE_LIMIT": 0, "KEEP_FREE_PERCENT": 1, "VITAL_LIMIT": 0}
+        given |= settings
         with kernel.core_pattern(kernel.install_helper(self.directory, given, python), pipe_limit):
             yield self
 
@@ -55,15 +56,17 @@ class Node:
         tee.write_text(
             textwrap.dedent(f"""\
             #!{sys.executable} -IS
-            import os, subprocess, sys
+            import contextlib, os, subprocess, sys
             null = os.open("/dev/null", os.O_RDWR)
             os.dup2(null, 1), os.dup2(null, 2)
             helper = subprocess.Popen([{installed!r}, *sys.argv[1:]], stdin=subprocess.PIPE, pass_fds=[3])
             with open({str(self.directory / "copy")!r}, "wb") as copy:
                 while data := os.read(0, 1 << 16):
                     copy.write(data)
-                    helper.stdin.write(data)
-            helper.stdin.close()
+                    with contextlib.suppress(BrokenPipeError):  # it trims the dump
+                        helper.stdin.write(data)
+            with contextlib.suppress(BrokenPipeError):
+                helper.stdin.close()
             helper.wait()
             """)
         )

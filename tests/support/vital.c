@@ -3,7 +3,8 @@
  *   leader     the main thread has ended before
  *   pages      memory that cannot be read, or that the process does not want to be dumped
  *   nowhere    the stack pointer of the thread that dies points to no memory
- *   libraries  the loader's list of libraries points to itself */
+ *   libraries  the loader's list of libraries points to itself
+ *   zeros      memory of which only the first page was touched; shared memory that only a child has touched */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <link.h>
@@ -12,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #pragma weak _r_debug /* a static program has none */
@@ -19,6 +21,8 @@
 static const char *hostile = "";
 static pthread_barrier_t all_there;
 static char *unwanted, *forbidden, *cut;
+char *zeros, *shared; /* not static: debuggers ask for them */
+uint64_t *heap;
 
 static void *map(int flags, int file)
 {
@@ -38,6 +42,19 @@ static void make_pages(void)
     cut = map(MAP_PRIVATE, file);
     memset(cut, 'c', SIZE / 2);
     ftruncate(file, 4096);
+}
+
+static void make_zeros(void)
+{
+    zeros = mmap(NULL, 64 * SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    memset(zeros, 'z', 4096);
+    shared = map(MAP_SHARED | MAP_ANONYMOUS, -1);
+    pid_t child = fork();
+    if (!child) {
+        memset(shared, 's', SIZE);
+        _exit(0);
+    }
+    waitpid(child, NULL, 0);
 }
 
 static void loop_libraries(void)
@@ -79,7 +96,7 @@ int main(int argc, char **argv)
 {
     size_t size = strtoul(argv[1], NULL, 10) << 20;
     int threads = atoi(argv[2]);
-    uint64_t *memory = malloc(size), state = 88172645463325252ULL;
+    uint64_t *memory = heap = malloc(size), state = 88172645463325252ULL;
     for (size_t i = 0; i < size / 8; i++) {
         state ^= state << 13, state ^= state >> 7, state ^= state << 17;
         memory[i] = i / 512 % 2 ? state : i;
@@ -87,6 +104,8 @@ int main(int argc, char **argv)
     hostile = argc > 3 ? argv[3] : "";
     if (!strcmp(hostile, "pages"))
         make_pages();
+    if (!strcmp(hostile, "zeros"))
+        make_zeros();
     if (!strcmp(hostile, "libraries"))
         loop_libraries();
     pthread_barrier_init(&all_there, NULL, threads + 1);

@@ -207,7 +207,7 @@ def torture(rounds: int, seed: int, scratch: Path, *, hostile: bool = False) -> 
     watch_dir.chmod(0o777 if hostile else 0o700)
     program = compile_crasher(scratch)
     run = Torture(random.Random(seed), watch_dir, program, rounds, hostile=hostile)
-    config = {"WATCH_DIR": str(watch_dir), "RATE_LIMIT": "0", "KEEP_FREE_PERCENT": "1"}
+    config = {"WATCH_DIR": str(watch_dir), "RATE_LIMIT": "0", "KEEP_FREE_PERCENT": "1", "VITAL_LIMIT": "0"}
     (scratch / "weed").mkdir()
     if hostile:
         make_outside(scratch)

@@ -52,7 +52,7 @@ class Drop(StrEnum):
 
 REFUSALS = (
     *("rate_limit", "keep_free", "max_total_bytes", "inodes", "disk_full", "no_slot"),
-    *("directory", "rlimit", "ignored_signal"),
+    *("directory", "rlimit", "ignored_signal", "rule"),
 )
 """Why the helper refuses a dump, and records that (docs/contracts.md)."""
 HELPER_FAILURES = (*REFUSALS, "nothing_read", "killed", "not_started", "memory", "error")

@@ -43,6 +43,8 @@ class Record:
     reason: str
     kept: int
     suppressed: int
+    vital: int
+    """How many of the suppressed ones kept their vital part."""
     first: int
     """Unix seconds, as `last`."""
     last: int
@@ -51,12 +53,18 @@ class Record:
     workload: tuple[tuple[str, str | int], ...]
     """Executable, container, pod and signal, as far as known."""
 
+    @property
+    def lost(self) -> int:
+        """Return how many crashes left no dump: a vital part is a dump, and counts as one."""
+        return self.suppressed - self.vital
+
     def as_document(self) -> Document:
         """Return the document that is stored. A slash in its name keeps it apart from every file's."""
         facts: dict[str, str | int] = {
             "reason": self.reason,
             "kept": self.kept,
             "suppressed": self.suppressed,
+            "vital": self.vital,
         }
         facts |= {"first": self.first, "last": self.last, "timestamp": self.first}
         return Document(f"{STATE}/storm-{self.name}-{self.first}.json", (*self.workload, *facts.items()))
@@ -90,7 +98,7 @@ class SuppressedCrashes:
 
     def known(self) -> list[Refusal]:
         """Return what was refused before this daemon started, as far as records tell."""
-        return [_refusal(record, record.suppressed, record.first) for record in self._seen.values()]
+        return [_refusal(record, record.lost, record.first) for record in self._seen.values()]
 
     def take_new(self) -> list[Refusal]:
         """Return what was refused since the last call."""
@@ -101,7 +109,7 @@ class SuppressedCrashes:
             if before is not None and before.first != record.first:
                 self._add(before)
                 before = None
-            more = record.suppressed - (before.suppressed if before is not None else 0)
+            more = record.lost - (before.lost if before is not None else 0)
             if more > 0:
                 new.append(_refusal(record, more, before.last if before is not None else record.first))
         self._seen = records
@@ -200,4 +208,6 @@ def _parse(name: str, text: bytes) -> Record | None:
     }
     workload = read_attributes({ATTRIBUTE_PREFIX + key: value for key, value in told.items() if value})
     kept, suppressed, first, last, seconds = map(int, counts)
-    return Record(name, reason, kept, suppressed, first, last, seconds, tuple(workload.items()))
+    vital = pairs.get(b"vital", b"0")  # helpers of release 0.1.0 kept none
+    kept_vital = min(suppressed, int(vital)) if re.fullmatch(rb"[0-9]{1,15}", vital) else 0
+    return Record(name, reason, kept, suppressed, kept_vital, first, last, seconds, tuple(workload.items()))

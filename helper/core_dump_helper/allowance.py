@@ -1,0 +1,80 @@
+"""Owns how many refused dumps of each origin keep their vital part; imported only when a dump is refused.
+
+The counts are in `.helper/vital-kept`: a line for each origin with a window that is not over.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from core_dump_helper.system import lock, read_file, write_all
+
+TYPE_CHECKING = False  # `typing` costs 3 ms
+if TYPE_CHECKING:
+    from core_dump_helper.records import Records
+
+NAME = "vital-kept"
+LOCK_SECONDS = 2
+MAX_ORIGINS = 500
+"""Further origins share one count."""
+MAX_BYTES = 1 << 16
+ORIGIN_BYTES = 10
+
+
+class Allowance:
+    """The counts of all origins."""
+
+    def __init__(self, records: Records, rate: str) -> None:
+        """Store the state and `rate`, the setting VITAL_LIMIT: dumps/seconds, or 0."""
+        self._records = records
+        dumps, _, seconds = rate.partition("/")
+        self._dumps, self._seconds = int(dumps), int(seconds or "0")
+
+    def take(self, origin: bytes) -> bool:
+        """Count one for an origin; return False if its window has had all, or nothing can be counted."""
+        if not self._seconds or not self._dumps:
+            return False
+        try:
+            guard = self._records.open_file(NAME + ".lock")
+            try:
+                return lock(guard, LOCK_SECONDS) and self._count(origin)
+            finally:
+                os.close(guard)
+        except (OSError, ValueError):
+            return False
+
+    def _count(self, origin: bytes) -> bool:
+        from _blake2 import blake2b
+
+        now = int(time.time())
+        counts = self._load(now)
+        name = blake2b(origin, digest_size=ORIGIN_BYTES).hexdigest().encode()
+        if name not in counts and len(counts) >= MAX_ORIGINS:
+            name = b"*"
+        first, taken = counts.get(name, (now, 0))
+        if taken >= self._dumps:
+            return False
+        counts[name] = first, taken + 1
+        self._save(counts)
+        return True
+
+    def _load(self, now: int) -> dict[bytes, tuple[int, int]]:
+        """Return first second and count of each window that is not over."""
+        try:
+            lines = read_file(NAME, MAX_BYTES, self._records.directory).splitlines()
+        except FileNotFoundError:
+            return {}
+        rows = [line.split() for line in lines]
+        counts = {name: (int(first), int(taken)) for name, first, taken in rows}
+        return {name: count for name, count in counts.items() if 0 <= now - count[0] < self._seconds}
+
+    def _save(self, counts: dict[bytes, tuple[int, int]]) -> None:
+        text = b"".join(b"%s %d %d\n" % (name, *count) for name, count in counts.items())
+        draft = self._records.open_file(NAME + ".new", os.O_TRUNC)
+        try:
+            write_all(draft, text)
+        finally:
+            os.close(draft)
+        state = self._records.directory
+        os.rename(NAME + ".new", NAME, src_dir_fd=state, dst_dir_fd=state)
