@@ -44,18 +44,18 @@ def test_dump_its_list_and_its_modules_reach_the_bucket(seaweed, bucket, watch_d
     rows = [modules.module(PROGRAM), modules.module(LIBRARY, b"/lib/x.so", 0x7F0000000000, "ab" * 20)]
     with running(watch_dir, seaweed.environ(keys) | MODULES, tmp_path, program=IMPATIENT) as collector:
         mark = watch_dir / contract.DIRECTORY / contract.COLLECTOR_MARK
-        wait_until(mark.exists, 20, "the mark, without which no helper copies modules")
+        wait_until(mark.exists, 60, "the mark, without which no helper copies modules")
         put_module(watch_dir, PROGRAM)
         put_module(watch_dir, LIBRARY)
         written = put_list(watch_dir, NAME, *rows).read_bytes()
         (watch_dir / NAME).write_bytes(gzip.compress(b"core"))
         wanted = {KEY, f"{KEY}.json", f"{KEY}.modules.json", *KEYS}
         wait_until(lambda: set(s3.keys_in(bucket)) == wanted, 60, "all of them")
-        wait_until(lambda: os.listdir(mark.parent) == [mark.name], 20, "an empty directory")
-        wait_until(lambda: collector.metric('core_dump_module_lists_total{result="published"}') == 1, 20)
-        wait_until(lambda: collector.metric('core_dump_modules_total{result="uploaded"}') == 2, 20)
+        wait_until(lambda: os.listdir(mark.parent) == [mark.name], 60, "an empty directory")
+        wait_until(lambda: collector.metric('core_dump_module_lists_total{result="published"}') == 1, 60)
+        wait_until(lambda: collector.metric('core_dump_modules_total{result="uploaded"}') == 2, 60)
         assert collector.metric("core_dump_module_upload_bytes_total") > 0
-        wait_until(lambda: collector.metric("core_dump_modules_waiting_files") == 0, 20)
+        wait_until(lambda: collector.metric("core_dump_modules_waiting_files") == 0, 60)
         assert collector.metric('core_dump_uploads_total{result="uploaded"}') == 1, "modules are no dumps"
     assert s3.body_of(bucket, f"{KEY}.modules.json") == written
     stored = bucket.get_object(Bucket=s3.BUCKET, Key=f"_modules/sha256/{modules.digest(LIBRARY)}")
@@ -311,12 +311,13 @@ def test_pass_that_was_killed_is_made_again(watch_dir, tmp_path):
 
         store.mangle = hold
         with running(watch_dir, store.environ() | MODULES, tmp_path, program=IMPATIENT) as collector:
-            wait_until(lambda: store.asked("PUT", "_modules/"), 30, "the module")
+            stored = f"_modules/sha256/{modules.digest(LIBRARY)}"
+            wait_until(lambda: stored in store.objects, 60, "the module, whose response is held")
             for pid in collector.workers():
                 os.kill(pid, signal.SIGKILL)
             released.set()
             present = 'core_dump_modules_total{result="present"}'
-            wait_until(lambda: collector.metric(present) == 1, 30, "another pass, which finds the module")
+            wait_until(lambda: collector.metric(present) == 1, 60, "another pass, which finds the module")
     assert store.asked("PUT", "_modules/") == 1
 
 

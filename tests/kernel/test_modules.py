@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import shutil
 import subprocess
+import time
 import uuid
 
 import pytest
 from tests.cli.conftest import Cli
 from tests.integration.test_modules import IMPATIENT, MODULES
+from tests.kernel.test_vital_programs import (
+    GUESSED,
+    binary_of_32_bits,
+    eight_threads,
+    java,
+    node_js,
+    python,
+    redis,
+    static_binary,
+)
 from tests.support import s3
 from tests.support.collector import running, wait_until
 
@@ -82,15 +94,15 @@ def test_backtrace_of_a_container_that_is_gone_needs_nothing_but_the_bucket(
 
     with running(node.watch_dir, environ, tmp_path, program=IMPATIENT) as collector:
         mark = node.watch_dir / ".modules" / "collector"
-        wait_until(mark.exists, 20, "the collector's mark")
+        wait_until(mark.exists, 60, "the collector's mark")
         with node.installed():
             pids = [crash_in_container(node, *image) for _ in range(2)]
-        wait_until(lambda: len(keys(".gz.modules.json")) == 2, 60, "both lists")
-        wait_until(lambda: not list(mark.parent.glob("module-*")), 60, "the modules")
+        wait_until(lambda: len(keys(".gz.modules.json")) == 2, 200, "both lists")
+        wait_until(lambda: not list(mark.parent.glob("module-*")), 200, "the modules")
         uploaded = len(keys("")) - 2 * 3
         assert uploaded >= 4, "the program, its library, libc, the loader"
         metric = 'core_dump_modules_total{result="uploaded"}'
-        wait_until(lambda: collector.metric(metric) == uploaded, 20, "each once")
+        wait_until(lambda: collector.metric(metric) == uploaded, 60, "each once")
     (key,) = [key for key in keys(".gz") if f"-{pids[1]}-" in key]
     expected = gdb_on_the_original_files(node, *image, key, bucket)
     assert any("die (at=0x0)" in line and "lib.c:1" in line for line in expected)
@@ -102,3 +114,49 @@ def test_backtrace_of_a_container_that_is_gone_needs_nothing_but_the_bucket(
     assert "missing" not in done.stderr
     listed = cli.run("modules", str(pids[1])).stdout
     assert len(re.findall(r"^stored ", listed, re.MULTILINE)) == uploaded
+
+
+@pytest.mark.skipif("PROGRAMS" not in os.environ, reason="installs programs: make test-programs")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "crash", [eight_threads, static_binary, binary_of_32_bits, python, node_js, java, redis]
+)
+def test_backtrace_of_a_program_needs_nothing_but_the_bucket(
+    node, seaweed, bucket, tmp_path, monkeypatch, crash
+):
+    prefix = f"program-{uuid.uuid4().hex[:8]}"
+    environ = seaweed.environ(s3.WRITER) | MODULES | {"BUCKET_NAME": f"s3://{s3.BUCKET}/{prefix}"}
+
+    def keys(end):
+        return [key for key in s3.keys_in(bucket, prefix=f"{prefix}/") if key.endswith(end)]
+
+    with running(node.watch_dir, environ, tmp_path, program=IMPATIENT) as collector:
+        wait_until((node.watch_dir / ".modules" / "collector").exists, 60, "the collector's mark")
+        with node.installed():
+            program = crash(node)
+        wait_until(lambda: keys(".gz.modules.json"), 200, "the list")
+        wait_until(lambda: not list((node.watch_dir / ".modules").glob("module-*")), 200, "the modules")
+        wait_until(lambda: collector.metric("core_dump_modules_waiting_files") == 0, 60)
+        stored_bytes = collector.metric("core_dump_module_upload_bytes_total")
+    (key,) = keys(".gz")
+    core = node.directory / "core"
+    core.write_bytes(gzip.decompress(s3.body_of(bucket, key)))
+    command = ["gdb", "-nx", "-q", "-batch", "-ex", "thread apply all -ascending bt 256", program, core]
+    done = subprocess.run(command, capture_output=True, check=True)
+    expected = frames(done.stdout.decode("utf-8", "backslashreplace"))
+    # a machine that has none of the files
+    monkeypatch.setattr(buildid.Search, "find", lambda _, module: module)
+    cli = Cli(seaweed, prefix, tmp_path)
+    began = time.monotonic()
+    done = cli.run("bt")
+    seconds = time.monotonic() - began
+    print(f"{crash.__name__}: {stored_bytes / 1e6:.1f} MB of modules, bt in {seconds:.1f} s")  # noqa: T201  figures
+    found = frames(done.stdout)
+    assert [comparable(line, crash) for line in found] == [comparable(line, crash) for line in expected]
+    assert len(found) > 3
+
+
+def comparable(line, crash):
+    """Return a frame without what gdb guesses of generated code, and without the place of its library."""
+    line = re.sub(r" from /.*/", " from ", line)
+    return re.sub(r"\(.*\)", "()", line) if crash in GUESSED else line
