@@ -61,7 +61,7 @@ test-programs: $(READY) packages ## crash programs of many languages, and Redis;
 
 test-fingerprints: $(READY) packages ## crash over 40 bugs in several languages and compare fingerprints; minutes; installs them
 	@sh tests/support/packages.sh programs
-	FINGERPRINTS=1 $(BIN)/python -m pytest -p no:randomly tests/kernel/test_fingerprints.py $(PYTEST_FLAGS)
+	FINGERPRINTS=1 $(BIN)/python -m pytest -n 0 -s tests/kernel/test_fingerprints.py $(PYTEST_FLAGS)
 
 test-large: $(READY) packages ## LARGE_GIB=10: dumps of that size; minutes, and twice the disk
 	LARGE_GIB=$(LARGE_GIB) $(BIN)/python -m pytest --timeout 1800 tests/integration/test_large_dumps.py $(PYTEST_FLAGS)

@@ -19,6 +19,7 @@ from core_dump_format.machine import MACHINES
 from core_dump_format.objectfile import ObjectFile
 from core_dump_format.state import AT_ENTRY, MACHINE_NAMES, ProcessState
 from core_dump_format.walk import Mapping, Process
+from core_dump_helper.mounts import LOCAL
 from core_dump_helper.system import log
 
 TYPE_CHECKING = False  # `typing` costs 7 ms
@@ -26,18 +27,14 @@ if TYPE_CHECKING:
     from core_dump_format.front import Front
     from core_dump_helper.crash import Crash, OpenedFiles
 
+    Origin = tuple[Front, ProcessState, list[tuple[int, bytes]]]
+
 SECONDS = 5
 MAX_MOUNTINFO_BYTES = 8 << 20
 DELETED = b" (deleted)"
 IDENT_BYTES = 64
 PF_X = 1
-FILE_SYSTEMS = frozenset(
-    (
-        *(b"ext2", b"ext3", b"ext4", b"xfs", b"btrfs", b"bcachefs", b"f2fs", b"zfs", b"overlay", b"tmpfs"),
-        *(b"ramfs", b"rootfs", b"squashfs", b"erofs", b"iso9660"),
-    )
-)
-STACKED = frozenset([b"overlay"])
+STACKED = frozenset([b"overlay", b"aufs"])
 """Whoever has a user namespace of its own may stack one on a file system that it serves."""
 
 
@@ -123,7 +120,7 @@ class CrashedProcess(Process):
         with open("/proc/self/fdinfo/%d" % handle, "rb") as file:
             fields = dict(line.split(b":", 1) for line in file.read(4096).splitlines() if b":" in line)
         kind = self._types.get(fields.get(b"mnt_id", b"").strip(), b"")
-        return kind in FILE_SYSTEMS and (kind not in STACKED or self._opened.is_ours)
+        return kind in LOCAL and (kind not in STACKED or self._opened.is_ours)
 
 
 def pread(descriptor: int, offset: int, size: int) -> bytes:
@@ -150,8 +147,9 @@ def mount_types(descriptor: int) -> dict[bytes, bytes]:
         content += block
     types = {}
     for line in content.splitlines():
-        number, _, rest = line.partition(b" ")
-        types[number] = rest.rpartition(b" - ")[2].split(b" ", 1)[0]
+        fields, separator, rest = line.partition(b" - ")
+        if separator:
+            types[fields.partition(b" ")[0]] = rest.partition(b" ")[0]
     return types
 
 
@@ -185,10 +183,14 @@ def build_id(process: Process, state: ProcessState) -> bytes:
         return b""
 
 
-def find_frames(
-    crash: Crash, core: tuple[Front, ProcessState, list[tuple[int, bytes]]], opened: OpenedFiles
-) -> dict[str, bytes]:
-    """Compute the frames in a thread of its own, for SECONDS at most; return attributes, or none after a failure."""
+def find_frames(crash: Crash, core: Origin | bytes | bytearray, opened: OpenedFiles) -> dict[str, bytes]:
+    """Compute the frames in a thread of its own, for SECONDS at most; return attributes, or none after a failure.
+
+    Args:
+        crash: for the log.
+        core: the whole core if it is small, else its front, state and vital memory.
+        opened: the files behind its code, which are closed at the end.
+    """
     done: SimpleQueue[dict[str, bytes] | str] = SimpleQueue()
     start_new_thread(_run, (core, opened, done))
     try:
@@ -202,12 +204,10 @@ def find_frames(
 
 
 def _run(
-    core: tuple[Front, ProcessState, list[tuple[int, bytes]]],
-    opened: OpenedFiles,
-    done: SimpleQueue[dict[str, bytes] | str],
+    core: Origin | bytes | bytearray, opened: OpenedFiles, done: SimpleQueue[dict[str, bytes] | str]
 ) -> None:
-    front, state, pieces = core
     try:
+        front, state, pieces = core if isinstance(core, tuple) else read_core(core)
         done.put(frames_of(front, state, CoreMemory(pieces), opened))
     except Exception as error:  # noqa: BLE001 - hostile input costs the frames only
         done.put("%s: %s" % (type(error).__name__, error))
@@ -215,7 +215,7 @@ def _run(
         opened.close()
 
 
-def read_core(content: bytes) -> tuple[Front, ProcessState, list[tuple[int, bytes]]]:
+def read_core(content: bytes | bytearray) -> Origin:
     """Return front, state and memory of a small core that is in memory; raises UnsupportedError."""
     if front_bytes(content) > len(content):
         raise UnsupportedError("it ends within its headers")

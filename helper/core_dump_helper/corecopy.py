@@ -127,14 +127,14 @@ class CoreCopy:
         """Open the files behind the code of a process whose core is small; a large one has `_prepare`."""
         needed, length = elf_length(bytes(head))
         if length and length < LARGE_BYTES and needed <= len(head):
-            self._open_files(code_spans(head))
+            self._open_files(lambda: code_spans(head))
 
-    def _open_files(self, spans: list[tuple[int, int]]) -> None:
-        if not spans:
-            return
+    def _open_files(self, find_spans: Callable[[], list[tuple[int, int]]]) -> None:
         try:
-            self._opened = open_files(self.crash, spans[:MAX_FILES])
-        except (OSError, ValueError) as error:
+            spans = find_spans()
+            if spans:
+                self._opened = open_files(self.crash, spans[:MAX_FILES])
+        except Exception as error:  # noqa: BLE001 - hostile input must not cost the dump
             log("%s: the files behind its code cannot be opened: %s" % (self.crash, error), 6)
 
     def _find_frames(self, vital: VitalPart | None, small: bytearray | None) -> None:
@@ -144,10 +144,10 @@ class CoreCopy:
             return
         self._opened = None
         try:
-            from core_dump_helper.backtrace import find_frames, read_core
+            from core_dump_helper.backtrace import find_frames
 
-            core = vital.origin if vital else read_core(bytes(small or b""))
-            if not core:
+            core = vital.origin if vital else small or b""
+            if core is None:
                 raise ValueError("its memory is not kept")
             set_attributes(self.dump, find_frames(self.crash, core, opened), FRAMES_SPACE)
         except (ImportError, ValueError) as error:
@@ -166,7 +166,7 @@ class CoreCopy:
         self._keep.memory_bytes = share
         vital = prepare(head, read, self.crash, limit, self._keep)
         if vital:
-            self._open_files(vital.code_spans())
+            self._open_files(vital.code_spans)
         return vital
 
     def _write_vital(self, vital: VitalPart) -> None:
