@@ -6,6 +6,7 @@ code of a file. Contexts that signal handlers interrupted are found by their mar
 
 from __future__ import annotations
 
+from core_dump_format.runtime import is_runtime
 from core_dump_format.walk import Frame
 
 TYPE_CHECKING = False  # `typing` costs 7 ms
@@ -16,7 +17,9 @@ STACK_BYTES = 64 << 10
 SCAN_BYTES = 16 << 10
 MAX_CONTEXTS = 4
 """Signal handlers that interrupted one another."""
-MAX_FRAMES = 12
+MAX_FRAMES = 64
+MAX_OWN = 16
+"""Frames that are not in a library that only carries out a death."""
 MIN_CHAIN = 3
 """A shorter chain may be a register that is used for something else."""
 
@@ -84,9 +87,12 @@ def _scan(process: Process, sp: int) -> list[int]:
     word = process.machine.word
     stack = process.read(-(-sp // word.size) * word.size, SCAN_BYTES)
     found: list[int] = []
+    own = 0
     for (value,) in word.iter_unpack(stack[: len(stack) // word.size * word.size]):
-        if len(found) == MAX_FRAMES:
+        if len(found) == MAX_FRAMES or own == MAX_OWN:
             break
-        if _in_file_code(process, value):
+        mapping = process.mapping_at(value)
+        if mapping and process.is_code(value):
             found.append(value)
+            own += not is_runtime(mapping.name, "")
     return found
