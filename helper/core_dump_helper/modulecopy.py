@@ -217,12 +217,15 @@ class Copier:
                 fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
+            if not self._is_at(name + ".partial", target):  # another program has published it
+                return False
             try:
                 self._compress(source, target, known.sha256)
                 self._check_unchanged(source, status)
                 os.rename(name + ".partial", name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
             except BaseException as error:
-                self._remove(name + ".partial", target)
+                if self._is_at(name + ".partial", target):
+                    os.unlink(name + ".partial", dir_fd=self._directory)
                 if isinstance(error, OSError) and error.errno in DISK_FULL:
                     raise Missing("disk_full") from None
                 raise
@@ -271,14 +274,13 @@ class Copier:
                     continue
         return held
 
-    def _remove(self, name: str, descriptor: int) -> None:
-        """Remove a file of `.modules` if it is still the one that is open."""
+    def _is_at(self, name: str, descriptor: int) -> bool:
+        """Return whether a file of `.modules` is still the one that is open."""
         try:
             there = os.stat(name, dir_fd=self._directory, follow_symlinks=False)
-            if os.path.samestat(there, os.fstat(descriptor)):
-                os.unlink(name, dir_fd=self._directory)
         except FileNotFoundError:
-            pass
+            return False
+        return os.path.samestat(there, os.fstat(descriptor))
 
     def publish(self, descriptor: int, listed: ModuleList) -> None:
         """Turn what was handed over into the list, and rename it; remember what was copied; raises OSError."""

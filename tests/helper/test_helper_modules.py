@@ -344,6 +344,20 @@ def test_killed_copy_leaves_a_partial_list_and_the_next_crash_is_copied(taken, p
     assert {module.sha256 for module in listed.modules} == stored(taken).keys()
 
 
+def test_module_that_another_copy_publishes_in_the_same_moment_is_not_touched(taken, process_with, tmp_path):
+    (tmp_path / "library").write_bytes(b"library" * 500)
+    name = f"module-{hashlib.sha256(b'library' * 500).hexdigest()}.gz"
+    line = "                fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+    published = f"                if name == {name!r}:\n                    os.write(target, b'published')\n"
+    published += "                    os.rename(name + '.partial', name, src_dir_fd=self._directory,"
+    published += " dst_dir_fd=self._directory)\n"
+    taken.edits = [("modulecopy.py", line, published + line)]
+    with process_with(tmp_path / "library") as pid:
+        listed = crash(taken, pid)
+    assert (taken.watch_dir / ".modules" / name).read_bytes() == b"published"
+    assert module_of(listed, tmp_path / "library").missing == ""
+
+
 def test_slot_is_free_while_files_are_copied(taken, process_with):
     taken.settings["MAX_CONCURRENT"] = 1
     line = "        copier.publish(handed_over, listed)"
