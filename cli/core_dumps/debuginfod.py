@@ -28,18 +28,26 @@ _NOT_FOUND = 404
 def fetch_all(build_ids: Iterable[str], cache: str) -> dict[str, str]:
     """Return the files in the cache of all build IDs that a server knows; several are loaded at a time."""
     wanted = [build_id for build_id in dict.fromkeys(build_ids) if BUILD_ID.fullmatch(build_id)]
+    silent: set[str] = set()
     with Pool(FETCHERS) as pool:
-        found = list(pool.map(lambda build_id: debuginfod(build_id, cache), wanted))
+        found = list(pool.map(lambda build_id: debuginfod(build_id, cache, silent), wanted))
     return {build_id: path for build_id, path in zip(wanted, found, strict=True) if path is not None}
 
 
-def debuginfod(build_id: str, cache: str) -> str | None:
-    """Ask the servers in DEBUGINFOD_URLS for an executable; a file with another build ID is not used."""
+def debuginfod(build_id: str, cache: str, silent: set[str] | None = None) -> str | None:
+    """Ask the servers in DEBUGINFOD_URLS for an executable; a file with another build ID is not used.
+
+    Args:
+        build_id: of the file.
+        cache: the directory for what is found.
+        silent: servers that do not answer; they are added, and not asked again.
+    """
+    silent = set() if silent is None else silent
     target = os.path.join(cache, f"{build_id}.executable")
     if os.path.isfile(target):
         return target
     for server in os.environ.get("DEBUGINFOD_URLS", "").split():
-        if not server.startswith(("http://", "https://")):
+        if not server.startswith(("http://", "https://")) or server in silent:
             continue
         partial = f"{target}.{os.getpid()}"
         try:
@@ -49,8 +57,10 @@ def debuginfod(build_id: str, cache: str) -> str | None:
                 return target
             show.note(f"{server} sent a file with another build ID: not used")
         except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
-            if getattr(error, "code", 0) != _NOT_FOUND:
+            if getattr(error, "code", 0) != _NOT_FOUND and server not in silent:
                 show.note(f"{server}: {error}")
+            if not isinstance(error, (urllib.error.HTTPError, HTTPException, ValueError)):
+                silent.add(server)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)

@@ -77,7 +77,7 @@ class ModuleUploads:
         self._modules_due: float | None = None
         self._again_at = 0.0
         self._failures = 0
-        self._sent_modules = False
+        self._sent_modules = self._failed = False
         self.due = time.monotonic() if settings.modules else math.inf
         """When `advance` has something to do, on the monotonic clock."""
         if not settings.modules:
@@ -107,9 +107,16 @@ class ModuleUploads:
     def _look(self, now: float) -> Contents:
         with ModuleFiles(self._directory, create=True) as files:
             if now >= self._mark_due:
-                files.touch_mark()
                 self._mark_due = now + MARK_PAUSE_SECONDS
+                self._touch_mark(files)
             return files.scan()
+
+    def _touch_mark(self, files: ModuleFiles) -> None:
+        """Set the mark; on a full disk there may be none, and what fills the disk must still get away."""
+        try:
+            files.touch_mark()
+        except OSError as error:
+            log.warning("helpers are not told to keep modules", error=error.strerror or str(error))
 
     def _plan(self, found: Contents, now: float, *, reachable: bool, busy: bool) -> None:
         if not found.modules:
@@ -139,6 +146,7 @@ class ModuleUploads:
         finally:
             sender.close()
         self._process, self._pipe, self._sent_modules = process, receiver, modules
+        self._failed = False
         self._set_deadline(now, 0)
         self.due = now
 
@@ -152,17 +160,17 @@ class ModuleUploads:
         assert self._process is not None  # noqa: S101
         assert self._pipe is not None  # noqa: S101
         alive = self._process.is_alive()
-        failed = False
         with contextlib.suppress(EOFError, OSError):
             while self._pipe.poll():
                 event = self._pipe.recv()
-                failed |= event.kind is Kind.FAILED
+                self._failed |= event.kind is Kind.FAILED
                 self._apply(event, now)
         if now >= self._deadline:
             self._process.kill()
+            self._deadline = math.inf
             log.warning("a pass over modules did not end in time")
         if not alive:
-            self._end(now, failed=failed or self._process.exitcode != 0)
+            self._end(now, failed=self._failed or self._process.exitcode != 0)
         else:
             self.due = now + min(POLL_SECONDS, 0.5)
 

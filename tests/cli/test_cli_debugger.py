@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -300,6 +301,16 @@ def test_executable_of_a_debuginfod_server_is_used_only_if_it_is_whole_and_in_ti
         path = debuginfod.debuginfod(known, str(tmp_path))
     assert (path is not None) == found
     assert os.listdir(tmp_path) == ([f"{known}.executable"] if found else [])
+
+
+def test_debuginfod_server_that_does_not_answer_is_not_asked_for_each_library(tmp_path, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setenv("DEBUGINFOD_URLS", address)
+        monkeypatch.setattr(debuginfod, "TIMEOUT_SECONDS", 0.2)
+        monkeypatch.setattr(debuginfod, "FETCHERS", 2)
+        assert debuginfod.fetch_all([f"{number:040x}" for number in range(50)], str(tmp_path)) == {}
+    assert 1 <= capsys.readouterr().err.count(address) <= 2
 
 
 def test_endless_backtrace_is_written_as_it_comes(cli, gz, tools, tmp_path):

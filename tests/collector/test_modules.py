@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
+from unittest import mock
+
 import pytest
 from tests.support import modules as support
 
 from core_dump_collector import config, modules
 from core_dump_collector.metrics import Metrics
-from core_dump_collector.modules import BUSY_SECONDS, CLEAN_PAUSE_SECONDS, POLL_SECONDS, ModuleUploads
+from core_dump_collector.moduleevents import Event, Kind
+from core_dump_collector.modules import (
+    BUSY_SECONDS,
+    CLEAN_PAUSE_SECONDS,
+    FIRST_PAUSE_SECONDS,
+    POLL_SECONDS,
+    ModuleUploads,
+)
 from core_dump_collector.node import modulefiles
 from core_dump_collector.observation import Observer
 from core_dump_format.modules import COLLECTOR_MARK, DIRECTORY
@@ -81,6 +92,28 @@ def test_nothing_is_sent_to_a_store_that_is_down(uploads, watch_dir):
     assert advance(uploads, 5000, reachable=False) == []
     uploads._clean_due = 0
     assert {(sends, due) for _, sends, due in advance(uploads, 60, reachable=False)} == {(False, False)}
+
+
+def test_failed_pass_is_repeated_after_a_pause_whenever_it_says_so(uploads, watch_dir):
+    """Its event and its end may be seen at different times."""
+    support.put_list(watch_dir, NAME)
+    modulefiles.note_stored(str(watch_dir), NAME, modulefiles.Receipt("dumps", "key"))
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    with sender:
+        uploads._process, uploads._pipe = mock.Mock(exitcode=0, is_alive=lambda: True), receiver
+        sender.send(Event(Kind.FAILED, "network"))
+        uploads.advance(uploads.due, reachable=True, busy=False)
+        uploads._process.is_alive = lambda: False
+        uploads.advance(uploads.due, reachable=True, busy=False)
+    assert advance(uploads, FIRST_PAUSE_SECONDS / 2) == []
+    assert advance(uploads, 2 * FIRST_PAUSE_SECONDS)
+
+
+def test_what_fills_the_disk_is_sent_even_if_there_is_no_room_for_the_mark(uploads, watch_dir, monkeypatch):
+    support.put_module(watch_dir, b"library")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(modulefiles.ModuleFiles, "touch_mark", mock.Mock(side_effect=full))
+    assert advance(uploads, 200)
 
 
 def test_directory_that_cannot_be_used_is_told_once_and_ends_nothing(uploads, watch_dir, capsys):
