@@ -163,7 +163,7 @@ class Handler:
     def read_runtime_file(self) -> None:
         """Read what the container runtime says of the container; `record_result` parses it."""
         container = self.metadata.get("container_id")
-        if not container:
+        if not container or self.runtime:
             return
         try:
             from core_dump_helper.runtime import read_runtime_file
@@ -193,9 +193,13 @@ class Handler:
         """Return what RULES choose for this crash, or an empty string; raises Refused if that is nothing."""
         if not self.settings.RULES:
             return ""
-        from core_dump_helper.rules import choose
+        from core_dump_helper.rules import choose, needs_runtime
 
-        action = choose(self.settings.RULES, self.metadata)
+        known = dict(self.metadata)
+        if needs_runtime(self.settings.RULES):
+            self.read_runtime_file()
+            known.update(self.identify(self.runtime) if self.runtime else {})
+        action = choose(self.settings.RULES, known)
         if action == NOTHING:
             raise Refused("rule", "RULES keep nothing of it")
         return action

@@ -12,8 +12,16 @@ from core_dump_helper.keep import METADATA, NOTHING, TRIM, WHOLE
 from core_dump_helper.settings import are_numbers
 
 ACTIONS = (WHOLE, TRIM, METADATA, NOTHING)
-CONDITIONS = {"exe": "exe", "origin": "origin", "signal": "signal"}
+CONDITIONS = {
+    "exe": "exe",
+    "origin": "origin",
+    "signal": "signal",
+    "image": "image",
+    "namespace": "namespace",
+}
 """Attribute of the crash that each condition is compared with."""
+FROM_RUNTIME = ("image", "namespace")
+"""Attributes that only the container runtime's file tells."""
 FORM = "rules, separated by semicolons, of an action (%s) and conditions (%s=VALUE)" % (
     ", ".join(ACTIONS),
     "=, ".join(CONDITIONS),
@@ -35,6 +43,11 @@ class Rule:
             any(matches(metadata[name], pattern) for pattern in patterns) if name in metadata else False
             for name, patterns in self.conditions
         )
+
+
+def needs_runtime(text: str) -> bool:
+    """Return whether a rule asks for what the container runtime says; raises ValueError."""
+    return any(name in FROM_RUNTIME for rule in parse_rules(text) for name, _ in rule.conditions)
 
 
 def choose(text: str, metadata: dict[str, bytes]) -> str:

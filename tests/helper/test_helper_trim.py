@@ -15,7 +15,10 @@ from tests.support.collector import wait_until
 from tests.support.cores import simple as elf
 
 from core_dump_collector.node import suppressed
+from core_dump_helper import runtime
 from core_dump_helper.allowance import MAX_ORIGINS, Allowance
+from core_dump_helper.crash import parse_arguments
+from core_dump_helper.handler import Handler
 from core_dump_helper.keep import Keep
 from core_dump_helper.records import Records, open_state
 from core_dump_helper.rules import choose, matches, parse_rules
@@ -254,6 +257,28 @@ CRASH = {"exe": b"/opt/batch/run now", "origin": b"unit:batch.service", "signal"
 )
 def test_first_rule_that_holds_wins(rules, action):
     assert choose(rules, CRASH) == action
+
+
+def test_rules_know_the_image_and_the_namespace(monkeypatch):
+    content = b'{"annotations": {"io.kubernetes.cri.sandbox-namespace": "shop", '
+    content += b'"io.kubernetes.cri.image-name": "registry/web:1"}}'
+    asked = []
+
+    def read(container):
+        asked.append(container)
+        return runtime.RuntimeFile(runtime.CONTAINERD, content)
+
+    monkeypatch.setattr(runtime, "read_runtime_file", read)
+    handler = Handler(parse_arguments(["-P1", "-s11", "--", "app"]), 0)
+    handler.metadata = {"container_id": b"c" * 64, "signal": b"11"}
+    for rules, action in (
+        ("trim signal=11", "trim"),
+        ("nothing namespace=bank; metadata namespace=shop image=registry/*", "metadata"),
+        ("trim image=other", ""),
+    ):
+        handler.settings.RULES = rules
+        assert handler.choose() == action
+    assert asked == [b"c" * 64], "read once, and only if a rule asks"
 
 
 def test_rule_about_what_is_not_known_does_not_hold():
