@@ -39,19 +39,35 @@ _WORD, _SIGNED = Struct("<I"), Struct("<i")
 _PAIR, _NOTE = Struct("<ii"), Struct("<III")
 
 
+class Budget:
+    """Memory that the symbols of several files may take together."""
+
+    def __init__(self, size: int = MAX_SYMBOL_BYTES) -> None:
+        """Start with so many bytes."""
+        self.left = size
+
+    def take(self, size: int) -> bool:
+        """Tell whether so many bytes are left, and take them."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+
 class ObjectFile:
     """One ELF file. Addresses are those of its program headers."""
 
-    def __init__(self, read: ReadFile) -> None:
+    def __init__(self, read: ReadFile, budget: Budget | None = None) -> None:
         """Read the header and the program headers.
 
         Args:
             read: returns up to so many bytes at an offset of the file; raises OSError.
+            budget: of the memory for symbols.
 
         Raises:
             ValueError: it is not an ELF file of a known layout.
         """
-        self._read = read
+        self._read, self._budget = read, budget or Budget()
         head = read(0, 64)
         if head[:4] != b"\x7fELF" or head[4:5] not in (b"\1", b"\2") or head[5:6] != b"\1" or len(head) < 64:
             raise ValueError("not an ELF file")
@@ -175,7 +191,7 @@ class ObjectFile:
         if self._starts is None:
             table = self._load_symbols()[0]
             size, self._starts = self._symbol.size, []
-            if len(table) <= MAX_SORTED_BYTES:
+            if len(table) <= MAX_SORTED_BYTES and self._budget.take(2 * len(table)):
                 entries = self._symbol.iter_unpack(table[: len(table) // size * size])
                 at, info = (4, 1) if self._wide else (1, 3)
                 self._starts = sorted(entry[at] for entry in entries if entry[info] & 15 in FUNCTION_KINDS)
@@ -229,5 +245,7 @@ class ObjectFile:
             for entry in rows:
                 if entry[1] == kind and entry[6] < len(rows) and entry[5] <= MAX_SYMBOL_BYTES:
                     strings = rows[entry[6]]
+                    if not self._budget.take(entry[5]):
+                        return b"", 0, 0
                     return self._read(entry[4], entry[5]), strings[4], strings[5]
         return b"", 0, 0

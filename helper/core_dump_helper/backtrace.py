@@ -16,7 +16,7 @@ from bisect import bisect_right
 from core_dump_format.frames import choose, encode, find_places
 from core_dump_format.front import UnsupportedError, front_bytes, read_front
 from core_dump_format.machine import MACHINES
-from core_dump_format.objectfile import ObjectFile
+from core_dump_format.objectfile import Budget, ObjectFile
 from core_dump_format.state import AT_ENTRY, MACHINE_NAMES, ProcessState
 from core_dump_format.walk import Mapping, Process
 from core_dump_helper.mounts import LOCAL
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 SECONDS = 5
 MAX_MOUNTINFO_BYTES = 8 << 20
+MAX_SYMBOL_BYTES = 64 << 20
+"""Of all files together."""
 DELETED = b" (deleted)"
 IDENT_BYTES = 64
 PF_X = 1
@@ -75,6 +77,7 @@ class CrashedProcess(Process):
         self._types: dict[bytes, bytes] = {}
         self._objects: dict[int, ObjectFile | None] = {}
         self._readers: list[int] = []
+        self._budget = Budget(MAX_SYMBOL_BYTES)
         if opened.mounts >= 0:
             self._types = mount_types(opened.mounts)
 
@@ -104,16 +107,16 @@ class CrashedProcess(Process):
         handle = self._opened.files.get(mapping.start)
         if handle is None or not self._is_safe(handle):
             return None
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            return None  # opening a device may have an effect
         path = "/proc/self/fd/%d" % handle
         reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self._readers.append(reader)
-        if not stat.S_ISREG(os.fstat(reader).st_mode):
-            return None
         first = self.mapping_at(mapping.start - mapping.offset)
         head = self.read(first.start, IDENT_BYTES) if first and not first.offset else b""
         if len(head) == IDENT_BYTES and head != os.pread(reader, IDENT_BYTES, 0):
             return None
-        return ObjectFile(lambda offset, size: pread(reader, offset, size))
+        return ObjectFile(lambda offset, size: pread(reader, offset, size), self._budget)
 
     def _is_safe(self, handle: int) -> bool:
         """Tell whether the kernel itself answers for a file; its mount is known from numbers alone."""

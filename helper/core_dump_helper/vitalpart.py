@@ -13,7 +13,7 @@ from _thread import start_new_thread
 from core_dump_format.front import UnsupportedError, front_bytes, read_front
 from core_dump_format.reorder import Reordered
 from core_dump_format.state import ProcessState
-from core_dump_format.vital import PF_X, POINTING_BYTES, AbandonedError, Selection, is_known
+from core_dump_format.vital import PF_X, AbandonedError, Selection, is_known
 from core_dump_helper.memory import open_memory
 from core_dump_helper.system import CHUNK, log
 
@@ -35,6 +35,8 @@ PREPARE_SECONDS = 3
 FIRST_CHUNK = 4 << 10
 POINTING_PIECES = 3
 """Of the vital part: the stacks of the crashing thread come first."""
+NEWEST_BYTES = 4 << 10
+"""Of a stack, in which words point to the code that is needed first."""
 MAX_KEPT_BYTES = 8 << 20
 """Of memory, until the process is released."""
 MAX_FRONT_BYTES = 16 << 20
@@ -67,9 +69,9 @@ class VitalPart:
         layout, step = front.layout, front.layout.words
         pointers = list(state.threads[0].registers) if state.threads else []
         for _, content in memory[:POINTING_PIECES]:
-            pointers += layout.cast(content[:POINTING_BYTES]).tolist()
+            pointers += layout.cast(content[:NEWEST_BYTES]).tolist()
         code = [index for index, flag in enumerate(front.flags) if flag & PF_X and index]
-        order = dict.fromkeys([*map(front.at, pointers), *code])
+        order = dict.fromkeys([*map(front.at, dict.fromkeys(pointers)), *code])
         sizes = layout.cast(front.table)[5::step]
         return [
             (front.addresses[index], front.addresses[index] + sizes[index])

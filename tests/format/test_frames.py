@@ -15,7 +15,7 @@ from core_dump_format.cursor import UnwindError
 from core_dump_format.expression import evaluate
 from core_dump_format.frames import Place, choose, decode, encode, find_places, own_places
 from core_dump_format.machine import MACHINES, call_before, follows_system_call
-from core_dump_format.objectfile import ObjectFile
+from core_dump_format.objectfile import Budget, ObjectFile
 from core_dump_format.runtime import is_runtime, readable
 from core_dump_format.state import AARCH64, I386, X86_64
 from core_dump_format.walk import MAX_STEPS, Mapping, Process, Walk
@@ -222,6 +222,14 @@ def test_stripped_program_still_tells_where_functions_begin(built, tmp_path):
     main = first.address_of(0x1000) + 0x60
     assert second.function_start(main) == first.function_start(main)
     assert second.name_at(main) == b""
+
+
+def test_symbols_of_all_files_share_one_budget(built):
+    content = built.read_bytes()
+    budget = Budget(100)
+    found = ObjectFile(lambda offset, size: content[offset : offset + size], budget)
+    assert found.name_at(found.address_of(0x1000) + 0x60) == b""
+    assert budget.left == 100
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
