@@ -57,7 +57,7 @@ test-swift: $(READY) packages ## a store without checksums and conditions; needs
 
 test-programs: $(READY) packages ## crash programs of many languages, and Redis; minutes; installs them
 	@sh tests/support/packages.sh programs
-	PROGRAMS=1 $(BIN)/python -m pytest tests/kernel/test_vital_programs.py tests/kernel/test_modules.py tests/kernel/test_languages.py $(PYTEST_FLAGS)
+	PROGRAMS=1 $(BIN)/python -m pytest tests/kernel/test_vital_programs.py tests/kernel/test_trim_programs.py tests/kernel/test_modules.py tests/kernel/test_languages.py $(PYTEST_FLAGS)
 
 test-fingerprints: $(READY) packages ## crash over 40 bugs in several languages and compare fingerprints; minutes; installs them
 	@sh tests/support/packages.sh programs

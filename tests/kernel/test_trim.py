@@ -63,8 +63,8 @@ def test_trimmed_dump_has_every_backtrace_and_says_what_is_missing(node, program
     assert 0.7 * megabytes * MIB < held <= megabytes * MIB + 65536
     told = ask_gdb(program, core, "zeros[4096]@16", "heap[1 << 21]", "shared[65536]", "zeros[0]")
     assert "= {0x0 <repeats 16 times>}" in told, "untouched: zeros, as they were"
-    assert told.count("Cannot access memory at address") == 2 + (megabytes == 1), "heap and shared memory"
-    assert (" = 0x7a\n" in told) == (megabytes == 16)
+    assert told.count("Cannot access memory at address") == 2, "heap and shared memory"
+    assert " = 0x7a\n" in told, "the only page of its mapping"
     assert_same_backtraces(node, program, core)
 
 
