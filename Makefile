@@ -21,7 +21,7 @@ picture: $(READY) packages ## the terminal picture of the README, from real cras
 
 JOBS ?= 2
 test: $(READY) packages ## JOBS=n PYTEST_FLAGS='-k name': every test tier; kernel tests need root
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
 
 check: $(READY) ## lint, types, oldest Python of the helper
 	$(BIN)/ruff check .

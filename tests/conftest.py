@@ -9,6 +9,21 @@ from unittest import mock
 import pytest
 from botocore.loaders import JSONFileLoader, Loader
 from tests.support import s3
+from xdist.scheduler import LoadScopeScheduling
+
+MACHINE = (
+    "tests/cli/test_cli_real.py",
+    "tests/deploy/test_bottlerocket.py",
+    "tests/deploy/test_cri.py",
+    "tests/deploy/test_image.py",
+    "tests/deploy/test_package.py",
+    "tests/deploy/test_sysctl_host.py",
+    "tests/integration/test_check.py",
+    "tests/integration/test_daemon_observes.py",
+    "tests/kernel/",
+    "tests/torture/test_torture.py",
+)
+"""Tests of what the whole machine shares: its core pattern, /usr/libexec, /core_dumps."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -52,12 +67,18 @@ def watch_dir(tmp_path):
     return directory
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Keep the tests of a file in one process, and those that change this machine, `xdist_group("machine")`, too."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+class FileScheduling(LoadScopeScheduling):
+    """Keeps the tests of a file in one process, and those that change this machine in one, too."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return "machine" if path.startswith(MACHINE) else path
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Distribute whole files, for the servers that their fixtures start."""
+    return FileScheduling(config, log)
 
 
 def pytest_make_parametrize_id(val, argname):

@@ -26,7 +26,6 @@ from core_dump_collector.fingerprint import fingerprint
 from core_dumps.buildid import read_build_id
 
 pytestmark = [
-    pytest.mark.xdist_group("machine"),
     pytest.mark.skipif(not kernel.can_crash(), reason="crashes real processes, needs root: sudo make test"),
 ]
 

@@ -17,8 +17,6 @@ from pathlib import Path
 import pytest
 from tests.support import collector, deploy, kernel, s3
 
-pytestmark = pytest.mark.xdist_group("machine")
-
 FOLDER = deploy.ROOT / "bottlerocket"
 PREPARE = FOLDER / "bootstrap/prepare.sh"
 WATCH_DIR = Path("/var/core_dumps")

@@ -12,8 +12,6 @@ from tests.support import deploy, kernel
 from core_dump_collector.config import Settings
 from core_dump_setup import kernel as setup_kernel
 
-pytestmark = pytest.mark.xdist_group("machine")
-
 SYSCTL = deploy.ROOT / "sysctl"
 UNIT = SYSCTL / "core-dump-collector.service"
 CGROUP_UNIT = SYSCTL / "core-dump-cgroup.service"

@@ -16,8 +16,6 @@ from tests.support import collector, deploy, kernel
 from core_dump_collector.node import host as configure_host
 from core_dump_setup import cgroup, commands
 
-pytestmark = pytest.mark.xdist_group("machine")
-
 SYSCTL = deploy.ROOT / "sysctl"
 INSTALL, UNINSTALL = SYSCTL / "install.sh", SYSCTL / "uninstall.sh"
 PROGRAM = Path("/usr/libexec/core-dump-handler/core-dump-helper")

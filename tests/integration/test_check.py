@@ -70,7 +70,6 @@ def test_good_bucket_passes_with_the_least_rights(seaweed, bucket, watch_dir, ke
     assert line_about(lines, "directory").startswith("ok")
 
 
-@pytest.mark.xdist_group("machine")
 def test_foreign_core_pattern_fails_the_check_and_names_the_remedy(seaweed, bucket, watch_dir):
     if not kernel.can_crash():
         pytest.skip("run as root to set kernel.core_pattern")
@@ -176,7 +175,6 @@ def installed(watch_dir):
             yield directory
 
 
-@pytest.mark.xdist_group("machine")
 def test_installed_helper_is_asked_and_says_what_it_would_refuse(
     seaweed, bucket, watch_dir, installed, tmp_path
 ):
@@ -199,7 +197,6 @@ def test_installed_helper_is_asked_and_says_what_it_would_refuse(
     assert line_about(check(watch_dir, seaweed.environ())[1], "cannot be executed").startswith("FAIL")
 
 
-@pytest.mark.xdist_group("machine")
 def test_crash_of_our_own_is_followed_to_the_bucket(seaweed, bucket, watch_dir, installed, tmp_path):
     with running(watch_dir, seaweed.environ(), tmp_path):
         code, lines = check(watch_dir, seaweed.environ(), "--crash")
@@ -207,7 +204,6 @@ def test_crash_of_our_own_is_followed_to_the_bucket(seaweed, bucket, watch_dir, 
     assert "arrived and was collected" in line_about(lines, "crash:")
 
 
-@pytest.mark.xdist_group("machine")
 def test_crash_that_no_helper_takes_names_the_stage(seaweed, bucket, watch_dir, installed):
     kernel.write_config(
         installed / "helper.conf", {"WATCH_DIR": watch_dir, "IGNORE_SIGNALS": "31", "KEEP_FREE_PERCENT": 0}
@@ -217,7 +213,6 @@ def test_crash_that_no_helper_takes_names_the_stage(seaweed, bucket, watch_dir, 
     assert "the kernel handed the core over, but no dump reached" in line_about(lines, "crash:")
 
 
-@pytest.mark.xdist_group("machine")
 def test_crash_is_not_tried_where_no_dump_could_arrive(seaweed, bucket, watch_dir):
     if not kernel.can_crash():
         pytest.skip("run as root to set kernel.core_pattern")
@@ -227,7 +222,6 @@ def test_crash_is_not_tried_where_no_dump_could_arrive(seaweed, bucket, watch_di
     assert line_about(lines, "crash:").startswith("FAIL  crash: not tried")
 
 
-@pytest.mark.xdist_group("machine")
 def test_process_that_is_held_too_long_is_killed_and_the_handler_named(watch_dir, tmp_path, monkeypatch):
     if not kernel.can_crash():
         pytest.skip("run as root to set kernel.core_pattern")

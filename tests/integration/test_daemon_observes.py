@@ -178,7 +178,6 @@ def test_inotify_that_is_lost_while_the_directory_is_replaced_costs_no_dump(
         assert collector.metric("core_dump_watch_losses_total") == 1
 
 
-@pytest.mark.xdist_group("machine")
 def test_core_pattern_without_a_program_ends_nothing(seaweed, bucket, watch_dir, tmp_path):
     if not kernel.can_crash():
         pytest.skip("run as root to set kernel.core_pattern")

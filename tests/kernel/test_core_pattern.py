@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.conftest import MACHINE
 from tests.support import cleanup, kernel
 from tests.support.collector import wait_until
 
@@ -113,3 +114,13 @@ def test_temporary_directory_is_removed_when_its_owner_is_killed(number, tmp_pat
 def test_failed_restoring_is_an_error():
     with pytest.raises(RuntimeError, match="exited with 3"), cleanup.guardian("sys.exit(3)"):
         pass
+
+
+def test_all_files_that_set_the_pattern_are_run_by_one_process():
+    users = [
+        str(path.relative_to(ROOT))
+        for path in ROOT.glob("tests/**/test_*.py")
+        if "core_pattern(" in path.read_text() or "kernel.locked(" in path.read_text()
+    ]
+    assert len(users) > 5
+    assert [path for path in users if not path.startswith(MACHINE)] == []

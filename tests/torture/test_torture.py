@@ -7,7 +7,6 @@ from tests.torture.__main__ import torture
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.xdist_group("machine")
 def test_chain_survives_kills_and_faults_at_random() -> None:
     if not kernel.can_crash():
         pytest.skip("crashes real processes, needs root: sudo make test")
