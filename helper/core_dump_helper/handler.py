@@ -136,6 +136,7 @@ class Handler:
             limits.count(refused)
             refused.repeated = refused.repeated and not self.announced
             raise
+        limits.release_slots()
         took_ms = int((time.monotonic() - self.started) * 1000)
         self.record_result(dump, copy, truncated, took_ms)
         if truncated == "compressor_failed":

@@ -91,6 +91,7 @@ class Limits:
         """It has counted the dump as refused, and as one whose vital part is kept."""
         self._origin = metadata.get("origin", b"")
         self._records: Records | None = None
+        self._slots: list[Slots] = []
         self.disk = DiskLimits(directory, settings, self._origin)
 
     def open(self) -> None:
@@ -145,6 +146,7 @@ class Limits:
     def _wait(self, records: Records, rate: RateLimiter, deadline: float) -> str:
         """Wait for a slot; return `no_slot` if it is one that is reserved for vital parts, else an empty string."""
         slots = Slots(records, self._settings.MAX_CONCURRENT, self._origin, self._memory)
+        self._slots = [slots]
         if slots.acquire(min(deadline, time.monotonic() + SLOT_SECONDS)):
             return ""
         disk = self._vital_disk("no_slot", records)
@@ -158,7 +160,13 @@ class Limits:
         raise Refused("no_slot", "other dumps used the share of MAX_CONCURRENT all the time")
 
     def _reserved(self, records: Records) -> Slots:
-        return Slots(records, VITAL_SLOTS, self._origin, self._memory, VITAL_SLOT)
+        self._slots.append(Slots(records, VITAL_SLOTS, self._origin, self._memory, VITAL_SLOT))
+        return self._slots[-1]
+
+    def release_slots(self) -> None:
+        """Let another dump begin: this one only waits for the disk, which syncs several files at the price of one."""
+        for slots in self._slots:
+            slots.release()
 
     def _vital_disk(self, reason: str, records: Records) -> DiskLimits | None:
         """Return the limits of the disk for the vital part of a crash beyond this limit; None if it is not kept."""

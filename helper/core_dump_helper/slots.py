@@ -73,14 +73,19 @@ class Slots:
                 names = ("%s-%d" % (self._name, number) for number in range(self._count))
                 self._slots.extend(self._records.open_file(name) for name in names)
             except OSError as error:
-                for descriptor in self._slots:
-                    os.close(descriptor)
-                self._slots, self._count = [], 0
+                self.release()
+                self._count = 0
                 log(
                     "cannot use the slots in .helper: %s; MAX_CONCURRENT is off for this dump"
                     % error.strerror
                 )
         return not self._count or self._try(self._slots[0])
+
+    def release(self) -> None:
+        """Let go of the slot."""
+        for descriptor in self._slots:
+            os.close(descriptor)
+        self._slots = []
 
     def _try(self, guard: int) -> bool:
         """Take a slot if the origin holds fewer than are free."""

@@ -34,6 +34,27 @@ def test_waiting_for_a_slot_takes_nothing_from_the_time_that_a_dump_has(station)
     assert gzip.decompress(dump.read_bytes()) == core
 
 
+def test_slot_is_free_while_a_dump_is_synced(station):
+    station.settings = {"MAX_CONCURRENT": 1}
+    fifo, line = station.watch_dir.parent / "fifo", "    os.fsync(dump)\n"
+    os.mkfifo(fifo)
+    station.edits = [("dumpfile.py", line, f"    open({str(fifo)!r}).read()\n{line}")]
+    first = station.start()
+    first.stdin.write(elf(b"first"))
+    first.stdin.close()
+    writer = os.open(fifo, os.O_WRONLY)  # waits until the first one is about to sync
+    station.edits = []
+    station.run(elf(b"second"))
+    (second,) = (name for name in station.names() if name.endswith(".gz"))
+    assert first.poll() is None
+    os.close(writer)
+    first.wait(60)
+    first.stderr.close()
+    dumps = {gzip.decompress((station.watch_dir / name).read_bytes()) for name in station.names()}
+    assert dumps == {elf(b"first"), elf(b"second")}
+    assert second in station.names()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts, needs root: sudo make test")
 @pytest.mark.parametrize("promised", [None, 10_000], ids=["whole", "cut short"])
 def test_dump_that_is_cut_short_is_flagged_where_there_are_no_attributes(station, promised):
