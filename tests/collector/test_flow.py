@@ -43,6 +43,29 @@ def test_no_more_permits_are_held_than_allowed_and_the_daemon_sees_who_waits(sea
     assert (seat.active, seat.waiting, len(held)) == (0, 0, 5)
 
 
+def test_large_dump_leaves_half_of_the_permits_to_small_ones_that_wait(seat):
+    seat.connections = 4
+    flow, release, held = Flow(seat), threading.Event(), []
+
+    def hold(place):
+        with flow.job(place), flow.permit():
+            held.append(place)
+            release.wait(10)
+
+    with ThreadPoolExecutor(16) as threads:
+        for _ in range(8):
+            threads.submit(hold, HEAVY)
+        wait_until(lambda: held == [HEAVY] * 4, 10)
+        for place in range(4):
+            threads.submit(hold, place)
+        wait_until(lambda: seat.waiting == 8, 10)
+        seat.connections = 8
+        wait_until(lambda: len(held) == 8, 10)
+        assert sorted(held) == [0, 1, 2, 3, *[HEAVY] * 4]
+        release.set()
+    assert (seat.active, seat.waiting, len(held)) == (0, 0, 12)
+
+
 def test_thread_with_a_permit_needs_no_second_one(seat):
     seat.connections = 1
     flow = Flow(seat)

@@ -2,7 +2,8 @@
 
 A request holds a permit. The daemon raises and lowers the number of permits while requests are under way; those that
 have one keep it. A thread that sends a part takes its permit before it reads the part, so that not more parts want to
-be in the page cache than are sent. Threads tell here that their job makes progress, and how far it has come.
+be in the page cache than are sent. Parts of a large dump leave half of the permits to small dumps that wait. Threads
+tell here that their job makes progress, and how far it has come.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Flow:
         self._lock = threading.Condition()
         self._held = threading.local()
         self._active = self._waiting = 0
+        self._heavy_active = self._light_waiting = 0
         self._free_at = 0.0
 
     @property
@@ -124,24 +126,36 @@ class Flow:
             self._held.permit = False
             with self._lock:
                 self._active -= 1
+                self._heavy_active -= self.place == HEAVY
                 self._seat.active = self._active
-                self._lock.notify()
+                self._lock.notify_all()
 
     def _take(self, given_up: Callable[[], bool]) -> None:
+        is_heavy = self.place == HEAVY
         with self._lock:
             self._waiting += 1
+            self._light_waiting += not is_heavy
             self._seat.waiting = self._waiting
             try:
-                while self._active >= self._seat.connections:
+                while not self._may_go(is_heavy=is_heavy):
                     self._lock.wait(LOOK_SECONDS)
                     self.beat()
                     if given_up():
                         raise GivenUpError
                 self._active += 1
+                self._heavy_active += is_heavy
             finally:
                 self._waiting -= 1
+                self._light_waiting -= not is_heavy
                 self._seat.waiting = self._waiting
                 self._seat.active = self._active
+
+    def _may_go(self, *, is_heavy: bool) -> bool:
+        """Tell whether there is a permit; a large dump leaves half of them to small ones that wait."""
+        connections = self._seat.connections
+        if is_heavy and self._light_waiting and self._heavy_active >= max(1, connections // 2):
+            return False
+        return self._active < connections
 
     def slices(self, data: bytes | memoryview) -> Iterator[memoryview]:
         """Yield what is to be sent in slices, each when the rate allows it."""
