@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.support import cores
 
-from core_dump_collector.fingerprint import fingerprint, fingerprint_of_file
+from core_dump_collector.fingerprint import fingerprint, fingerprint_of_attributes, fingerprint_of_file
 from core_dump_format.core import read_build_ids, read_core
 from core_dump_format.elf import NotACoreError
 from core_dump_format.stream import Forward
+from core_dumps.where import where
 
 EXE, LIB, STACK = 0x5000_0000_0000, 0x7000_0000_0000, 0x7FFF_0000_0000
 BUILD_ID = bytes(range(20))
@@ -138,3 +139,46 @@ def test_lying_cores_never_raise(data):
     source = Forward(io.BytesIO(bytes(content)).read, 1 << 30)
     with contextlib.suppress(NotACoreError):
         read_build_ids(read_core(source), source)
+
+
+FRAMES = "~libc.so.6+0x8aeec ~+0x26472=abort app+0x1226=parse +0x1300=main"
+
+
+def known(**fields):
+    return fingerprint_of_attributes({"exe": "/usr/bin/app", "signal": 6, "frames": FRAMES} | fields)
+
+
+def test_frames_of_the_helper_make_the_fingerprint_and_no_dump_is_read():
+    found = known(build_id=BUILD_ID.hex(), machine="x86-64")
+    assert found.frames == "~libc.so.6+0x8aeec ~libc.so.6+0x26472=abort app+0x1226=parse app+0x1300=main"
+    assert found.fields()["fingerprint_version"] == 2
+    assert found.fields()["build_id"] == BUILD_ID.hex()
+    assert fingerprint_of_attributes({"exe": "/usr/bin/app"}) is None
+    assert fingerprint_of_attributes({"frames": "no frame at all"}) is None
+
+
+def test_c_library_and_names_do_not_change_the_fingerprint():
+    same = known(frames="~libc.so.6+0x1111 app+0x1226 app+0x1300")
+    assert same.id == known().id
+    others = [known(frames="app+0x1227 +0x1300"), known(signal=11), known(exe="/usr/bin/other")]
+    assert len({known().id, *(other.id for other in others)}) == 4
+
+
+def test_where_is_the_first_frame_of_the_program_itself():
+    assert where(FRAMES) == "parse (app+0x1226) < main"
+    assert where("~libc.so.6+0x8aeec ~+0x26472=abort") == "libc.so.6+0x8aeec < abort"
+    assert where("app+0x10=f +0x20=f ...") == "f (app+0x10) < f < ..."
+    assert where("app+0x1234 app+0x2000") == "app+0x1234 < app+0x2000"
+    assert where("") == ""
+
+
+def test_fingerprints_of_two_versions_are_two_groups(cli, gz):
+    for number, more in enumerate([{}, {"fingerprint_version": 2}]):
+        fields = {"exe": "/usr/bin/app", "signal": 11, "fingerprint": "ab" * 8, "frames": FRAMES}
+        cli.put(f"n/core-app-177200000{number}-5-11.gz", gz(b"x"), fields | more)
+    done = cli.run("list", "--group")
+    assert done.stdout.count("abababababababab") == 2
+    assert "fingerprints of versions 1 and 2" in done.stderr
+    assert "parse (app+0x1226) < main" in done.stdout
+    info = cli.run("info", "--json=short", "pid=5", "core-app-1772000001-5-11.gz")
+    assert '"fingerprint_version": 2' in info.stdout
