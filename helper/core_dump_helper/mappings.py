@@ -84,9 +84,9 @@ def _read_files(maps: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
     while block and len(data) < MAX_MAPS_BYTES:
         block = os.read(maps, MAX_MAPS_BYTES)
         data += block
-    for line in data.split(b"\n"):
-        if line and b" 00:00 0" not in line:
-            span, _, _, device, _ = line.split(None, 4)[:5]
+    for line in filter(None, data.split(b"\n")):  # the kernel escapes that one alone in a name
+        span, _, _, device, _ = line.split(None, 4)
+        if device != b"00:00":
             start, end = span.split(b"-")
             major, minor = device.split(b":")
             yield int(start, 16), int(end, 16), (int(major, 16), int(minor, 16))

@@ -193,7 +193,39 @@ def test_page_that_cannot_be_read_is_left_where_the_kernel_puts_it(tmp_path):
     missing = SPANS[3][0] + 0x4000
     front, selection = select(core, Held(SPANS, {missing}))
     assert all(not start <= missing < start + len(content) for _, start, content in selection.pieces)
+    assert any(start == missing + PAGE for _, start, _ in selection.pieces), "the next page is vital"
     assert_reordered(tmp_path, core, front, selection.pieces)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [(1, FIRST - PAGE, bytes(2 * PAGE))],
+        [(1, FIRST + 0x7000, bytes(2 * PAGE))],
+        [(1, FIRST, bytes(2 * PAGE)), (1, FIRST + PAGE, bytes(PAGE))],
+    ],
+)
+def test_pieces_beyond_their_segment_or_over_each_other_are_refused(pieces):
+    front = read_front(kernel_core(SPANS, status(FIRST)))
+    with pytest.raises(UnsupportedError):
+        Reordered(front, pieces, PAGE)
+
+
+def test_segments_with_a_gap_between_them_are_refused():
+    core = bytearray(kernel_core(SPANS, status(FIRST)))
+    offset_of_third = 64 + 3 * 56 + 8
+    (offset,) = struct.unpack_from("<Q", core, offset_of_third)
+    struct.pack_into("<Q", core, offset_of_third, offset + PAGE)
+    with pytest.raises(UnsupportedError, match="do not follow one another"):
+        read_front(core)
+
+
+def test_vital_part_without_refused_pages_is_partial():
+    memory = Held(SPANS)
+    memory.refused = 1
+    _, selection = select(kernel_core(SPANS, status(SPANS[3][0] + 0x2010)), memory)
+    assert selection.pieces
+    assert not selection.is_whole
 
 
 def test_windows_shrink_before_a_thread_is_left_out():

@@ -26,9 +26,9 @@ def way(request, monkeypatch):
 
 @pytest.fixture
 def file(tmp_path):
-    """The address of three pages of a file, of which the second one was written, between two other mappings."""
-    (tmp_path / "file").write_bytes(b"f" * 3 * PAGE)
-    with open(tmp_path / "file", "r+b") as file:
+    """The address of three pages of a file with a hostile name, of which the second one was written."""
+    (tmp_path / "a 00:00 0\nb\r0-ffffffffffffffff r--p 0 00:00 0").write_bytes(b"f" * 3 * PAGE)
+    with open(tmp_path / "a 00:00 0\nb\r0-ffffffffffffffff r--p 0 00:00 0", "r+b") as file:
         mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE)
     assert mapped[0] == mapped[2 * PAGE] == ord("f")
     mapped[PAGE] = ord("w")
@@ -52,7 +52,9 @@ def open_own():
 @pytest.mark.usefixtures("way")
 def test_file_of_a_mounted_file_system_is_read(file):
     memory = open_own()
-    assert list(memory.resident(file, file + 3 * PAGE)) == [(file, file + 3 * PAGE)]
+    parts = list(memory.resident(file, file + 3 * PAGE))
+    assert (parts[0][0], parts[-1][1]) == (file, file + 3 * PAGE)
+    assert sum(end - start for start, end in parts) == 3 * PAGE
     assert memory.refused == 0
     memory.close()
 

@@ -89,6 +89,19 @@ def test_memory_that_cannot_be_read_leaves_the_kernels_order(monkeypatch, capfd,
     assert "does not come first" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(3, "no such process"), ValueError("another process"), KeyError("Uid")]
+)
+def test_memory_that_cannot_be_opened_leaves_the_kernels_order(monkeypatch, capfd, error):
+    def refuse(crash, vector):
+        raise error
+
+    monkeypatch.setattr(vitalpart, "open_memory", refuse)
+    core = kernel_core(SPANS, status(SPANS[3][0] + 0x2010))
+    assert vitalpart.prepare(bytearray(core), lambda count: False, CRASH, 32 << 20, 1 << 30) is None
+    assert "does not come first" in capfd.readouterr().err
+
+
 def test_vital_part_longer_than_the_limit_of_the_dump_is_cut_and_partial(monkeypatch):
     core = kernel_core(SPANS, status(SPANS[3][0] + 0x2010))
     vital = prepared(core, Held(SPANS), monkeypatch)

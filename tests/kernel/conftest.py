@@ -38,13 +38,16 @@ class Node:
     program: Path
     crashes: set[tuple[str, int]] = field(default_factory=set)
     """Name, as a file's name holds it, and pid, in its own namespace, of each crash of this test."""
+    started: list[subprocess.Popen] = field(default_factory=list)
+    """Processes that will crash, or have."""
 
     @contextlib.contextmanager
-    def installed(self, python=sys.executable, *, pipe_limit=None, **settings):
+    def installed(self, python=sys.executable, *, pipe_limit=None, sort_vma=None, **settings):
         """Let the kernel start the helper with these settings."""
         given = {"WATCH_DIR": self.watch_dir, "RATE_LIMIT": 0, "KEEP_FREE_PERCENT": 1, "VITAL_LIMIT": 0}
         given |= settings
-        with kernel.core_pattern(kernel.install_helper(self.directory, given, python), pipe_limit):
+        pattern = kernel.install_helper(self.directory, given, python)
+        with kernel.core_pattern(pattern, pipe_limit, sort_vma=sort_vma):
             yield self
 
     def keep_copy(self):
@@ -93,6 +96,7 @@ class Node:
         """Start a process that will crash under this name."""
         process = subprocess.Popen(command, **how)
         self.expect(name, process.pid)
+        self.started.append(process)
         return process
 
     def is_ours(self, name):
@@ -141,9 +145,9 @@ def backtrace(program, core):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
-@pytest.fixture
-def node():
-    """A node in a short path: the kernel takes 127 bytes of pattern."""
+@contextlib.contextmanager
+def new_node():
+    """Make a node in a short path: the kernel takes 127 bytes of pattern."""
     with temporary_directory("cdh-", "/var/tmp") as directory:
         watch_dir = directory / "w"
         watch_dir.mkdir(mode=0o700)
@@ -151,3 +155,14 @@ def node():
         kernel.build(kernel.CRASHER, node.program, "-pthread")
         yield node
         node.settle()
+        for process in node.started:
+            process.kill()
+            with process:  # closes its pipes and waits
+                pass
+
+
+@pytest.fixture
+def node():
+    """A node of one test."""
+    with new_node() as made:
+        yield made

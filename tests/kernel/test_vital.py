@@ -1,6 +1,8 @@
 """Large dumps through the real kernel: the vital part first, everything else behind it, nothing else changed."""
 
+import gzip
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from tests.support import kernel
 from tests.support.collector import wait_until
 from tests.support.corepair import CoreFile, assert_same_memory
 
+from core_dump_collector.s3 import ordering
 from core_dump_format.gzip import inflate_until_damage
 
 SOURCE = Path(__file__).parents[1] / "support" / "vital.c"
@@ -168,3 +171,30 @@ def test_without_a_vital_part_the_core_is_byte_for_byte_the_kernels(node, progra
     assert found["vital"] == b"none"
     assert "vital_bytes" not in found
     assert core_of(node.dump()) == (node.directory / "copy").read_bytes()
+
+
+def modules(core):
+    """Return the modules that elfutils finds in a core."""
+    told = subprocess.run(["eu-unstrip", "-n", "--core", core], capture_output=True, text=True, check=False)
+    return sorted(line.split()[-1] for line in told.stdout.splitlines())
+
+
+@pytest.mark.skipif(not kernel.SORT_VMA.exists(), reason="kernel.core_sort_vma is in Linux 6.15 and later")
+def test_core_that_the_kernel_has_sorted_by_size_is_written_by_address(node, program):
+    with node.installed(sort_vma=True, COMPRESSOR="gzip"):
+        node.keep_copy()
+        die(node, program, "12", "3")
+    copy, helpers, collectors = (node.directory / name for name in ("copy", "core", "ordered"))
+    addresses = [row.address for row in CoreFile(copy).loads]
+    assert addresses != sorted(addresses)
+    helpers.write_bytes(core_of(node.dump()))
+    with copy.open("rb") as file:
+        ordered = ordering.order(file.fileno(), copy.stat().st_size)
+        collectors.write_bytes(gzip.decompress(b"".join(ordered.compressed())))
+    assert_same_memory(copy, helpers)
+    assert_same_memory(copy, collectors)
+    if shutil.which("eu-unstrip"):
+        found = modules(helpers)
+        assert found == modules(collectors)
+        assert "libc.so.6" in found
+        assert len(found) > len(modules(copy)), "elfutils reads ascending addresses only"
