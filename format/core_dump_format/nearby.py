@@ -42,6 +42,8 @@ class Nearby:
         self._selection, self._state, self._budget = selection, state, budget_bytes
         self._front, self._memory = selection.front, selection.memory
         self._present: dict[int, list[tuple[int, int]]] = {}
+        self.was_killed = False
+        """Whether the process has no memory any more, so that some of it was perhaps read too late."""
         self.untouched: list[tuple[int, int, int]] = []
         """Index of the segment, start and end of ranges of private anonymous memory that no page exists for."""
 
@@ -55,6 +57,8 @@ class Nearby:
         self._take_pointed()
         selection.left += room - room // 2
         self._take_small()
+        first = selection.pieces[0][1] if selection.pieces else 0
+        self.was_killed = not self._memory.read(first, self._memory.page)
 
     def _survey(self) -> None:
         """Find the ranges of each segment whose pages exist, and those of anonymous memory whose pages do not."""

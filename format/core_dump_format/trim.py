@@ -85,6 +85,13 @@ class Trimmed:
         front, step = self._front, self._front.layout.words
         words = front.layout.cast(front.table)
         for index in front.order or range(1, 1 + front.loads):
+            if (
+                index not in kept
+                and index not in zeros
+                and words[index * step + 4] == words[index * step + 5]
+            ):
+                self._drop(*front.span(index))
+                continue
             row = words[index * step : (index + 1) * step].tolist()
             self._split(index, row, sorted(kept.get(index, ())), sorted(zeros.get(index, ())))
 

@@ -213,6 +213,8 @@ class Reader:
     def _begin_prepared(self, prepare: Prepare, head: bytearray, buffer: memoryview) -> bool:
         """Hand over the vital part, then all that a trimmed dump holds; return whether the rest of the core follows."""
         vital = prepare(head, lambda count: self._extend(head, count))
+        if vital and vital.end > self._limit:
+            self.stop("max_dump_bytes")
         self.size = vital.cut(self._limit) if vital else 0
         if vital and vital.trimmed:
             self._release()

@@ -103,6 +103,8 @@ class CoreCopy:
         self.expected = length.expected
         incomplete = length.verdict(self.writer.size)
         cut = failed or (incomplete and (self._failure or reader.reason or incomplete))
+        if vital and vital.was_killed:
+            return cut or "killed"
         return cut or ("max_dump_bytes" if self.trimmed else "")
 
     def _copy(self, reader: Reader, watch: DiskWatch, length: LengthCheck, vital: VitalPart | None) -> None:

@@ -38,7 +38,7 @@ class Keep:
         """Store what a rule chose, and the limit that leaves only the vital part; both may be empty."""
         self._settings, self._action, self._limit = settings, action, limit
         self.memory_bytes = 0
-        """How much of it this process may use for a trimmed dump."""
+        """Memory that this process may use."""
 
     @property
     def from_bytes(self) -> int:
@@ -57,7 +57,7 @@ class Keep:
 
     def choose(self, length: int) -> Trim | None:
         """Return how a core of `length` bytes is trimmed, or None for a whole one."""
-        settings, memory = self._settings, self.memory_bytes
+        settings, memory = self._settings, self.memory_bytes // 2  # it is copied once more, into chunks
         most = settings.MAX_DUMP_BYTES
         if self.required:
             return Trim(self.required, 0, most)

@@ -23,6 +23,8 @@ VITAL_REASONS = ("rate_limit", "keep_free", "max_total_bytes", "no_slot")
 VITAL_SLOTS, VITAL_SLOT = 4, "vital-slot"
 SLOT_SECONDS = 0.5
 """A crash that gets no slot in this time keeps its vital part, if that is allowed; small dumps need less."""
+RESERVED_SECONDS = 10
+"""A crash that a limit refuses waits no longer for a reserved slot; each is held for a fraction of a second."""
 REFUSAL_SECONDS = 600
 """Window of the records of refusals other than `rate_limit`."""
 
@@ -134,7 +136,8 @@ class Limits:
                 rate.check(self._metadata)
         except Refused as refused:
             disk = self._vital_disk(refused.reason, records) if records else None
-            if not records or not disk or not self._reserved(records).acquire(deadline):
+            patient = min(deadline, time.monotonic() + RESERVED_SECONDS)
+            if not records or not disk or not self._reserved(records).acquire(patient):
                 raise
             self._vital, self.disk = refused.reason, disk
             if rate and rate.record:

@@ -56,6 +56,8 @@ class VitalPart:
         """[length, is kept] of successive ranges of the kernel's stream."""
         self.trimmed, self.dropped_bytes = "", 0
         """Why the dump is trimmed, and how much memory it lacks."""
+        self.was_killed = False
+        """Whether a trimmed dump may lack memory because the process was killed while it was read."""
         self.rest: list[memoryview] = []
         """What follows the front of a trimmed dump."""
         self.origin: Origin | None = None
@@ -148,7 +150,7 @@ def _prepare(front: Front, crash: Crash, limit: int, trim: Trim | None) -> Vital
         vital = VitalPart(order, _chunks(order.head, selected.pieces), "whole")
         vital.runs = order.runs()
     vital.origin = front, process, _keep(selected.pieces)
-    if not selected.is_whole:
+    if not selected.is_whole or vital.was_killed:
         vital.state = "partial"
     return vital
 
@@ -168,6 +170,7 @@ def _trim(front: Front, trim: Trim, selected: Selected | None) -> VitalPart:
         pieces = _chunks(order.head, kept.pieces[: kept.vital_pieces])
         vital = VitalPart(order, pieces, "whole" if fits else "partial")
         vital.rest = _chunks(b"", kept.pieces[kept.vital_pieces :])
+        vital.was_killed = selected.was_killed
     vital.trimmed, vital.dropped_bytes = trim.reason, order.dropped_bytes
     return vital
 
@@ -197,6 +200,7 @@ class Selected:
         self.pieces, self.page = list(selection.pieces), selection.memory.page
         self.vital_pieces = len(self.pieces) if ended is None else ended
         self.untouched = list(nearby.untouched) if nearby else []
+        self.was_killed = bool(nearby and nearby.was_killed)
 
 
 def _select(front: Front, state: ProcessState, crash: Crash, limit: int, trim: Trim | None) -> Selected:

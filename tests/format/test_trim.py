@@ -162,6 +162,21 @@ def test_memory_that_the_kernel_left_out_keeps_its_header(tmp_path):
     assert_partition(CoreFile(tmp_path / "kernel"), read, order.dropped)
 
 
+def test_process_that_was_killed_while_it_was_read_is_noticed():
+    class Killed(Held):
+        def read(self, address, size):
+            return super().read(address, size) if self.reads < 4 else b""
+
+    core = kernel_core(SPANS, status(SPANS[3][0] + 0x2010))
+    for memory, was_killed in ((Held(SPANS), False), (Killed(SPANS), True)):
+        front = read_front(core)
+        selection, state = Selection(front, memory, 1 << 20), ProcessState(front)
+        selection.run(state)
+        beyond = Nearby(selection, state, 1 << 20)
+        beyond.run()
+        assert beyond.was_killed == was_killed
+
+
 def test_readers_learn_what_was_dropped():
     core = kernel_core(SPANS, status(SPANS[3][0] + 0x2010))
     order, _, dump = trimmed(core, Held(SPANS), 0)

@@ -47,6 +47,21 @@ def keep(memory, **given):
     return decides
 
 
+class Killed(Held):
+    """Memory of a process that is killed after the first reads."""
+
+    def read(self, address, size):
+        return super().read(address, size) if self.reads < 4 else b""
+
+
+def test_trimmed_dump_of_a_process_that_was_killed_meanwhile_says_so(monkeypatch):
+    core = kernel_core(spans_of(LARGE_BYTES * 2), status(0x10100))
+    monkeypatch.setattr(vitalpart, "open_memory", lambda crash, vector: Killed(spans_of(LARGE_BYTES * 2)))
+    decides = keep(1 << 30, TRIM_ABOVE_BYTES=1, TRIM_BUDGET_BYTES=1 << 20)
+    vital = vitalpart.prepare(bytearray(core), lambda count: False, CRASH, 1 << 20, decides)
+    assert (vital.trimmed, vital.was_killed, vital.state) == ("trim_above_bytes", True, "partial")
+
+
 class Blocking(Held):
     """Memory of which the second read waits for a file server that never answers."""
 
