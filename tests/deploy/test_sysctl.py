@@ -337,6 +337,8 @@ def test_installer_and_helper_read_the_same_watch_directory(tmp_path, line):
 def test_wrong_setting_is_named_with_what_it_accepts(tmp_path):
     conf = write(tmp_path / "etc/core-dump-handler/helper.conf", "LEVEL=12\n")
     assert "'LEVEL=12': it must be a whole number from 1 to 9" in refused(tmp_path)
+    conf.write_text("RULES=trim exe=/a; wholly\n")
+    assert "'RULES=trim exe=/a; wholly': it must be rules" in refused(tmp_path)
     conf.write_text("LEVEL=1\n")
     conf.chmod(0o666)
     assert "others than root can change it" in refused(tmp_path)

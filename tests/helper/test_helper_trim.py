@@ -238,6 +238,34 @@ def test_allowances_of_many_at_once_are_not_exceeded(station):
     assert (record["suppressed"], record["vital"]) == ("8", "3")
 
 
+@pytest.mark.skipif("STORM" not in os.environ, reason="STORM=1000: a crash loop of minutes")
+@pytest.mark.timeout(1800)
+def test_crash_loop_of_a_thousand_is_bounded_and_a_quiet_service_keeps_its_dump(
+    station,
+    large,  # noqa: F811
+    record_property,
+):
+    given = {"RATE_LIMIT": "5/6000", "VITAL_LIMIT": "20/6000"}
+    held = []
+    for _ in range(int(os.environ["STORM"])):
+        started = time.monotonic()
+        large(**given)
+        held.append(time.monotonic() - started)
+    dumps = [station.watch_dir / name for name in station.names()]
+    trimmed = [path for path in dumps if "trimmed" in station.attributes(path)]
+    record_property(
+        "bytes", (sum(path.stat().st_size for path in dumps), max(held), sorted(held)[len(held) // 2])
+    )
+    assert (len(dumps), len(trimmed)) == (25, 20)
+    assert all(path.stat().st_size < 2 << 20 for path in trimmed)
+    (record,) = station.records()
+    assert (record["kept"], record["vital"]) == ("5", "20")
+    assert int(record["suppressed"]) == len(held) - 5
+    station.run(CORE, f"-P{os.getpid()}", "-p9", "-s6", "-t17", "-d1", name="quiet")
+    (quiet,) = set(station.names()) - {path.name for path in dumps}
+    assert gzip.decompress((station.watch_dir / quiet).read_bytes()) == CORE
+
+
 CRASH = {"exe": b"/opt/batch/run now", "origin": b"unit:batch.service", "signal": b"6"}
 
 
