@@ -134,6 +134,7 @@ WRONG = [
     ({"roleArn": "core-dump-collector"}, "/roleArn"),
     ({"keyTemplate": "dumps/{node}"}, "/keyTemplate"),
     ({"settings": {"WORKERS": 4}}, "/settings/WORKERS"),
+    ({"settings": {"SHUTDOWN_SECONDS": "2m"}}, "/settings/SHUTDOWN_SECONDS"),
     ({"settings": {"BUCKET_NAME": "other"}}, "'BUCKET_NAME'"),
     ({"image": {"digest": "latest"}}, "/image/digest"),
     ({"image": {"registry": "x"}}, "registry"),
