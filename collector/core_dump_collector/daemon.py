@@ -24,7 +24,7 @@ from core_dump_collector.config import describe
 from core_dump_collector.errors import ConfigError
 from core_dump_collector.health import HEARTBEAT_SECONDS, Health, Server
 from core_dump_collector.jobs import Job, Probe, Salvage
-from core_dump_collector.landing import Fact, Overview, sized
+from core_dump_collector.landing import Overview
 from core_dump_collector.losses import kernellog
 from core_dump_collector.losses.watcher import KernelLog
 from core_dump_collector.metrics import Metrics, raise_to
@@ -37,6 +37,7 @@ from core_dump_collector.pool import Pool
 from core_dump_collector.processes import Workers
 from core_dump_collector.reachability import Reachability
 from core_dump_collector.results import Results
+from core_dump_collector.summary import facts
 from core_dump_collector.workers import choose_temporary_directory
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ class Daemon:
         self._store = Reachability()
         self._records = SuppressedCrashes(directory)
         self._workers = Workers()
-        self._kernel_log = _watch_kernel_log(directory, settings, self._metrics, self._records)
+        self._kernel_log = _watch_kernel_log(
+            directory, settings, self._metrics, self._records, self._observer
+        )
         self._arrivals = Arrivals(directory, settings, self._backlog, self._observer, self._metrics)
         self._results = Results(
             directory,
@@ -231,38 +234,8 @@ class Daemon:
             self._metrics.observe_helper(version, config)
 
     def _show_overview(self) -> None:
-        self._health.overview = Overview(self._settings.node_name, self._facts(), self._results.recent)
-
-    def _facts(self) -> tuple[Fact, ...]:
-        """Return what the page at `/` says besides whether the daemon is ready."""
-        files, size = os.statvfs(self._directory), self._backlog.size_bytes
-        free, total = files.f_bavail * files.f_frsize, files.f_blocks * files.f_frsize
-        waiting, oldest = self._backlog.waiting, self._backlog.oldest_seconds(time.time())
-        backlog = f"{waiting} dumps, {sized(size)}; the oldest waits {oldest:.0f} s" if waiting else "empty"
-        store, reason = self._store, self._store.reason
-        reached = (
-            f"does not take dumps: {reason}"
-            if reason
-            else "takes dumps"
-            if store.is_known
-            else "not asked yet"
-        )
-        ours, insecure = corepattern.leads_to(self._directory), scan.is_insecure(self._directory)
-        quarantined = self._quarantined
-        obstacle = self._kernel_log.obstacle
-        return (
-            Fact(
-                "Directory", f"{self._directory}{', open to other users' if insecure else ''}", not insecure
-            ),
-            Fact("File system", f"{sized(free)} free of {sized(total)}", free * 10 > total),
-            Fact(
-                "Core pattern", "leads here" if ours else "leads elsewhere: crashes leave no dump here", ours
-            ),
-            Fact("Backlog", backlog),
-            Fact("Quarantine", f"{quarantined} dumps" if quarantined else "empty", not quarantined),
-            Fact("Store", reached, store.is_known and reason is None),
-            Fact("Kernel log", f"not watched: {obstacle}" if obstacle else "watched", not obstacle),
-        )
+        known = facts(self._directory, self._backlog, self._store, self._kernel_log, self._quarantined)
+        self._health.overview = Overview(self._settings.node_name, known, self._results.recent)
 
     def _report_readiness(self) -> None:
         """Be ready while the directory is there, its last scan succeeded, and the store takes dumps."""
@@ -330,11 +303,12 @@ class Daemon:
 
 
 def _watch_kernel_log(
-    directory: str, settings: Settings, metrics: Metrics, records: SuppressedCrashes
+    directory: str, settings: Settings, metrics: Metrics, records: SuppressedCrashes, observer: Observer
 ) -> KernelLog:
     kernel_log = KernelLog(
         directory,
         metrics.losses,
+        observer,
         sees_node=not corepattern.is_contained(),
         open_reader=kernellog.open_reader if settings.kernel_log == "auto" else None,
     )

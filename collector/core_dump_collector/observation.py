@@ -30,6 +30,7 @@ class Look(StrEnum):
     QUARANTINE = "quarantine"
     RECORDS = "records"
     KERNEL_LOG = "kernel_log"
+    KERNEL_LOG_POSITION = "kernel_log_position"
     HELPER = "helper"
     WORKERS = "workers"
     OVERVIEW = "overview"

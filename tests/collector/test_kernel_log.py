@@ -3,16 +3,18 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 
 from core_dump_collector.losses import kernellog, position, watcher
 from core_dump_collector.losses.counters import LossMetrics
 from core_dump_collector.losses.kernellog import Batch, DeviceReader, Line, SyscallReader
 from core_dump_collector.losses.position import Position
 from core_dump_collector.losses.watcher import KernelLog
+from core_dump_collector.observation import Observer
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +124,11 @@ class Watched:
         self.metrics = LossMetrics(self.registry)
         self.script = Script(lines)
         self.log = KernelLog(
-            str(directory), self.metrics, sees_node=True, open_reader=opener or (lambda: self.script)
+            str(directory),
+            self.metrics,
+            Observer(Counter("failures", "Failures.", ["what"], registry=CollectorRegistry())),
+            sees_node=True,
+            open_reader=opener or (lambda: self.script),
         )
         self.log.follow()
 
@@ -190,6 +196,7 @@ def test_restart_counts_nothing_twice_and_nothing_too_few(tmp_path):
 def test_record_that_was_not_stored_before_a_restart_is_stored_after_it_and_not_counted(tmp_path):
     before = Watched(tmp_path)
     before.write(DROP)
+    before.log._saver.end()
     line = Line(position.load(str(tmp_path)).read, 0, DROP)
     name = before.log.next_document(time.time(), time.monotonic()).name
     after = Watched(tmp_path, [line])
@@ -232,6 +239,16 @@ def test_records_overwritten_while_no_collector_ran_are_counted(tmp_path):
 def test_damaged_position_is_none(tmp_path, value):
     os.setxattr(tmp_path, position.ATTRIBUTE, value)
     assert position.load(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    "numbers", [(-1, 9**18, 9**18, 0), (-1, 5, 4, 0), (-1, 0, 0, 9**18), (5, 1, 9**18, 1)]
+)
+def test_position_that_cannot_be_hides_no_loss(tmp_path, numbers):
+    position.save(str(tmp_path), Position(kernellog.boot_id(), *numbers))
+    watched = Watched(tmp_path)
+    watched.write(DROP)
+    assert dropped(watched) == 1
 
 
 def test_missing_helper_is_told_from_one_that_cannot_be_executed(tmp_path):
@@ -292,3 +309,30 @@ def test_long_log_is_read_in_pieces_by_syslog(monkeypatch):
     assert [line.text for line in reader.read().lines] == [b"line 12"]
     reader._buffer.raw = b"<6>[   99.000000] line 99\n"
     assert (reader.read().lost, reader.read().lost) == (1, 0)
+
+
+def test_file_system_that_hangs_holds_up_neither_reading_nor_the_end(tmp_path, monkeypatch):
+    entered, released = threading.Event(), threading.Event()
+
+    def hang(directory, place):
+        entered.set()
+        released.wait(30)
+
+    monkeypatch.setattr(position, "save", hang)
+    monkeypatch.setattr(position, "_END_SECONDS", 0.1)
+    watched = Watched(tmp_path)
+    watched.write(DROP)
+    assert entered.wait(10)
+    watched.write(DROP)
+    assert dropped(watched) == 2
+    watched.log.close()
+    released.set()
+
+
+def test_newest_position_is_saved_at_the_end(tmp_path):
+    watched = Watched(tmp_path)
+    for _ in range(50):
+        watched.write(DROP)
+    newest = watched.log._position.read
+    watched.log.close()
+    assert position.load(str(tmp_path)).read == newest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import re
 import socket
@@ -12,7 +13,7 @@ import urllib.request
 
 import pytest
 from tests.deploy.test_monitoring import RULES, queries, without_variables
-from tests.kernel.test_losses import COLLECTOR, Losses
+from tests.kernel.test_losses import COLLECTOR, Losses, print_suppressed
 from tests.support import deploy, kernel, s3
 from tests.support.cleanup import guarded
 from tests.support.collector import running, wait_until
@@ -85,12 +86,14 @@ def prometheus(directory, port):
 def test_five_faults_move_their_series_and_fire_their_alerts(node, seaweed, bucket, tmp_path):
     deploy.tool("prometheus")
     environ = {**seaweed.environ(), "KERNEL_LOG": "auto", "RETRY_SECONDS": "1"}
-    with (
-        node.installed(pipe_limit=0),
-        leading_here(node),
-        running(node.watch_dir, environ, tmp_path, program=COLLECTOR.format(grace=3.0)) as collector,
-        prometheus(tmp_path, collector.port) as server,
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(node.installed(pipe_limit=0))
+        stack.enter_context(leading_here(node))
+        print_suppressed(node)
+        collector = stack.enter_context(
+            running(node.watch_dir, environ, tmp_path, program=COLLECTOR.format(grace=3.0))
+        )
+        server = stack.enter_context(prometheus(tmp_path, collector.port))
         losses = Losses(node, collector)
 
         def fires(alert, reason=""):
@@ -135,6 +138,8 @@ def test_refused_store_fires_its_alert(seaweed, bucket, watch_dir, tmp_path):
         running(watch_dir, environ, tmp_path, program=COLLECTOR.format(grace=3.0)) as collector,
         prometheus(tmp_path, collector.port) as server,
     ):
+        (watch_dir / "core-app-1700000000-7-11.gz.partial").write_bytes(gzip.compress(b"core"))
+        (watch_dir / "core-app-1700000000-7-11.gz.partial").rename(watch_dir / "core-app-1700000000-7-11.gz")
         wait_until(lambda: ("CoreDumpStoreRefuses", "forbidden") in server.firing(), 30, "the alert")
         assert server.value('core_dump_store_reachable{reason="forbidden"}') == 0
 

@@ -1,5 +1,7 @@
 """Owns how far the kernel log was read, kept in an extended attribute of the watch directory.
 
+A thread of its own saves it, so that a file system that hangs does not stop the loop.
+
 An attribute is replaced whole, needs no file among the dumps, and goes where the dumps go. Where the file system has
 none, a restarted collector begins at the end of the log.
 """
@@ -9,9 +11,18 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from core_dump_collector.observation import Look
+
+if TYPE_CHECKING:
+    from core_dump_collector.observation import Observer
 
 ATTRIBUTE = "user.coredump.kernel_log"
+_END_SECONDS = 2.0
 _FORM = re.compile(rb"1 ([0-9a-f-]{1,64}) (-1|\d{1,19}) (\d{1,19}) (\d{1,19}) (\d{1,19})")
 
 
@@ -28,6 +39,10 @@ class Position:
     """Losses up to here are counted."""
     judged: int = 0
     """Faults up to here are counted, or explained."""
+
+    def is_possible(self, now: int) -> bool:
+        """Tell whether a collector can have saved this before a time of the same boot."""
+        return self.needed <= self.read <= now and self.judged <= now
 
 
 def load(directory: str) -> Position | None:
@@ -59,3 +74,41 @@ def save(directory: str, position: Position) -> bool:
             return False
         raise
     return True
+
+
+class Saver:
+    """Saves the newest position as soon as the file system takes it."""
+
+    def __init__(self, directory: str, observer: Observer) -> None:
+        """Start no thread yet: nothing may have to be saved."""
+        self._directory, self._observer = directory, observer
+        self._newest: Position | None = None
+        self._changed = threading.Condition()
+        self._ending = False
+        self._thread: threading.Thread | None = None
+
+    def save(self, place: Position) -> None:
+        """Hand a position to the thread."""
+        with self._changed:
+            self._newest = place
+            self._changed.notify()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True, name="log-position")
+            self._thread.start()
+
+    def end(self) -> None:
+        """Let the thread save what it has, and end; a file system that hangs is not waited for."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join(_END_SECONDS)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._newest is not None or self._ending)
+                place, self._newest = self._newest, None
+            if place is None:
+                return
+            self._observer.look(Look.KERNEL_LOG_POSITION, partial(save, self._directory, place))

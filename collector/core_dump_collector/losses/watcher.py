@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from core_dump_collector.losses.kernellog import Line, Reader
     from core_dump_collector.losses.messages import Event
     from core_dump_collector.node.suppressed import Refusal
+    from core_dump_collector.observation import Observer
 
 log = structlog.get_logger()
 
@@ -40,6 +41,8 @@ _MOST_NAMES = 20_000
 _NAME = re.compile(rb"core-(.{0,60}?)-(\d{9,12})-\d{1,10}-(\d{1,3})(?:[-.].*)?", re.DOTALL)
 """Of a dump, also as a `dd` or a kernel writes it, which leave the name of the thread as it is."""
 _MICRO = 1_000_000
+_SLACK = 60 * _MICRO
+"""As far as the kernel's clock may be ahead of CLOCK_MONOTONIC."""
 
 
 class KernelLog:
@@ -48,6 +51,7 @@ class KernelLog:
     Args:
         directory: the watch directory.
         metrics: where losses are counted.
+        observer: is told when the position cannot be saved.
         sees_node: whether the node's programs can be looked at.
         open_reader: opens the log; None if it is not to be read.
     """
@@ -56,6 +60,7 @@ class KernelLog:
         self,
         directory: str,
         metrics: LossMetrics,
+        observer: Observer,
         *,
         sees_node: bool,
         open_reader: Callable[[], Reader] | None = kernellog.open_reader,
@@ -77,7 +82,8 @@ class KernelLog:
         self._before = Position(self._boot_id)
         self._position = self._before
         self._save_due = 0.0
-        self._is_saved = False
+        self._saved: Position | None = None
+        self._saver = position.Saver(directory, observer)
 
     def follow(self, refusals: Iterable[Refusal] = ()) -> None:
         """Read what is new, and judge it; to be called with every heartbeat.
@@ -126,9 +132,11 @@ class KernelLog:
     def _resume(self) -> None:
         """Begin where the last collector has ended; at the end if there was none, at the start of a new boot."""
         before = position.load(self._directory)
+        now = int(time.monotonic() * _MICRO)
+        if before is not None and before.boot_id == self._boot_id and not before.is_possible(now + _SLACK):
+            before = None  # whoever can write to the directory must not hide losses
         self._read_due = time.monotonic() + (SCRAPED_SECONDS if before is not None else 0)
         if before is None:
-            now = int(time.monotonic() * _MICRO)
             before = Position(self._boot_id, needed=now, read=now, judged=now)
         elif before.boot_id != self._boot_id:
             before = Position(self._boot_id)
@@ -266,9 +274,9 @@ class KernelLog:
         oldest += [record - 1] if record is not None else []
         needed = max(0, min(oldest))
         saved = replace(place, needed=needed)
-        if saved != self._position or not self._is_saved:
-            self._is_saved = position.save(self._directory, saved)
-            self._position = saved
+        if saved != self._saved:
+            self._position = self._saved = saved
+            self._saver.save(saved)
         self._save_due = now + SAVE_SECONDS
 
     def close(self) -> None:
@@ -277,6 +285,7 @@ class KernelLog:
             self._save(at_once=True)
             self._reader.close()
             self._reader = None
+        self._saver.end()
 
 
 def _is_file(path: str) -> bool:
