@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from tests.support import containerd, deploy, docker, kernel, kubelet, s3
-from tests.support.collector import wait_until
+from tests.support.collector import running, wait_until
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("DEPLOY_TIER") != "cri", reason="runs containerd in namespaces of its own: make test-cri"
@@ -135,16 +135,30 @@ def example():
 
 def collected(bucket):
     """Return the one dump's key and its sidecar, once it is in the bucket."""
-    wait_until(lambda: len(s3.keys_in(bucket)) == 2, 60, "dump and sidecar")
-    (key,) = [key for key in s3.keys_in(bucket) if key.endswith(".gz")]
+
+    def dumps():
+        return [key for key in s3.keys_in(bucket) if key.endswith(".gz")]
+
+    wait_until(lambda: dumps() and f"{dumps()[0]}.json" in s3.keys_in(bucket), 60, "dump and sidecar")
+    (key,) = dumps()
     return key, json.loads(s3.body_of(bucket, key + ".json"))
+
+
+def install_helper(node, **settings):
+    """Install a helper that knows where this containerd keeps its files; return watch directory and pattern."""
+    watch_dir = node.root / "core_dumps"
+    watch_dir.mkdir(mode=0o700)
+    given = {"WATCH_DIR": watch_dir, "KEEP_FREE_PERCENT": 1, "RATE_LIMIT": 0} | settings
+    pattern = kernel.install_helper(node.root.parent, given)
+    state = f'"{node.runtime.directory}/state/io.containerd'
+    module = node.root.parent / "core_dump_helper/runtime.py"
+    kernel.replace(module, '"/run/containerd/io.containerd', state)
+    return watch_dir, pattern
 
 
 def test_dump_of_a_pod_is_in_the_bucket_under_the_pods_name(node, store, bucket, tmp_path):
     spec, config_maps = collector_of("amazon-linux", store, tmp_path)
-    watch_dir = node.root / "core_dumps"
-    watch_dir.mkdir(mode=0o700)
-    pattern = kernel.install_helper(node.root.parent, {"WATCH_DIR": watch_dir, "KEEP_FREE_PERCENT": 1})
+    watch_dir, pattern = install_helper(node)
     with node.pod("core-dump-handler", "core-dump-collector-x2x9z", spec, config_maps) as pod:
         wait_until(lambda: probe(pod, "startupProbe"), 60, "start-up probe")
         with kernel.core_pattern(pattern), node.pod("shop", POD, application(), {}) as crashing:
@@ -164,29 +178,27 @@ def test_dump_of_a_pod_is_in_the_bucket_under_the_pods_name(node, store, bucket,
         APPLICATION_UID,
         POD,
     )
-    assert [path.name for path in watch_dir.iterdir() if path.name != ".helper"] == []
+    assert (sidecar["identity_source"], sidecar["image"]) == (
+        "runtime",
+        crashing.spec["containers"][0]["image"],
+    )
+    assert [path.name for path in watch_dir.iterdir() if path.name not in {".helper", ".modules"}] == []
 
 
-@pytest.mark.parametrize(("components", "watched"), [((), 0), (("kernel-log",), 1)])
-def test_pod_reads_the_kernel_log_with_one_capability_and_says_so_without_it(
-    node, store, tmp_path, components, watched
-):
-    spec, config_maps = collector_of("amazon-linux", store, tmp_path, *components)
-    (node.root / "core_dumps").mkdir(mode=0o700)
-    with node.pod("core-dump-handler", "core-dump-collector-x2x9z", spec, config_maps) as pod:
-        wait_until(lambda: probe(pod, "startupProbe"), 60, "start-up probe")
-
-        def samples():
-            with urllib.request.urlopen(f"http://{pod.address()}:9412/metrics", timeout=5) as answer:
-                return answer.read().decode()
-
-        wait_until(lambda: f"core_dump_kernel_log_watched {watched}.0" in samples(), 15, "a look at the log")
-        assert ("core_dump_kernel_dropped_total{" in samples()) is bool(watched), (
-            "no zero that nobody has counted"
-        )
-        assert int(status_of(pod, "collector")["CapEff"], 16) == (1 << 34 if watched else 0), (
-            "CAP_SYSLOG alone"
-        )
+def test_pod_that_is_deleted_while_the_store_is_down_is_named_by_its_dump(node, seaweed, bucket, tmp_path):
+    watch_dir, pattern = install_helper(node)
+    with kernel.core_pattern(pattern), node.pod("shop", POD, application(), {}) as crashing:
+        wait_until(lambda: crashing.exited("app"), 60, "the crash")
+    wait_until(lambda: list(watch_dir.glob("core*.gz")), 60, "the dump")
+    environ = seaweed.environ() | {"POD_LOGS_DIRECTORY": str(node.root / "var/log/pods")}
+    environ["KEY_TEMPLATE"] = "{namespace}/{pod}/{container}/{name}"
+    with running(
+        watch_dir, environ, tmp_path
+    ):  # after the pod: neither runtime nor kubelet knows it any more
+        key, sidecar = collected(bucket)
+    assert key.startswith(f"shop/{POD}/app/core-")
+    assert sidecar["identity_source"] == "runtime"
+    assert sidecar["image"] == crashing.spec["containers"][0]["image"]
 
 
 def test_file_way_collects_what_the_kernel_writes_into_the_volume_of_a_pod(node, store, bucket, tmp_path):

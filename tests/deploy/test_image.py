@@ -41,7 +41,14 @@ def test_image_passes_hadolint():
     deploy.succeed(deploy.tool("hadolint"), deploy.ROOT / "collector/Dockerfile")
 
 
+def sidecars(bucket):
+    """Return the keys of the metadata objects."""
+    return [key for key in s3.keys_in(bucket) if key.endswith(".gz.json")]
+
+
 def test_crash_in_one_container_is_collected_by_another(engine, node, seaweed, bucket):
+    data = f'"{engine.socket.parent}/data/containers'
+    kernel.replace(node.parent / "core_dump_helper/runtime.py", '"/var/lib/docker/containers', data)
     environ = {"BUCKET_NAME": s3.BUCKET, "NODE_NAME": "node-1", "METRICS_PORT": "0", **seaweed.environ()}
     flags = [word for name, value in environ.items() for word in ("-e", f"{name}={value}")]
     hardened = ["--read-only", "--tmpfs", "/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
@@ -50,16 +57,21 @@ def test_crash_in_one_container_is_collected_by_another(engine, node, seaweed, b
     )
     try:
         crash = "sh -c 'kill -SEGV $$'; echo died of $?"
-        said = engine.run("run", "--rm", "--network=none", "--user=1234", docker.BASE, "sh", "-c", crash)
+        claim = ["--label", "io.kubernetes.pod.name=ledger-0", "--label", "io.kubernetes.pod.namespace=bank"]
+        usual = ["--rm", "--network=none", "--user=1234", "--name=shop", *claim]
+        said = engine.run("run", *usual, docker.BASE, "sh", "-c", crash)
         assert said == "died of 139"
-        collector.wait_until(lambda: len(s3.keys_in(bucket)) == 2, 60, "dump and sidecar")
-        (key,) = [key for key in s3.keys_in(bucket) if key.endswith(".gz")]
-        sidecar = json.loads(s3.body_of(bucket, key + ".json"))
+        collector.wait_until(lambda: sidecars(bucket), 60, "dump and sidecar")
+        (key,) = sidecars(bucket)
+        sidecar = json.loads(s3.body_of(bucket, key))
+        assert (sidecar["image"], sidecar["container"]) == (docker.BASE, "shop")
+        assert (sidecar["pod"], sidecar["identity_source"]) == ("ledger-0", "label"), "a claim is marked"
+        assert "ledger" not in key
         assert (sidecar["state"], sidecar["uid"], sidecar["signal"]) == ("complete", 1234, 11)
         assert len(sidecar["container_id"]) == 64
         engine.run("stop", "-t", "30", name)
         assert engine.run("inspect", "-f", "{{.State.ExitCode}}", name) == "0"
-        assert [path.name for path in node.iterdir() if path.name != ".helper"] == []
+        assert [path.name for path in node.iterdir() if path.name not in {".helper", ".modules"}] == []
     finally:
         engine.run("rm", "-f", name)
 

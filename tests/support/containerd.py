@@ -33,6 +33,7 @@ state = "{directory}/state"
 # Mounts and processes of its own, which end with their first process; /run and the network plugins' state are thrown
 # away. Bottlerocket and Amazon Linux start containerd without a limit on cores, which the file way needs.
 START = """
+mount --make-rshared /
 mount -t tmpfs none /run
 mkdir -p /var/lib/cni
 mount -t tmpfs none /var/lib/cni
