@@ -112,7 +112,9 @@ class Metrics:
             "core_dump_dump_size_bytes", "Size of a dump on disk.", registry=r, buckets=_BYTES
         )
         self.dumps = Counter("core_dump_dumps", "Dumps stored, by signal.", ["signal"], registry=r)
-        self.truncated = Counter("core_dump_dumps_truncated", "Dumps stored that are not whole.", registry=r)
+        self.truncated = Counter(
+            "core_dump_dumps_truncated", "Dumps stored that are not whole, trimmed ones included.", registry=r
+        )
         self.sensitive = Counter("core_dump_dumps_sensitive", "Dumps stored that are sensitive.", registry=r)
         self.salvaged = Counter(
             "core_dump_partials_salvaged", "Abandoned partial dumps that were salvaged.", registry=r

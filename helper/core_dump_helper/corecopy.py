@@ -76,14 +76,8 @@ class CoreCopy:
         Raises:
             Refused: no compressor can write, or the core must be trimmed and cannot be.
         """
-        deadline, keep = time.monotonic() + self.settings.DEADLINE_SECONDS, self._keep
-        self._may_read_memory = may_read_memory and self.settings.VITAL_BYTES > 0
-        prepare = self._prepare if self._may_read_memory or keep.required else None
-        memory = Memory(self.settings.CGROUP)
-        reader = Reader(self.core, self.settings, memory, deadline, prepare)
-        reader.prepare_from = keep.from_bytes
-        if may_read_memory:
-            reader.look = self._look
+        keep = self._keep
+        reader = self._make_reader(may_read_memory)
         set_alarm(self.settings)  # the wait for a slot must not shorten the dump
         vital = reader.start()
         if keep.required and not vital and (reader.is_large or not keep.from_bytes):
@@ -106,6 +100,17 @@ class CoreCopy:
         if vital and vital.was_killed:
             return cut or "killed"
         return cut or ("max_dump_bytes" if self.trimmed else "")
+
+    def _make_reader(self, may_read_memory: bool) -> Reader:
+        """Return the reader of the core, which may read the memory of the process as well, or not."""
+        deadline, keep = time.monotonic() + self.settings.DEADLINE_SECONDS, self._keep
+        self._may_read_memory = may_read_memory and self.settings.VITAL_BYTES > 0
+        prepare = self._prepare if self._may_read_memory or keep.required else None
+        reader = Reader(self.core, self.settings, Memory(self.settings.CGROUP), deadline, prepare)
+        reader.prepare_from = keep.from_bytes
+        if may_read_memory:
+            reader.look = self._look
+        return reader
 
     def _copy(self, reader: Reader, watch: DiskWatch, length: LengthCheck, vital: VitalPart | None) -> None:
         """Copy what comes from the reader, until a failure."""
