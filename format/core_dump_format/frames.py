@@ -10,7 +10,7 @@ from struct import error
 
 from core_dump_format.guess import guess
 from core_dump_format.runtime import is_runtime, readable
-from core_dump_format.walk import MAX_STEPS, Walk
+from core_dump_format.walk import Walk
 
 TYPE_CHECKING = False  # `typing` costs 7 ms
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def find_places(process: Process, registers: dict[int, int], *, has_files: bool)
     walk = Walk(process)
     frames = walk.run(registers)
     places = _places(process, frames, has_asked=walk.has_asked())
-    return places, len(frames) >= MAX_STEPS
+    return places, walk.is_cut and bool(_recurring(places))
 
 
 def _places(process: Process, frames: list[Frame], *, has_asked: bool) -> list[Place]:
@@ -88,7 +88,7 @@ def _place(process: Process, frame: Frame) -> Place | None:
         code = process.object_of(mapping)
         own = code.address_of(offset) if code else None
         name = code.name_at(own) if code and own is not None else b""
-    except (ValueError, error):
+    except (ValueError, OSError, error):
         pass
     module, function = clean(mapping.name, MAX_MODULE), clean(readable(name), MAX_NAME)
     offset += frame.address - frame.lookup
@@ -101,19 +101,28 @@ def clean(text: str, limit: int) -> str:
     return "_" + kept[1:] if kept[:1] == "+" else kept
 
 
+def _own(places: list[Place]) -> list[Place]:
+    return [place for place in places if not place.is_runtime and place.module]
+
+
+def _recurring(places: list[Place]) -> list[Place]:
+    """Return one of the program's own places each that occur several times."""
+    own = _own(places)
+    counts: dict[str, int] = {}
+    for place in own:
+        counts[place.where] = counts.get(place.where, 0) + 1
+    return list({place.where: place for place in own if counts[place.where] >= MIN_REPEATS}.values())
+
+
 def choose(places: list[Place], *, is_deep: bool) -> list[Place]:
     """Return the places that tell the crash: the program's own, each once in succession, and the newest of the runtime.
 
     Where recursion was not followed to its end, the places behind the first are those that recur, each once: which
     of them the thread died in is chance.
     """
-    own = [place for place in places if not place.is_runtime and place.module]
-    counts: dict[str, int] = {}
-    for place in own:
-        counts[place.where] = counts.get(place.where, 0) + 1
-    recurring = {place.where: place for place in own if counts[place.where] >= MIN_REPEATS}
-    if is_deep and recurring:
-        own = [*own[:1], *recurring.values()]
+    own = _own(places)
+    if is_deep:
+        own = [*own[:1], *_recurring(places)]
     else:
         own = [
             place for number, place in enumerate(own) if not number or place.where != own[number - 1].where

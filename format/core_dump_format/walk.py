@@ -33,6 +33,10 @@ LEAF_BYTES = 4096
 """Of the stack: below a frame pointer, where the return addresses of functions lie that keep none."""
 
 
+_UNUSABLE = (UnwindError, error, OverflowError, KeyError, OSError)
+"""What hostile memory and files, and files that cannot be read, raise here."""
+
+
 class Mapping:
     """One mapping of a file."""
 
@@ -97,8 +101,8 @@ class Walk:
         self._process, self._machine = process, process.machine
         self._deadline = time.monotonic() + seconds
         self.frames: list[Frame] = []
-        self.is_whole = False
-        """Whether the outermost frame was reached."""
+        self.is_cut = False
+        """Whether there are more frames than were followed."""
         self._follows = False
         """Whether a frame pointer has led to the newest frame."""
 
@@ -117,11 +121,11 @@ class Walk:
             self.frames.append(frame)
             found = self._caller(registers, frame)
             if found is None:
-                self.is_whole = True
                 return self.frames
             registers, is_exact = found
             if is_exact:
                 self._mark_handler()
+        self.is_cut = True
         return self.frames
 
     def has_asked(self) -> bool:
@@ -157,11 +161,14 @@ class Walk:
         for step in steps:
             try:
                 found = step(registers, frame)
-            except (UnwindError, error, OverflowError, KeyError):
+            except _UNUSABLE:
                 continue
             if found is not None:
                 return (found, False) if found.get(self._machine.pc) else None
-        return self._by_scan(registers, frame)
+        try:
+            return self._by_scan(registers, frame)
+        except _UNUSABLE:
+            return None
 
     def _word(self, address: int) -> int:
         content = self._process.read(address, self._machine.word_bytes)

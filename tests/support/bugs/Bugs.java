@@ -15,7 +15,7 @@ public class Bugs {
     static void exhaust() { long[][] all = new long[1 << 20][]; for (int i = 0; ; i++) all[i] = new long[1 << 20]; }
 
     public static void main(String[] words) throws Exception {
-        byte[][] memory = new byte[Integer.parseInt(words[1])][1 << 20];
+        byte[][] memory = new byte[2 * Integer.parseInt(words[1])][(1 << 19) - 64];
         for (byte[] each : memory) java.util.Arrays.fill(each, (byte) 7);
         switch (words[0]) {
             case "0": write(); break;
