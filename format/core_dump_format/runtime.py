@@ -28,7 +28,7 @@ alloc::alloc:: alloc::raw_vec:: panic_abort:: rust_panic __rust
 runtime. runtime/ syscall. internal/abi.
 node::Abort node::Assert node::OnFatalError node::OOMErrorHandler node::ProcessEmit
 v8::base::OS::Abort v8::internal::V8::FatalProcess v8::internal::FatalProcess v8::Utils::Report
-VMError:: os::abort os::die report_vm PosixSignals:: crash_handler
+VMError:: os::abort os::die report_vm report_fatal report_java PosixSignals:: crash_handler
 """
 BEGINNINGS = tuple(_BEGINNINGS.split())
 """Beginnings of the names of functions; of C++ and Rust as `readable` writes them."""

@@ -25,6 +25,8 @@ WINDOW_BYTES = 64 << 10
 """Of every other thread's stack."""
 BELOW_BYTES = 512
 """Below a stack pointer: a leaf function may use 128 bytes there (x86-64 psABI, "red zone")."""
+OVERFLOW_BYTES = 1 << 20
+"""By which a function may lower the stack pointer before it touches the memory there."""
 VDSO_BYTES = 64 << 10
 LOADER_BYTES = 4 << 20
 FIRST_PAGES_BYTES = 4 << 20
@@ -179,7 +181,7 @@ class Selection:
     def _take_crash(self, thread: Thread) -> None:
         """Copy the crashing thread's stack, and those that its signal handlers interrupted."""
         window = min(CRASH_WINDOW_BYTES, self.left // 4)
-        self.take(thread.sp, BELOW_BYTES, window)
+        self.take(self._on_stack(thread.sp), BELOW_BYTES, window)
         self._take_block(thread)
         self.take(thread.pc, 0, 1)  # code that a program generated at run time is in the core
         mark, distance = SIGNAL_FRAMES.get(self.front.machine, (b"", 0))
@@ -190,7 +192,13 @@ class Selection:
             if at < 0:
                 return
             (sp,) = Struct("=Q").unpack_from(stack, at + distance)
-            self.take(sp, BELOW_BYTES, min(window, self.left // 4))
+            self.take(self._on_stack(sp), BELOW_BYTES, min(window, self.left // 4))
+
+    def _on_stack(self, sp: int) -> int:
+        """Return an address of the stack: the stack pointer of one that has overflowed lies below it."""
+        index = self.front.at(sp + OVERFLOW_BYTES)
+        start = self.front.addresses[index]
+        return start if index and start > sp and not self.front.find(sp) else sp
 
     def _take_block(self, thread: Thread) -> None:
         """Copy a thread control block: TLS lies below its address or above, glibc's struct pthread likewise."""

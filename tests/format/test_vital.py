@@ -150,6 +150,12 @@ def test_crashing_threads_stack_comes_first_and_all_memory_is_there_once(tmp_pat
     )
 
 
+def test_stack_that_has_overflowed_lies_above_its_stack_pointer():
+    core = kernel_core(SPANS, status(SPANS[3][0] - 0x3000))
+    _, selection = select(core, Held(SPANS))
+    assert selection.pieces[0][1] == SPANS[3][0]
+
+
 def test_segments_sorted_by_size_are_written_by_address(tmp_path):
     spans = sorted(SPANS, key=lambda span: span[0] % 7)
     spans[0] = (spans[0][0], 0x3000, 0x5000, 5)
