@@ -1,13 +1,15 @@
 """Owns the memory that the daemon and its workers share: who makes progress, how much is sent, how much may be sent.
 
 Each number has one writer and is read and written as one aligned word. So nothing is locked, and a worker that dies or
-is stopped at any point holds up nobody. The memory is anonymous (memfd_create(2)); workers get its descriptor.
+is stopped at any point holds up nobody. The memory is anonymous (memfd_create(2)), or that of a deleted file; workers
+get its descriptor.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import tempfile
 import time
 from multiprocessing.reduction import DupFd
 from typing import Any
@@ -101,7 +103,11 @@ class Board:
         Raises:
             OSError: there is none.
         """
-        fd = os.memfd_create("core-dump-collector", os.MFD_CLOEXEC)
+        try:
+            fd = os.memfd_create("core-dump-collector", os.MFD_CLOEXEC)
+        except OSError:  # a sandbox that does not know the call
+            with tempfile.TemporaryFile() as file:
+                fd = os.dup(file.fileno())
         os.ftruncate(fd, seats * SEAT_BYTES)
         self._open(fd)
 

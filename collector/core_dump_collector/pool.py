@@ -14,9 +14,11 @@ import selectors
 import time
 from typing import TYPE_CHECKING
 
+import structlog
+
 from core_dump_collector import budget
 from core_dump_collector.allowance import Allowance
-from core_dump_collector.board import Board
+from core_dump_collector.board import LIGHT_JOBS, Board
 from core_dump_collector.deadlines import SILENT_SECONDS, seconds_for
 from core_dump_collector.jobs import Job, RetryReason, fail
 from core_dump_collector.node import memory
@@ -25,6 +27,8 @@ from core_dump_collector.workers import Task, WorkerProcess
 if TYPE_CHECKING:
     from core_dump_collector.jobs import AnyJob, AnyResult
     from core_dump_collector.options import UploadOptions
+
+log = structlog.get_logger()
 
 _KILL_SECONDS = 5.0
 STOPPED_SECONDS = 60.0
@@ -55,13 +59,15 @@ class Pool:
         """By their seats."""
         self._selector = selectors.DefaultSelector()
         self._unstarted: list[AnyResult] = []
-        """Results of jobs that could not be handed over."""
+        """Results of jobs that could not be handed over, or whose worker was found dead."""
         self._signal = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._signal, selectors.EVENT_READ)
         self._lacks_resources = False
         """A job could not be handed over; no other is wanted before the next heartbeat."""
         self.rebuilds = 0
         """How often a worker was replaced because it died."""
+        if self._budget.workers < options.workers:
+            log.info("the memory limit leaves room for fewer workers", workers=self._budget.workers)
 
     def fileno(self) -> int:
         """Return the descriptor to wait for."""
@@ -76,7 +82,7 @@ class Pool:
         if heavy:
             places = unstarted + sum(worker.has_heavy_place for worker in workers)
         else:
-            places = 8 * unstarted + sum(worker.free_places for worker in workers)
+            places = LIGHT_JOBS * unstarted + sum(worker.free_places for worker in workers)
         return max(0, min(places, self._allowance.most_jobs - self.in_flight))
 
     @property
@@ -100,15 +106,23 @@ class Pool:
     def submit(self, job: AnyJob, *, heavy: bool = False) -> None:
         """Hand a job to a worker that has a place; one that cannot be handed over comes back as a retry."""
         now = time.monotonic()
+        for worker in list(self._workers.values()):
+            if worker.is_dead:  # and `collect` has not seen it yet
+                self._return(self._bury(worker))
         task = Task(job, now, now + self._seconds_for(job))
         try:
             self._choose(heavy=heavy).give(task, heavy=heavy)
         except Exception as error:  # noqa: BLE001  no memory, too many processes or files, a worker that just died
             self._lacks_resources = True
             why = f"no worker process can be started: {error}"[:500]
-            self._unstarted.append(fail(job, RetryReason.WORKER_DIED, why))
-            os.eventfd_write(self._signal, 1)
+            self._return([fail(job, RetryReason.WORKER_DIED, why)])
         self._allowance.spread(self._workers.values(), now)
+
+    def _return(self, results: list[AnyResult]) -> None:
+        """Let `collect` return results."""
+        self._unstarted += results
+        if results:
+            os.eventfd_write(self._signal, 1)
 
     def _seconds_for(self, job: AnyJob) -> float:
         options = self._options

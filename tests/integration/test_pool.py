@@ -116,7 +116,7 @@ def test_worker_that_hangs_outside_the_network_is_killed_ten_minutes_after_its_l
     with open(watch_dir / NAME, "wb") as file:
         file.truncate(1 << 30)
     config = tmp_path / "config"
-    config.write_text("[default]\ncredential_process = /bin/sh -c 'kill -STOP $$'\n")
+    config.write_text("[default]\ncredential_process = /bin/sleep 60\n")
     no_keys = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_CONFIG_FILE": str(config)}
     forkserver._forkserver._stop()
     with connected(no_keys), contextlib.ExitStack() as ending:
@@ -168,6 +168,21 @@ def test_one_worker_has_places_for_small_dumps_and_one_for_a_large_one(watch_dir
         wait_until(lambda: all(worker.seat.beaten_at(place) for place in range(FIRST)), 30, "threads")
         assert pool.room() == LIGHT_JOBS - FIRST
         assert pool.room(heavy=True) == 1
+
+
+def test_job_for_a_worker_that_has_just_died_goes_to_another(watch_dir):
+    (watch_dir / NAME).write_bytes(b"\x1f\x8b")
+    with silent_store() as silent, pool_at(silent, workers=1) as pool:
+        pool.submit(Job(str(watch_dir), NAME))
+        (worker,) = pool._workers.values()
+        worker.process.kill()
+        worker.process.join(10)
+        pool.submit(Salvage(str(watch_dir), "gone.partial"))
+        found = []
+        wait_until(lambda: found.extend(pool.collect()) or len(found) == 2, 30)
+        lost, salvaged = found
+        assert lost.retry_reason is RetryReason.WORKER_DIED
+        assert salvaged == SalvageResult("gone.partial")
 
 
 @contextlib.contextmanager

@@ -45,8 +45,11 @@ class FirstAlone:
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
-        """Wait until the request may go; one that raises nothing has succeeded."""
-        if self._succeeded:
+        """Wait until the request may go; one that raises nothing has succeeded.
+
+        A thread that holds a permit does not wait: the request that goes alone may wait for that permit.
+        """
+        if self._succeeded or self._flow.has_permit:
             yield
             return
         while not self._lock.acquire(timeout=1.0):
@@ -108,6 +111,11 @@ class Flow:
         """Note that a job makes progress; this thread's if no place is given."""
         self._seat.beat(_PLACE.get() if place is None else place)
 
+    @property
+    def has_permit(self) -> bool:
+        """Tell whether this thread holds a permit."""
+        return bool(getattr(self._held, "permit", False))
+
     @contextlib.contextmanager
     def permit(self, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Hold a permit for a request; a thread that has one takes no second.
@@ -115,7 +123,7 @@ class Flow:
         Raises:
             GivenUpError: nobody wants the request any more.
         """
-        if getattr(self._held, "permit", False):
+        if self.has_permit:
             yield
             return
         self._take(given_up)

@@ -180,8 +180,9 @@ class ProgressMonitor:
 
     def close(self) -> None:
         """End the thread."""
-        self._closed = True
-        self._wanted.set()
+        with self._lock:  # or the thread could forget that it is wanted
+            self._closed = True
+            self._wanted.set()
 
     def _run(self) -> None:
         pause = min(_LOOK_SECONDS, self.window_seconds / _SAMPLES)
