@@ -134,6 +134,13 @@ class Front:
         index = self.at(address)
         return index if index and address - self.addresses[index] < self.sizes[index] else 0
 
+    def after(self, address: int) -> int:
+        """Return the index of the first memory segment that begins above an address, or 0."""
+        position = bisect_right(self._sorted, address)
+        if position == self.loads:
+            return 0
+        return self.order[position] if self.order else position + 1
+
     def span(self, index: int) -> tuple[int, int]:
         """Return start and end of the memory that the core holds of a segment."""
         return self.addresses[index], self.addresses[index] + self.sizes[index]

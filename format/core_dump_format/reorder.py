@@ -142,6 +142,8 @@ class Reordered:
         words = layout.cast(bytearray(front.table[index * size : (index + 1) * size]))
         at, end = front.span(index)
         physical, beyond = words[3], words[5] - words[4]
+        if beyond < 0:
+            raise UnsupportedError("a segment holds more than its memory")
         parts = []
         for first, last, number in self._spans[index]:
             if at < first:

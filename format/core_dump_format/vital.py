@@ -196,9 +196,9 @@ class Selection:
 
     def _on_stack(self, sp: int) -> int:
         """Return an address of the stack: the stack pointer of one that has overflowed lies below it."""
-        index = self.front.at(sp + OVERFLOW_BYTES)
+        index = 0 if self.front.find(sp) else self.front.after(sp)
         start = self.front.addresses[index]
-        return start if index and start > sp and not self.front.find(sp) else sp
+        return start if index and start - sp < OVERFLOW_BYTES else sp
 
     def _take_block(self, thread: Thread) -> None:
         """Copy a thread control block: TLS lies below its address or above, glibc's struct pthread likewise."""
