@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from core_dump_format.core import Core, read_build_ids, read_core
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 FIRST_BYTES = 128 * 1024
 MOST_BYTES = 8 * 1024 * 1024
-"""The most that is read of an object without a vital part."""
+"""The most that is read of an object, unless its vital part is longer."""
 MOST_CORE_BYTES = 64 * 1024 * 1024
 """The most that is decompressed."""
 
@@ -37,10 +38,10 @@ class Head:
     """Why there is no core."""
 
 
-def ranges(bucket: Bucket, dump: Dump) -> Iterator[bytes]:
-    """Yield the first blocks of an object, each twice as long as the one before."""
+def ranges(bucket: Bucket, dump: Dump, at: int = 0) -> Iterator[bytes]:
+    """Yield blocks of an object from an offset on, each twice as long as the one before."""
     remote = Remote(bucket, dump, dump.size_bytes or 0, None, None)
-    at, size, end = 0, FIRST_BYTES, min(remote.size_bytes, MOST_BYTES)
+    size, end = FIRST_BYTES, min(remote.size_bytes, MOST_BYTES)
     while at < end:
         after = min(at + size, end)
         yield b"".join(remote.read(at, after))
@@ -50,13 +51,16 @@ def ranges(bucket: Bucket, dump: Dump) -> Iterator[bytes]:
 def read_head(bucket: Bucket, dump: Dump) -> Head:
     """Read the front of a core, or its vital part whole and verified; if that fails, the result says why.
 
-    The vital part holds the headers, the notes and the first page of each module: `info` needs nothing else.
+    The vital part holds the headers, the notes and the first page of modules. One that the crashed process did not have
+    in memory lies further back: more of the object is read only then.
     """
     head = Head()
     try:
-        is_vital = vital_bytes(dump) is not None
-        blocks = [read_vital(bucket, dump)] if is_vital else ranges(bucket, dump)
-        pieces = inflate_until_damage(blocks) if is_vital or dump.compressed else blocks
+        vital = vital_bytes(dump)
+        blocks = ranges(bucket, dump, vital or 0)
+        if vital is not None:
+            blocks = chain([read_vital(bucket, dump)], blocks)
+        pieces = inflate_until_damage(blocks) if vital or dump.compressed else blocks
         source = Forward.over(pieces, MOST_CORE_BYTES)
         head.core = read_core(source)
         head.build_ids, _ = read_build_ids(head.core, source)

@@ -139,6 +139,15 @@ def test_info_reaches_the_modules_behind_large_stacks_and_leaves_the_heap(cli):
     assert told(cli, key)["files"] == [{"path": "/lib/libx.so", "build_id": BUILD_ID.hex()}]
 
 
+def test_info_finds_a_module_that_was_not_in_memory_behind_the_vital_part(cli):
+    notes = SHAPE.status(1) + SHAPE.files((0x10000000, 0x10001000, 0, b"/lib/libx.so"))
+    whole = build(SHAPE, notes, [(0x7000, STACK, False), (0x10000000, module(), True)])
+    vital = gzip.compress(whole[:-4096], 1, mtime=0)
+    facts = {"vital": "whole", "vital_bytes": len(vital), "vital_crc32": zlib.crc32(vital)}
+    key = cli.put(NAME, vital + gzip.compress(whole[-4096:], 1, mtime=0), facts)
+    assert told(cli, key)["files"] == [{"path": "/lib/libx.so", "build_id": BUILD_ID.hex()}]
+
+
 @pytest.mark.parametrize("lies", [{"vital_crc32": 1}, {"vital_bytes": 100}])
 def test_info_shows_nothing_of_a_vital_part_that_is_not_what_was_uploaded(cli, lies):
     reordered(cli, **lies)
