@@ -59,9 +59,9 @@ test-programs: $(READY) packages ## crash programs of many languages, and Redis;
 	@sh tests/support/packages.sh programs
 	PROGRAMS=1 $(BIN)/python -m pytest tests/kernel/test_vital_programs.py tests/kernel/test_trim_programs.py tests/kernel/test_modules.py tests/kernel/test_languages.py $(PYTEST_FLAGS)
 
-test-fingerprints: $(READY) packages ## crash over 40 bugs in several languages and compare fingerprints; minutes; installs them
+test-fingerprints: $(READY) packages ## ONLY=redis-server,go: crash 94 bugs in many languages, compare fingerprints; minutes
 	@sh tests/support/packages.sh programs
-	FINGERPRINTS=1 $(BIN)/python -m pytest -n 0 -s tests/kernel/test_fingerprints.py $(PYTEST_FLAGS)
+	FINGERPRINTS=$(or $(ONLY),1) $(BIN)/python -m pytest -n 0 -s tests/kernel/test_fingerprints.py $(PYTEST_FLAGS)
 
 test-large: $(READY) packages ## LARGE_GIB=10: dumps of that size; minutes, and twice the disk
 	LARGE_GIB=$(LARGE_GIB) $(BIN)/python -m pytest --timeout 1800 tests/integration/test_large_dumps.py $(PYTEST_FLAGS)
