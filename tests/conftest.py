@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from unittest import mock
 
 import pytest
@@ -79,6 +80,12 @@ class FileScheduling(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config, log):
     """Distribute whole files, for the servers that their fixtures start."""
     return FileScheduling(config, log)
+
+
+def pytest_configure():
+    """Let programs under test be interrupted even if this run was started in the background, which ignores SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_make_parametrize_id(val, argname):
