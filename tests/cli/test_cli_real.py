@@ -277,5 +277,5 @@ def test_fingerprint_is_equal_for_the_same_crash_alone(fleet):
             found.setdefault(path.name.split("-")[1], []).append(fingerprint(file.read))
     assert len(found["crash"]) == 2
     assert found["crash"][0] == found["crash"][1]
-    assert re.match(r"crash\+0x", found["crash"][0].frames[0])
+    assert re.match(r"crash\+0x", found["crash"][0].frames)
     assert len({each[0].id for each in found.values()}) == 3
