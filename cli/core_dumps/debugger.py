@@ -116,12 +116,10 @@ class Session:
         if "lldb" in name:
             return [self.program, *self._for_lldb(batch=batch), *extra, *program, "--core", self.core]
         if "eu-stack" in name:
-            return [
-                self.program,
-                *(f"--executable={path}" for path in program),
-                *extra,
-                f"--core={self.core}",
-            ]
+            # With a program named, eu-stack asks no server for libraries; one that is served it finds by its build ID.
+            served = {module.build_id for module in self.modules.every if module.found is not None}
+            named = [f"--executable={path}" for path in program if read_build_id(path) not in served - {None}]
+            return [self.program, *named, *extra, f"--core={self.core}"]
         options = [f"--exec={path}" for path in program] + [f"--symbols={path}" for path in self._symbols()]
         return [self.program, "-q", *self._for_gdb(batch=batch), *extra, *options, f"--core={self.core}"]
 
