@@ -106,7 +106,7 @@ class Node:
 
     def settle(self):
         """Wait until no helper runs."""
-        wait_until(lambda: not self.helpers(), 60, "the helpers to end")
+        wait_until(lambda: not self.helpers() and not starting(), 60, "the helpers to end")
 
     def helpers(self):
         """Return the pids of helpers started from this node's directory."""
@@ -126,6 +126,19 @@ class Node:
         """Return the path of the only dump."""
         (name,) = self.names()
         return self.watch_dir / name
+
+
+def starting():
+    """Return the pids of processes that start a program now, as a helper that starts itself again.
+
+    They have a program, but no command line for a moment (proc(5)).
+    """
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if not entry.read_bytes() and (entry.parent / "exe").readlink():
+                found.append(int(entry.parent.name))
+    return found
 
 
 def attributes(path):
