@@ -1,6 +1,6 @@
 """Owns the HTTP server for /livez, /readyz, /metrics and the page at `/`, and the state that they show.
 
-Many idle or slow connections do not keep a scrape out: each connection has a deadline, and when too many are open
+Many idle or slow connections do not keep a scrape out: each wait for one has a deadline, and when too many are open
 the oldest is closed.
 """
 

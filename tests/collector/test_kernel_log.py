@@ -221,6 +221,7 @@ def test_first_start_begins_at_the_end_of_the_log_and_another_boot_at_its_start(
     line = Line(1000, 0, DROP, sequence)
     first = Watched(tmp_path, [line])
     assert (dropped(first), list(first.documents())) == (0, [])
+    first.log.close()
     position.save(str(tmp_path), Position("abc-1", 7, 1, 2, 3))
     assert dropped(Watched(tmp_path, [line])) == 1
 
@@ -251,6 +252,15 @@ def test_position_that_cannot_be_hides_no_loss(tmp_path, numbers):
     assert dropped(watched) == 1
 
 
+@pytest.mark.parametrize(
+    ("mode", "believed"), [(0o700, True), (0o1777, True), (0o777, False), (0o770, False)]
+)
+def test_position_is_believed_where_nobody_else_can_have_forged_it(tmp_path, mode, believed):
+    position.save(str(tmp_path), Position("b00", read=1))
+    tmp_path.chmod(mode)
+    assert (position.load(str(tmp_path)) is not None) is believed
+
+
 def test_missing_helper_is_told_from_one_that_cannot_be_executed(tmp_path):
     (tmp_path / "helper").write_text("")
     watched = Watched(tmp_path)
@@ -270,6 +280,17 @@ def test_fault_is_explained_by_a_dump_that_waits_and_lost_without_one(tmp_path, 
     watched.log.follow()
     assert watched.value("core_dump_crashes_seen_total", outcome="no_trace") == 1
     assert [facts["comm"] for _, facts in watched.documents()] == ["other"]
+
+
+def test_many_dumps_that_wait_for_the_store_hide_no_dump_of_a_new_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(watcher, "GRACE_SECONDS", 0.0)
+    crashed = int(time.time())
+    waiting = [f"core-old-{crashed - 9000 + n}-7-11.gz" for n in range(5000)]
+    monkeypatch.setattr(watcher, "_names", lambda _: [f"core-new-{crashed}-7-11.gz", *waiting])
+    watched = Watched(tmp_path)
+    watched.write(b"new[12]: segfault at 8 ip 000055ae8bdc918f sp 00007ffebcb78e90 error 6 in x[1,2+3]")
+    watched.log.follow()
+    assert watched.value("core_dump_crashes_seen_total", outcome="no_trace") == 0
 
 
 def test_oom_kills_and_suppressed_faults_are_no_crashes(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from core_dump_collector.losses.ledger import Kind, Ledger, Loss
+from core_dump_collector.losses.ledger import MOST_JUDGED, Kind, Ledger, Loss
 from core_dump_collector.losses.messages import (
     Drop,
     Dropped,
@@ -129,4 +129,16 @@ def test_fault_counted_before_its_suppressed_line_is_told_is_counted_once(ledger
 def test_flood_of_faults_is_bounded(ledger):
     for tid in range(5000):
         ledger.add(Fault(b"x", tid + 1, 11), T)
-    assert total(ledger.settle(T)) == 1000
+    assert [total(ledger.settle(T)) for _ in range(3)] == [MOST_JUDGED, 1000 - MOST_JUDGED, 0]
+
+
+def test_log_full_of_faults_is_judged_in_pieces_and_each_is_explained(ledger):
+    number = 2 * MOST_JUDGED + 1
+    for tid in range(1, number + 1):
+        ledger.add(Fault(b"app", tid, 11), T)
+        ledger.add(HelperTold(b"app", tid, 11), T)
+    ledger.add(Fault(b"app", number + 1, 11), T)
+    much_later = T + 10 * GRACE
+    assert [ledger.settle(much_later), ledger.settle(much_later)] == [[], []]
+    assert ledger.oldest_fault == T
+    assert [loss.pid for loss in ledger.settle(much_later)] == [number + 1]

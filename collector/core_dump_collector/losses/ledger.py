@@ -7,7 +7,7 @@ while: a line of the helper, a dropped dump, a refusal that was recorded, or a d
 from __future__ import annotations
 
 import re
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -34,6 +34,8 @@ SLACK_SECONDS = 10.0
 SUPPRESSED_SECONDS = 2.0
 """After the number of suppressed lines the kernel prints the line that it suppressed before."""
 _MOST = 4000
+MOST_JUDGED = 500
+"""Faults in one call: more wait for the next, so that the loop goes on after a log full of faults was read."""
 _NOT_IN_NAME = re.compile(rb"[^A-Za-z0-9._+-]")
 
 
@@ -82,7 +84,11 @@ class Ledger:
 
     grace_seconds: float = GRACE_SECONDS
     _faults: deque[tuple[float, Fault]] = field(default_factory=deque)
-    _explanations: deque[Explanation] = field(default_factory=lambda: deque(maxlen=_MOST))
+    _explanations: deque[Explanation] = field(default_factory=deque)
+    _told: set[int] = field(default_factory=set)
+    """Processes of which the helper has told, as far as their explanations are kept."""
+    _waiting: Counter[int] = field(default_factory=Counter)
+    """Threads of the faults that wait."""
     _uncounting: dict[int, float] = field(default_factory=dict)
     """Helpers that said that they cannot record refusals, by pid."""
     _suppressed: tuple[float, int] | None = None
@@ -100,6 +106,7 @@ class Ledger:
         match event:
             case Fault():
                 self._faults.append((seconds, event))
+                self._waiting[event.tid] += 1
             case Dropped():
                 return self._add_drop(event, seconds)
             case Suppressed(number, faults=False):
@@ -143,21 +150,35 @@ class Ledger:
         lost: list[Loss] = []
         if self._suppressed is not None and now - self._suppressed[0] > SUPPRESSED_SECONDS:
             lost += self._name_suppressed(Drop.UNNAMED)
-        while self._faults and (now - self._faults[0][0] >= self.grace_seconds or len(self._faults) > _MOST):
+        for _ in range(MOST_JUDGED):
+            if not self._is_due(now):
+                break
             seconds, fault = self._faults.popleft()
+            self._stop_waiting(fault.tid)
             if not self._use_explanation(fault, seconds):
                 self._without_trace.append(seconds)
                 lost.append(Loss(Kind.NO_TRACE, Kind.NO_TRACE, seconds, fault.comm, fault.tid, fault.signal))
-        horizon = now - 2 * self.grace_seconds - SLACK_SECONDS
+        oldest = self._faults[0][0] if self._faults else now
+        horizon = min(now - 2 * self.grace_seconds, oldest) - SLACK_SECONDS
         while self._explanations and self._explanations[0].last < horizon:
-            self._explanations.popleft()
+            self._forget_oldest()
         self._uncounting = {pid: at for pid, at in self._uncounting.items() if at > horizon}
         return lost
 
+    def _is_due(self, now: float) -> bool:
+        """Tell whether the oldest fault is to be judged."""
+        too_many = len(self._faults) > _MOST
+        return bool(self._faults) and (too_many or now - self._faults[0][0] >= self.grace_seconds)
+
+    def may_explain(self, timestamp: int) -> bool:
+        """Tell whether a dump of this time can explain a fault that waits."""
+        return bool(self._faults) and timestamp >= self._faults[0][0] - SLACK_SECONDS - 1
+
     def must_look_for_dumps(self, now: float) -> bool:
         """Tell whether a fault is about to be judged of whose process the helper has told nothing."""
-        told = {one.pid for one in self._explanations}
-        return any(now - at >= self.grace_seconds and fault.tid not in told for at, fault in self._faults)
+        return any(
+            now - at >= self.grace_seconds and fault.tid not in self._told for at, fault in self._faults
+        )
 
     def _add_drop(self, event: Dropped, seconds: float) -> list[Loss]:
         lost = self._name_suppressed(event.reason)
@@ -180,12 +201,24 @@ class Ledger:
         return [Loss(Kind.KERNEL, reason, seconds, number=left)] if left else []
 
     def _explain_by_helper(self, event: HelperTold | HelperFailed | HelperRefused, seconds: float) -> None:
-        if not any(one.pid and one.pid == event.pid for one in self._explanations):
+        if event.pid not in self._told:
             first = seconds - self.grace_seconds
             self._explain(Explanation(first, seconds + 1, name_form(event.comm), event.pid, event.signal))
 
     def _explain(self, explanation: Explanation) -> None:
+        while len(self._explanations) >= _MOST:
+            self._forget_oldest()
         self._explanations.append(explanation)
+        if explanation.pid:
+            self._told.add(explanation.pid)
+
+    def _stop_waiting(self, tid: int) -> None:
+        self._waiting[tid] -= 1
+        if not self._waiting[tid]:
+            del self._waiting[tid]
+
+    def _forget_oldest(self) -> None:
+        self._told.discard(self._explanations.popleft().pid)
 
     def _use_explanation(self, fault: Fault, seconds: float) -> bool:
         found = self._find(fault, seconds)
@@ -196,15 +229,14 @@ class Ledger:
     def _find(self, fault: Fault, seconds: float) -> Explanation | None:
         """Return the explanation that fits best: of this process, then of this name, then of any."""
         comm = name_form(fault.comm)
-        others = {waiting.tid for _, waiting in self._faults if waiting.tid != fault.tid}
         fits = [
             one
             for one in self._explanations
-            if one.number > 0
-            and one.first <= seconds <= one.last
-            and (not one.signal or not fault.signal or one.signal == fault.signal)
+            if one.first <= seconds <= one.last
+            and one.number > 0
             and (one.comm is None or one.comm == comm or one.pid == fault.tid)
-            and one.pid not in others
+            and (not one.signal or not fault.signal or one.signal == fault.signal)
+            and (one.pid == fault.tid or one.pid not in self._waiting)
         ]
         return max(fits, key=lambda one: (one.pid == fault.tid, one.comm is not None), default=None)
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import threading
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from core_dump_collector.node.ownership import is_trusted
 from core_dump_collector.observation import Look
 
 if TYPE_CHECKING:
@@ -46,8 +48,10 @@ class Position:
 
 
 def load(directory: str) -> Position | None:
-    """Return the position that an earlier collector saved; None if there is none."""
+    """Return the position that an earlier collector saved; None if there is none, or if others can have forged it."""
     try:
+        if not _is_ours(os.stat(directory)):
+            return None
         value = os.getxattr(directory, ATTRIBUTE)
     except OSError:
         return None
@@ -57,6 +61,11 @@ def load(directory: str) -> Position | None:
         if match is None
         else Position(match[1].decode(), *(int(number) for number in match.groups()[1:]))
     )
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    """Tell whether only root and this user can set attributes; of a sticky directory only its owner can (xattr(7))."""
+    return is_trusted(status) or (status.st_uid in {0, os.geteuid()} and bool(status.st_mode & stat.S_ISVTX))
 
 
 def save(directory: str, position: Position) -> bool:

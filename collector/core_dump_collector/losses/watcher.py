@@ -208,7 +208,7 @@ class KernelLog:
     def _judge(self, now: float) -> None:
         if self._ledger.must_look_for_dumps(now):
             for name in _names(self._directory):
-                self.note_dump(name)
+                self._note_found(name)
         for loss in self._ledger.settle(now):
             microseconds = int((loss.seconds - self._offset) * _MICRO)
             counted = loss.kind is Kind.NO_TRACE and microseconds <= self._before.judged
@@ -234,6 +234,12 @@ class KernelLog:
     def note_refusal(self, refusal: Refusal) -> None:
         """Note dumps that the helper refused and recorded."""
         self._ledger.explain_by_record(refusal.first, refusal.last, refusal.signal, refusal.number)
+
+    def _note_found(self, name: str) -> None:
+        """Note a dump in the directory; thousands of old ones must not push out what explains new faults."""
+        named = _NAME.fullmatch(os.fsencode(name))
+        if named is not None and self._ledger.may_explain(int(named[2])):
+            self.note_dump(name)
 
     def note_dump(self, name: str) -> None:
         """Note a dump that exists, or is stored: its crash is no loss."""
