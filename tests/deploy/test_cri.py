@@ -201,6 +201,28 @@ def test_pod_that_is_deleted_while_the_store_is_down_is_named_by_its_dump(node, 
     assert sidecar["image"] == crashing.spec["containers"][0]["image"]
 
 
+@pytest.mark.parametrize(("components", "watched"), [((), 0), (("kernel-log",), 1)])
+def test_pod_reads_the_kernel_log_with_one_capability_and_says_so_without_it(
+    node, store, tmp_path, components, watched
+):
+    spec, config_maps = collector_of("amazon-linux", store, tmp_path, *components)
+    (node.root / "core_dumps").mkdir(mode=0o700)
+    with node.pod("core-dump-handler", "core-dump-collector-x2x9z", spec, config_maps) as pod:
+        wait_until(lambda: probe(pod, "startupProbe"), 60, "start-up probe")
+
+        def samples():
+            with urllib.request.urlopen(f"http://{pod.address()}:9412/metrics", timeout=5) as answer:
+                return answer.read().decode()
+
+        wait_until(lambda: f"core_dump_kernel_log_watched {watched}.0" in samples(), 15, "a look at the log")
+        assert ("core_dump_kernel_dropped_total{" in samples()) is bool(watched), (
+            "no zero that nobody has counted"
+        )
+        assert int(status_of(pod, "collector")["CapEff"], 16) == (1 << 34 if watched else 0), (
+            "CAP_SYSLOG alone"
+        )
+
+
 def test_file_way_collects_what_the_kernel_writes_into_the_volume_of_a_pod(node, store, bucket, tmp_path):
     spec, config_maps = collector_of("bottlerocket-file", store, tmp_path)
     environ = {"CORE_DUMP_ROOT": str(node.root), "PATH": os.environ["PATH"]}
