@@ -28,6 +28,8 @@ log = structlog.get_logger()
 
 _MOST_REFUSED = 1000
 _GOOD = frozenset({Outcome.UPLOADED, Outcome.ALREADY_STORED})
+_EXPLAINING = _GOOD | {Outcome.QUARANTINED, Outcome.DISCARDED}
+"""There was a dump: its crash is counted by what became of that."""
 _SHOWN = _GOOD | {Outcome.QUARANTINED, Outcome.DISCARDED, Outcome.REFUSED, Outcome.RETRY}
 
 
@@ -62,6 +64,8 @@ class Results:
         elif self.backlog.is_in_flight(result.name):
             self.metrics.observe(result)
             self._remember(result)
+            if result.outcome in _EXPLAINING:
+                self.kernel_log.note_dump(result.name)
             self._apply_upload(result, now)
         else:
             log.error("a result for a file that was not being uploaded", file=result.name)
@@ -143,7 +147,6 @@ class Results:
                 self.store.note_upload(None, now)
                 gone = not os.path.lexists(os.path.join(self.directory, name))
                 self.backlog.finish(name, gone=gone)
-                self.kernel_log.note_dump(name)
                 log.info(
                     result.outcome.value,
                     bytes=result.stored_bytes,

@@ -5,16 +5,19 @@ import subprocess
 import sys
 import threading
 import time
+from unittest.mock import MagicMock
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
+from core_dump_collector.jobs import Outcome, UploadResult
 from core_dump_collector.losses import kernellog, position, watcher
 from core_dump_collector.losses.counters import LossMetrics
 from core_dump_collector.losses.kernellog import Batch, DeviceReader, Line, SyscallReader
 from core_dump_collector.losses.position import Position
 from core_dump_collector.losses.watcher import KernelLog
 from core_dump_collector.observation import Observer
+from core_dump_collector.results import Results
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +68,7 @@ def test_new_record_is_read_once(opened):
 
 CAPABILITIES = """
 import sys
+from core_dump_collector.jobs import Outcome, UploadResult
 from core_dump_collector.losses import kernellog
 try:
     print(kernellog.open_reader(sys.argv[1]).name)
@@ -289,6 +293,18 @@ def test_many_dumps_that_wait_for_the_store_hide_no_dump_of_a_new_fault(tmp_path
     monkeypatch.setattr(watcher, "_names", lambda _: [f"core-new-{crashed}-7-11.gz", *waiting])
     watched = Watched(tmp_path)
     watched.write(b"new[12]: segfault at 8 ip 000055ae8bdc918f sp 00007ffebcb78e90 error 6 in x[1,2+3]")
+    watched.log.follow()
+    assert watched.value("core_dump_crashes_seen_total", outcome="no_trace") == 0
+
+
+@pytest.mark.parametrize("outcome", [Outcome.QUARANTINED, Outcome.DISCARDED])
+def test_dump_that_never_reaches_the_bucket_is_counted_as_that_alone(tmp_path, monkeypatch, outcome):
+    monkeypatch.setattr(watcher, "GRACE_SECONDS", 0.0)
+    watched = Watched(tmp_path)
+    others = [MagicMock() for _ in range(5)]
+    results = Results(str(tmp_path), *others, kernel_log=watched.log, metrics=MagicMock())
+    results.apply(UploadResult(f"core-app-{int(time.time())}-7-11", outcome))
+    watched.write(b"app[12]: segfault at 8 ip 000055ae8bdc918f sp 00007ffebcb78e90 error 6 in x[1,2+3]")
     watched.log.follow()
     assert watched.value("core_dump_crashes_seen_total", outcome="no_trace") == 0
 
