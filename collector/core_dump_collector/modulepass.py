@@ -11,11 +11,12 @@ import hashlib
 import os
 import random
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from botocore.exceptions import BotoCoreError
 
 from core_dump_collector.board import Seat
+from core_dump_collector.jobs import RetryReason
 from core_dump_collector.moduleevents import Event, Kind
 from core_dump_collector.node.modulefiles import RECEIPT_SUFFIX, Contents, File, ModuleFiles
 from core_dump_collector.s3 import classify, documents
@@ -39,16 +40,21 @@ from core_dump_format.names import PARTIAL_SUFFIX
 from core_dump_format.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from core_dump_collector.options import UploadOptions
 
+T = TypeVar("T")
 MOST_WAITING_BYTES = 4 << 30
 """Modules and lists that wait. The helper has a limit of its own; this one holds whatever has filled the directory."""
 SETTLED_SECONDS = 60.0
 """A partial file, or a receipt without a list, is left alone for so long."""
 ORPHAN_SECONDS = 3600.0
 """A list whose dump is not in the watch directory is kept for so long."""
+MOST_FAILURES = 3
+"""So many lists, or modules, may fail in a pass before it ends."""
+_OF_THE_STORE = frozenset(RetryReason) - {RetryReason.CHECKSUM, RetryReason.UNPROVEN, RetryReason.SERVER}
+"""Failures that no other object would be spared."""
 
 
 class Pass:
@@ -60,29 +66,46 @@ class Pass:
         self._options = options
         self._report = report
         self._client: Store | None = None
+        self._failure: RetryableError | OSError | None = None
 
-    def run(self, *, sends: bool, modules: bool) -> None:
-        """Clean up; then, if allowed, publish lists and store modules.
+    def run(self, *, lists: bool, modules: bool) -> None:
+        """Clean up; then, if wanted, publish lists or store modules.
 
         Args:
-            sends: the store takes objects, as far as is known.
-            modules: modules are due as well.
+            lists: lists of stored dumps are due.
+            modules: modules are due.
         """
         try:
             with ModuleFiles(self._directory) as files:
                 found = self._clean(files, files.scan())
-                for dump in found.receipts if sends else ():
-                    self._publish(files, dump, found)
-                waiting = found.modules if sends and modules else []
-                for file in random.sample(waiting, len(waiting)):  # nodes that crash together share the work
-                    self._send(files, file)
-        except RetryableError as error:
-            self._report(Event(Kind.FAILED, error.reason, detail=printable(str(error))))
-        except OSError as error:
-            self._report(Event(Kind.FAILED, "local_io", detail=printable(error.strerror or str(error))))
+                if lists:
+                    self._each(list(found.receipts), lambda dump: self._publish(files, dump, found))
+                if modules:
+                    self._each(found.modules, lambda file: self._send(files, file))
+        except (RetryableError, OSError) as error:
+            self._failure = error
         finally:
             if self._client is not None:
                 self._client.close()
+        if self._failure is not None:
+            self._report(_explain(self._failure))
+
+    def _each(self, items: Sequence[T], step: Callable[[T], None]) -> None:
+        """Take a step for each item, in random order: nodes that crash together share the work.
+
+        One that fails does not hold up the others.
+        """
+        failures = 0
+        for item in random.sample(items, len(items)):
+            try:
+                step(item)
+            except (RetryableError, OSError) as error:
+                self._failure = error
+                failures += 1
+                if isinstance(error, BrokenPipeError) or getattr(error, "reason", "") in _OF_THE_STORE:
+                    raise
+                if failures >= MOST_FAILURES:
+                    return
 
     def _store(self) -> Store:
         if self._client is None:
@@ -120,7 +143,11 @@ class Pass:
 
     def _is_orphan(self, files: ModuleFiles, dump: str, found: Contents) -> bool:
         file = found.lists[dump]
-        if dump in found.receipts or time.time() - file.modified_at < ORPHAN_SECONDS:
+        receipt = found.receipts.get(dump)
+        if receipt is not None:
+            is_old = time.time() - receipt.modified_at > KNOWN_SECONDS
+            return is_old and self._drop(files, file, Kind.LIST_DROPPED)
+        if time.time() - file.modified_at < ORPHAN_SECONDS:
             return False
         names = (dump, dump + PARTIAL_SUFFIX)
         if any(os.path.lexists(os.path.join(self._directory, name)) for name in names):
@@ -198,6 +225,12 @@ class Pass:
         return _KINDS[stored], ""
 
 
+def _explain(error: RetryableError | OSError) -> Event:
+    if isinstance(error, RetryableError):
+        return Event(Kind.FAILED, error.reason, detail=printable(str(error)))
+    return Event(Kind.FAILED, RetryReason.LOCAL_IO, detail=printable(error.strerror or str(error)))
+
+
 _KINDS = {
     Stored.UPLOADED: Kind.UPLOADED,
     Stored.PRESENT: Kind.PRESENT,
@@ -220,11 +253,11 @@ def has_content(part: FilePart, sha256: str) -> bool:
 
 
 def run(
-    directory: str, options: UploadOptions, report: Callable[[Event], None], *, sends: bool, modules: bool
+    directory: str, options: UploadOptions, report: Callable[[Event], None], *, lists: bool, modules: bool
 ) -> None:
     """Make one pass; a fault of ours is reported, and the next pass goes on."""
     try:
-        Pass(directory, options, report).run(sends=sends, modules=modules)
+        Pass(directory, options, report).run(lists=lists, modules=modules)
     except StoreError as error:
         report(Event(Kind.FAILED, "server", detail=printable(str(error))))
     except Exception as error:  # noqa: BLE001  the boundary of the process

@@ -45,19 +45,36 @@ BUSY_SECONDS = 600.0
 """Modules that are due wait for so long while dumps are being uploaded."""
 
 
-def _run(pipe: Connection, directory: str, options: UploadOptions, sends: bool, modules: bool) -> None:  # noqa: FBT001  pickled
+def _run(pipe: Connection, directory: str, options: UploadOptions, lists: bool, modules: bool) -> None:  # noqa: FBT001  pickled
     """Make one pass in this process, which ends with the daemon."""
     from core_dump_collector import modulepass  # noqa: PLC0415  boto3 stays out of the daemon's memory
 
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    modulepass.run(directory, options, pipe.send, sends=sends, modules=modules)
+    modulepass.run(directory, options, pipe.send, lists=lists, modules=modules)
 
 
 def _end_with(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)
+
+
+class Backoff:
+    """When something that failed is tried again."""
+
+    def __init__(self, most_seconds: float) -> None:
+        """Wait for nothing until the first failure; never longer than `most_seconds`."""
+        self._most_seconds = most_seconds
+        self._failures = 0
+        self.until = 0.0
+
+    def apply(self, now: float, *, failed: bool) -> None:
+        """Wait longer after each further failure; for nothing after a success."""
+        self._failures = self._failures + 1 if failed else 0
+        pause = FIRST_PAUSE_SECONDS * 2.0 ** min(self._failures - 1, 16)
+        wait_seconds = min(pause, self._most_seconds) * random.uniform(0.5, 1)  # noqa: S311  spread
+        self.until = now + wait_seconds if failed else 0.0
 
 
 class ModuleUploads:
@@ -75,9 +92,11 @@ class ModuleUploads:
         self._deadline = math.inf
         self._mark_due = self._clean_due = time.monotonic()
         self._modules_due: float | None = None
-        self._again_at = 0.0
-        self._failures = 0
-        self._sent_modules = self._failed = False
+        # one for each, because a policy may allow the folder of the dumps alone
+        self._lists, self._modules = Backoff(settings.retry_seconds), Backoff(settings.retry_seconds)
+        self._sent: Backoff | None = None
+        """That of what the last pass sends."""
+        self._failed = False
         self.due = time.monotonic() if settings.modules else math.inf
         """When `advance` has something to do, on the monotonic clock."""
         if not settings.modules:
@@ -123,19 +142,22 @@ class ModuleUploads:
             self._modules_due = None
         elif self._modules_due is None:
             self._modules_due = now + random.uniform(0, self._settings.module_delay_seconds)  # noqa: S311  spread
-        sends = reachable and now >= self._again_at
         due = now - self._modules_due if self._modules_due is not None else -1.0
-        modules = sends and due >= (BUSY_SECONDS if busy else 0.0)
-        lists = sends and not found.receipts.keys().isdisjoint(found.lists)
+        modules = reachable and now >= self._modules.until and due >= (BUSY_SECONDS if busy else 0.0)
+        listed = not found.receipts.keys().isdisjoint(found.lists)
+        lists = reachable and now >= self._lists.until and listed
         cleans = now >= self._clean_due and found != Contents()
+        if lists and modules:  # in turns, so that neither waits for long
+            lists = self._sent is not self._lists
+            modules = not lists
         if modules or lists or cleans:
-            self._start(now, sends=sends, modules=modules)
+            self._start(now, lists=lists, modules=modules)
 
-    def _start(self, now: float, *, sends: bool, modules: bool) -> None:
+    def _start(self, now: float, *, lists: bool, modules: bool) -> None:
         context = multiprocessing.get_context("forkserver")
         self._clean_due = now + CLEAN_PAUSE_SECONDS
         receiver, sender = context.Pipe(duplex=False)
-        arguments = (sender, self._directory, self._options, sends, modules)
+        arguments = (sender, self._directory, self._options, lists, modules)
         process = context.Process(target=_run, args=arguments, daemon=True)
         try:
             process.start()
@@ -145,8 +167,8 @@ class ModuleUploads:
             return
         finally:
             sender.close()
-        self._process, self._pipe, self._sent_modules = process, receiver, modules
-        self._failed = False
+        self._process, self._pipe, self._failed = process, receiver, False
+        self._sent = self._modules if modules else self._lists if lists else None
         self._set_deadline(now, 0)
         self.due = now
 
@@ -195,11 +217,9 @@ class ModuleUploads:
         assert self._pipe is not None  # noqa: S101
         self._pipe.close()
         self._process = self._pipe = None
-        self._failures = self._failures + 1 if failed else 0
-        if failed:
-            pause = FIRST_PAUSE_SECONDS * 2.0 ** min(self._failures - 1, 16)
-            self._again_at = now + min(pause, self._settings.retry_seconds) * random.uniform(0.5, 1)  # noqa: S311
-        elif self._sent_modules:
+        if self._sent is not None:
+            self._sent.apply(now, failed=failed)
+        if self._sent is self._modules and not failed:
             self._modules_due = None
         self.due = now + POLL_SECONDS
 

@@ -21,6 +21,7 @@ from core_dump_collector.s3.errors import (
 )
 from core_dump_collector.upload import Worker
 from core_dump_format.advice import ADVICE
+from core_dump_format.keys import MODULES_FOLDER
 
 if TYPE_CHECKING:
     from core_dump_collector.options import UploadOptions
@@ -42,6 +43,11 @@ _NOT_LISTED = (
     "(AbortIncompleteMultipartUpload) has to remove those of a collector that was killed"
 )
 
+_NO_MODULES = (
+    "; WARNING: the executables and libraries of crashed processes cannot be stored, so dumps open only where their "
+    "images are: allow s3:PutObject on {} too (docs/iam.md), or set MODULES=false"
+)
+
 
 def verify_store(options: UploadOptions) -> str:
     """Store a probe object with proof, try to store it again, and delete it; return what that has shown.
@@ -52,7 +58,8 @@ def verify_store(options: UploadOptions) -> str:
     key = f"{options.node_folder}.check-{uuid.uuid4()}"
     with contextlib.closing(Worker(options)) as worker:
         try:
-            return _verify(worker.open_store(), key)
+            store = worker.open_store()
+            return _verify(store, key) + (_probe_modules(store, options.prefix) if options.modules else "")
         except PermanentError as error:
             raise ConfigError(str(error)) from error
         except UnprovenError as error:
@@ -86,6 +93,19 @@ def _probe(store: Store, key: str) -> str:
     except TakenError:
         return "a second one under its key was refused"
     return "WARNING: the store ignores If-None-Match: keys are looked at before they are written"
+
+
+def _probe_modules(store: Store, prefix: str) -> str:
+    """Store an object in the folder of modules, one for all nodes and times; return what is not allowed there."""
+    folder = f"{prefix}{MODULES_FOLDER}/"
+    try:
+        documents.put(store, f"{folder}.check", _PROBE)
+    except RetryableError as error:
+        if error.reason is not RetryReason.FORBIDDEN:
+            raise
+        return _NO_MODULES.format(f"{folder}*")
+    store.delete(f"{folder}.check")
+    return ""
 
 
 def _limits(store: Store, key: str) -> str:

@@ -29,8 +29,9 @@ NAME = "core-app-1700000000-42-11.gz"
 class Uploads(ModuleUploads):
     """Notes what would be started."""
 
-    def _start(self, now, *, sends, modules):
-        self.started.append((now, sends, modules))
+    def _start(self, now, *, lists, modules):
+        self.started.append((now, lists, modules))
+        self._sent = self._modules if modules else self._lists if lists else None
         self._clean_due = now + CLEAN_PAUSE_SECONDS
 
 
@@ -69,8 +70,8 @@ def test_mark_tells_helpers_that_modules_are_taken_and_stays_young(uploads, watc
 def test_modules_are_sent_after_a_random_delay(uploads, watch_dir):
     support.put_module(watch_dir, b"library")
     first = uploads.due
-    (now, sends, due) = advance(uploads, 160)[0]
-    assert (sends, due) == (True, True)
+    (now, *what) = advance(uploads, 160)[0]
+    assert what == [False, True]
     assert 150 <= now - first <= 150 + POLL_SECONDS
 
 
@@ -78,7 +79,7 @@ def test_lists_of_stored_dumps_are_not_delayed(uploads, watch_dir):
     support.put_list(watch_dir, NAME)
     assert advance(uploads, 2 * POLL_SECONDS) == [], "the dump is not stored yet"
     modulefiles.note_stored(str(watch_dir), NAME, modulefiles.Receipt("dumps", "key"))
-    assert {(sends, due) for _, sends, due in advance(uploads, 2 * POLL_SECONDS)} == {(True, False)}
+    assert {(lists, sent) for _, lists, sent in advance(uploads, 2 * POLL_SECONDS)} == {(True, False)}
 
 
 def test_modules_give_way_to_dumps_for_a_while(uploads, watch_dir):
@@ -91,7 +92,7 @@ def test_nothing_is_sent_to_a_store_that_is_down(uploads, watch_dir):
     support.put_module(watch_dir, b"library")
     assert advance(uploads, 5000, reachable=False) == []
     uploads._clean_due = 0
-    assert {(sends, due) for _, sends, due in advance(uploads, 60, reachable=False)} == {(False, False)}
+    assert {(lists, sent) for _, lists, sent in advance(uploads, 60, reachable=False)} == {(False, False)}
 
 
 def test_failed_pass_is_repeated_after_a_pause_whenever_it_says_so(uploads, watch_dir):
@@ -101,12 +102,33 @@ def test_failed_pass_is_repeated_after_a_pause_whenever_it_says_so(uploads, watc
     receiver, sender = multiprocessing.Pipe(duplex=False)
     with sender:
         uploads._process, uploads._pipe = mock.Mock(exitcode=0, is_alive=lambda: True), receiver
+        uploads._sent = uploads._lists
         sender.send(Event(Kind.FAILED, "network"))
         uploads.advance(uploads.due, reachable=True, busy=False)
         uploads._process.is_alive = lambda: False
         uploads.advance(uploads.due, reachable=True, busy=False)
     assert advance(uploads, FIRST_PAUSE_SECONDS / 2) == []
     assert advance(uploads, 2 * FIRST_PAUSE_SECONDS)
+
+
+def test_lists_do_not_wait_for_modules_that_the_bucket_refuses(uploads, watch_dir):
+    """A policy may allow the folder of the dumps alone."""
+    support.put_module(watch_dir, b"library")
+    assert advance(uploads, 200)[-1][1:] == (False, True)
+    for _ in range(9):
+        uploads._pipe = mock.Mock()
+        uploads._end(uploads.due, failed=True)
+    support.put_list(watch_dir, NAME)
+    modulefiles.note_stored(str(watch_dir), NAME, modulefiles.Receipt("dumps", "key"))
+    assert {(lists, sent) for _, lists, sent in advance(uploads, 60)} == {(True, False)}
+
+
+def test_lists_and_modules_are_sent_in_turns(uploads, watch_dir):
+    support.put_module(watch_dir, b"library")
+    support.put_list(watch_dir, NAME)
+    modulefiles.note_stored(str(watch_dir), NAME, modulefiles.Receipt("dumps", "key"))
+    turns = [(lists, sent) for _, lists, sent in advance(uploads, 160 + 4 * POLL_SECONDS)][-4:]
+    assert sorted(turns) == [(False, True)] * 2 + [(True, False)] * 2
 
 
 def test_what_fills_the_disk_is_sent_even_if_there_is_no_room_for_the_mark(uploads, watch_dir, monkeypatch):

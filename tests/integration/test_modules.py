@@ -209,6 +209,32 @@ def test_wrong_list_is_not_published(watch_dir, damage):
     assert list(listed.parent.iterdir()) == []
 
 
+def test_list_that_the_bucket_refuses_holds_up_no_other_and_is_removed_after_a_week(watch_dir):
+    names = [NAME, *(NAME.replace("-11.", f"-{number}.") for number in range(3, 9))]
+    for name in names:
+        listed = put_list(watch_dir, name, modules.module(LIBRARY))
+        modules.age(listed, contract.KNOWN_SECONDS + 60)  # its dump may have waited for as long
+        modulefiles.note_stored(str(watch_dir), name, modulefiles.Receipt("dumps", f"node/{name}"))
+    with fake_s3(Manners()) as store, connected(store.environ()):
+        store.no_such_upload = f"{NAME}.modules.json"
+        assert kinds(make_pass(watch_dir)) == sorted([Kind.FAILED, *[Kind.LIST_PUBLISHED] * 6])
+        assert kinds(make_pass(watch_dir, modules=False)) == [Kind.FAILED]
+        modules.age(modules.directory(watch_dir) / f"{NAME}.key", contract.KNOWN_SECONDS + 60)
+        assert kinds(make_pass(watch_dir)) == [Kind.LIST_DROPPED]
+
+
+def test_pass_ends_when_a_store_refuses_everything(watch_dir):
+    for number in range(20):
+        put_module(watch_dir, b"library %d" % number)
+    with fake_s3(Manners()) as store, connected(store.environ()):
+        store.refuse_with, store.refusals = 403, 1000
+        assert kinds(make_pass(watch_dir)) == [Kind.FAILED]
+        assert store.asked("PUT") == 1
+        store.refuse_with = 503
+        assert kinds(make_pass(watch_dir)) == [Kind.FAILED]
+        assert store.asked("PUT") < 10
+
+
 def test_raw_core_gets_a_list_of_its_files(watch_dir):
     shape = cores.Shape()
     files = shape.files((0x400000, 0x402000, 0, b"/app/app (deleted)"), (0x402000, 0x403000, 2, b"/app/app"))
@@ -240,13 +266,13 @@ def test_directory_of_others_is_left_alone(watch_dir):
     put_module(watch_dir, LIBRARY)
     with fake_s3(Manners()) as store, connected(store.environ()):
         folder.chmod(0o777)
-        (event,) = make_pass(watch_dir)
+        (event,) = make_pass(watch_dir, modules=False)
         assert event.kind is Kind.FAILED
         assert "not this user's alone" in event.detail
         folder.chmod(0o700)
         folder.rename(watch_dir / "elsewhere")
         folder.symlink_to(watch_dir / "elsewhere")
-        assert kinds(make_pass(watch_dir)) == [Kind.FAILED]
+        assert kinds(make_pass(watch_dir, modules=False)) == [Kind.FAILED]
         assert store.objects == {}
     assert len(list((watch_dir / "elsewhere").iterdir())) == 1
 

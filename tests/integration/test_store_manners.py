@@ -771,3 +771,13 @@ def test_check_says_how_the_store_protects_objects(manners, said):
     with fake_s3(manners) as store, connected(store.environ()):
         assert re.search(said, storecheck.verify_store(options()))
         assert store.objects == {}
+
+
+def test_check_says_that_a_policy_for_the_folder_of_dumps_loses_modules():
+    with fake_s3(Manners(forbidden="_modules/")) as store, connected(store.environ()):
+        said = storecheck.verify_store(options())
+        assert "WARNING" in said
+        assert "allow s3:PutObject on _modules/* too" in said
+        before = store.asked("PUT", "_modules/")
+        assert "WARNING" not in storecheck.verify_store(options(modules=False))
+        assert store.asked("PUT", "_modules/") == before

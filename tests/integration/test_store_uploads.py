@@ -274,7 +274,10 @@ def test_the_check_leaves_nothing_behind(bucket):
 
 def test_the_check_works_for_an_identity_that_may_only_write(seaweed, bucket):
     with connected(seaweed.environ(s3.WRITER)):
-        assert "refused" in storecheck.verify_store(options())
+        for _ in range(2):  # what it cannot delete is in its way
+            said = storecheck.verify_store(options())
+            assert "refused" in said
+            assert "WARNING" not in said
 
 
 @pytest.mark.parametrize(

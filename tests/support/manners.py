@@ -50,6 +50,8 @@ class Manners:
     `response`."""
     stores: str = "whole"
     """`nothing` or `half`: the store lies when it reports success."""
+    forbidden: str = ""
+    """PUT requests of keys that begin so are answered with 403."""
     lists: bool = True
     """Whether ListMultipartUploads is allowed."""
 
@@ -173,8 +175,11 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         gone = store.no_such_upload and store.no_such_upload in store.requests[-1][1]
-        if gone or (self.key.endswith(".json") and store.refuse_metadata_with):
-            self.refuse(*((404, "NoSuchUpload") if gone else (store.refuse_metadata_with, "AccessDenied")))
+        refused = self.key.endswith(".json") and store.refuse_metadata_with
+        if self.command == "PUT" and manners.forbidden and self.key.startswith(manners.forbidden):
+            refused = 403
+        if gone or refused:
+            self.refuse(*((404, "NoSuchUpload") if gone else (refused, "AccessDenied")))
             return True
         if self.command == "PUT" and store.refusals:
             store.refusals -= 1

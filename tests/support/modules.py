@@ -51,9 +51,11 @@ def put_list(watch_dir: Path, dump: str, *modules: Module, sensitive: str = "", 
 
 
 def make_pass(watch_dir: Path, *, sends: bool = True, modules: bool = True, **changes: Any) -> list[Event]:
-    """Make one pass to the store that the environment names; return its events but those of beginnings."""
+    """Send lists, then modules, to the store that the environment names; return the events but those of beginnings."""
     events: list[Event] = []
-    modulepass.run(str(watch_dir), options(**changes), events.append, sends=sends, modules=modules)
+    for lists in (True, False)[: 1 + (sends and modules)]:
+        wanted = {"lists": lists and sends, "modules": modules and sends and not lists}
+        modulepass.run(str(watch_dir), options(**changes), events.append, **wanted)
     return [event for event in events if event.kind is not Kind.SENDING]
 
 
