@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
@@ -64,12 +65,13 @@ def _remove_unused(path: str) -> None:
     oldest = time.time() - KEEP_SECONDS
     with os.scandir(path) as entries:
         for entry in entries:
-            if entry.stat(follow_symlinks=False).st_mtime >= oldest:
-                continue
-            if entry.is_file(follow_symlinks=False):
-                os.unlink(entry.path)
-            elif entry.name.startswith(PREFIX) and entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another command renamed or removed it
+                if entry.stat(follow_symlinks=False).st_mtime >= oldest:
+                    continue
+                if entry.is_file(follow_symlinks=False):
+                    os.unlink(entry.path)
+                elif entry.name.startswith(PREFIX) and entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def load(bucket: Bucket, dump: Dump, progress: Progress, *, full: bool) -> str:

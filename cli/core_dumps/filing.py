@@ -17,7 +17,7 @@ from core_dumps.errors import CliError, UsageError
 from core_dumps.options import Json, Selection, with_selection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from core_dumps.bucket import Bucket
     from core_dumps.dump import Dump
@@ -59,6 +59,8 @@ def modules(
 
     with selection.open() as bucket:
         dump = selection.newest(bucket)
+        if dump.size_bytes is None:
+            raise CliError("this is a record without a dump")
         rows = list(_rows(selection, bucket, dump))
     if json is not Json.OFF:
         tables.print_json(show.console(), rows, json)
@@ -83,7 +85,10 @@ def _rows(selection: Selection, bucket: Bucket, dump: Dump) -> Iterator[dict[str
     listed = stored.read_list(bucket, dump)
     if listed is None:
         selection.note("this dump has no list of modules; these are the files that its core names")
-        for path, build_id in head.read_head(bucket, dump).build_ids.items():
+        core = head.read_head(bucket, dump)
+        if core.problem:
+            raise CliError(f"its files are not known: {core.problem}")
+        for path, build_id in core.build_ids.items():
             yield {"path": path, "build_id": build_id, "size": None, "sha256": None, "state": "unlisted"}
         return
     known = list(dict.fromkeys(module.sha256 for module in listed.modules if module.sha256))
@@ -112,31 +117,42 @@ def _verify(bucket: Bucket, *, yes: bool) -> None:
         typer.echo(f"{printable(key)}: {problem}")
     typer.echo(f"verified {count} modules: {len(wrong)} are not what their names say")
     if wrong:
-        _remove(bucket, wrong, yes=yes)
+        _confirm(len(wrong), yes=yes)
+        _remove(bucket, list(wrong))
         raise CliError("the bucket held wrong modules: who can write to it?")
 
 
 def _prune(bucket: Bucket, *, yes: bool) -> None:
     from core_dumps import keeping
 
-    count, unneeded = keeping.find_unneeded(bucket)
+    lists = keeping.Lists(bucket)
+    count, unneeded = keeping.find_unneeded(bucket, lists)
     typer.echo(f"{len(unneeded)} of {count} modules are in no list and over 8 days old")
     if unneeded:
-        _remove(bucket, unneeded, yes=yes)
+        _confirm(len(unneeded), yes=yes)
+        lists.read_new()  # the question may have waited for hours, while nodes published lists
+        _remove(bucket, [key for sha256, key in unneeded.items() if not lists.need(sha256)])
 
 
-def _remove(bucket: Bucket, keys: Iterable[str], *, yes: bool) -> None:
-    """Delete objects after a question.
+def _confirm(count: int, *, yes: bool) -> None:
+    """Ask whether modules are to be removed.
 
     Raises:
-        CliError: the answer is no, or not all are gone.
+        CliError: the answer is no.
     """
-    wanted = list(keys)
-    if not yes and not typer.confirm(f"Remove {len(wanted)} modules?"):
+    if not yes and not typer.confirm(f"Remove {count} modules?"):
         raise CliError("nothing was removed")
-    problems = [(key, problem) for key, problem in bucket.delete_objects(wanted) if problem]
+
+
+def _remove(bucket: Bucket, keys: list[str]) -> None:
+    """Delete objects.
+
+    Raises:
+        CliError: not all are gone.
+    """
+    problems = [(key, problem) for key, problem in bucket.delete_objects(keys) if problem]
     for key, problem in problems:
         show.note(f"{printable(key)}: {problem}")
-    typer.echo(f"removed {len(wanted) - len(problems)} of {len(wanted)}")
+    typer.echo(f"removed {len(keys) - len(problems)} of {len(keys)}")
     if problems:
         raise CliError(f"{len(problems)} modules could not be removed")

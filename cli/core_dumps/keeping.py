@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 READERS = 24
 VERIFIERS = 4
+BATCH = 1000
+"""Lists whose results are in memory at a time."""
 YOUNG_SECONDS = 8 * 86400
 """A node sends a file again only after 7 days, so a younger module may be needed by a list that is yet to come."""
 _SHA256 = re.compile(rb"[0-9a-f]{64}")
@@ -59,28 +61,57 @@ def find_wrong(bucket: Bucket, progress: Progress) -> tuple[int, dict[str, str]]
         return len(every), {row.key: problem for (_, row), problem in found if problem}
 
 
-def find_unneeded(bucket: Bucket) -> tuple[int, list[str]]:
-    """Return the number of modules, and the keys of those that are old enough and in no list.
+class Lists:
+    """The lists of modules in a bucket, as far as they were read."""
 
-    A list need not be well-formed: whatever looks like a SHA-256 in it is needed.
+    def __init__(self, bucket: Bucket) -> None:
+        """Read none yet."""
+        self._bucket = bucket
+        self._known: set[str] = set()
+        self._needed: set[bytes] = set()
+
+    def read_new(self) -> None:
+        """Read the lists that were not read yet.
+
+        A list need not be well-formed: whatever looks like a SHA-256 in it is needed.
+
+        Raises:
+            CliError: a list cannot be read, so nothing is known to be unneeded.
+        """
+        bucket = self._bucket
+        own = module_key(bucket.prefix, "")
+        keys = [
+            row.key
+            for row in bucket.objects(bucket.prefix)
+            if row.key.endswith(MODULES_LIST_SUFFIX) and not row.key.startswith(own)
+        ]
+        new = [key for key in keys if key not in self._known]
+
+        def read(key: str) -> set[bytes]:  # not the text: a fleet has gigabytes of it
+            return set(_SHA256.findall(bucket.small_object(key, MOST_LIST_BYTES))) - self._needed
+
+        for at in range(0, len(new), BATCH):
+            with Pool(READERS) as pool:
+                for found in pool.map(read, new[at : at + BATCH]):
+                    self._needed |= found
+        self._known.update(new)
+
+    def need(self, sha256: str) -> bool:
+        """Tell whether one of the lists that were read names a module."""
+        return sha256.encode() in self._needed
+
+
+def find_unneeded(bucket: Bucket, lists: Lists) -> tuple[int, dict[str, str]]:
+    """Return the number of modules, and those that are old enough and in no list: key by SHA-256.
 
     Raises:
         CliError: a list cannot be read, so nothing is known to be unneeded.
     """
     every = list(modules_of(bucket))  # first: what comes later is young
-    own = module_key(bucket.prefix, "")
-    keys = [
-        row.key
-        for row in bucket.objects(bucket.prefix)
-        if row.key.endswith(MODULES_LIST_SUFFIX) and not row.key.startswith(own)
-    ]
-    needed: set[bytes] = set()
-    with Pool(READERS) as pool:
-        for content in pool.map(lambda key: bucket.small_object(key, MOST_LIST_BYTES), keys):
-            needed.update(_SHA256.findall(content))
+    lists.read_new()
     oldest = time.time() - YOUNG_SECONDS
-    return len(every), [
-        row.key
+    return len(every), {
+        sha256: row.key
         for sha256, row in every
-        if sha256.encode() not in needed and 0 < row.modified_seconds < oldest
-    ]
+        if not lists.need(sha256) and 0 < row.modified_seconds < oldest
+    }

@@ -209,6 +209,13 @@ def test_wrong_list_is_not_published(watch_dir, damage):
     assert list(listed.parent.iterdir()) == []
 
 
+def test_receipt_that_a_full_disk_cuts_is_none(watch_dir, monkeypatch):
+    put_list(watch_dir, NAME, modules.module(LIBRARY))
+    monkeypatch.setattr(modulefiles.os, "write", lambda _fd, content: len(content) - 1)
+    assert not modulefiles.note_stored(str(watch_dir), NAME, modulefiles.Receipt("dumps", KEY))
+    assert not (modules.directory(watch_dir) / f"{NAME}.key").exists()
+
+
 def test_list_that_the_bucket_refuses_holds_up_no_other_and_is_removed_after_a_week(watch_dir):
     names = [NAME, *(NAME.replace("-11.", f"-{number}.") for number in range(3, 9))]
     for name in names:
@@ -320,6 +327,7 @@ def test_list_whose_dump_is_gone_is_removed_later(watch_dir):
 def test_collector_that_wants_no_modules_removes_mark_and_files(watch_dir, seaweed, bucket, tmp_path):
     put_module(watch_dir, LIBRARY)
     (modules.directory(watch_dir) / contract.COLLECTOR_MARK).touch()
+    (modules.directory(watch_dir) / f"{NAME}.json.partial").touch()
     with running(watch_dir, seaweed.environ(), tmp_path):
         assert list(modules.directory(watch_dir).iterdir()) == []
 

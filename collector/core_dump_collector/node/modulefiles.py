@@ -216,8 +216,10 @@ class ModuleFiles:
         self.remove(name + PARTIAL_SUFFIX)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(name + PARTIAL_SUFFIX, flags, 0o600, dir_fd=self.fd)
+        content = json.dumps({"bucket": receipt.bucket, "key": receipt.key}).encode()
         try:
-            os.write(fd, json.dumps({"bucket": receipt.bucket, "key": receipt.key}).encode())
+            if os.write(fd, content) < len(content):
+                raise OSError(errno.ENOSPC, "the receipt was cut", name)
         finally:
             os.close(fd)
         os.rename(name + PARTIAL_SUFFIX, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
@@ -243,9 +245,11 @@ def note_stored(watch_directory: str, dump: str, receipt: Receipt) -> bool:
 
 
 def clear(watch_directory: str) -> None:
-    """Delete the mark, modules, lists and receipts of a collector that took modules, if there are any."""
+    """Delete the mark and the files of a collector that took modules, and partial files whose writers have ended."""
     with contextlib.suppress(OSError), ModuleFiles(watch_directory) as files:
         files.remove(COLLECTOR_MARK)
         found = files.scan()
         for file in [*found.modules, *found.lists.values(), *found.receipts.values()]:
             files.remove(file.name)
+        for file in found.partials:
+            files.remove_abandoned(file.name)
