@@ -69,34 +69,45 @@ def list_dumps(
         dumps = itertools.chain([first], found)
         if group and not field:
             groups = tables.groups(dumps)[:limit][:: -1 if oldest_first else 1]
-            with paged(off=no_pager):
-                _print_groups(groups, json, legend=not no_legend)
-            if len(found_versions := tables.versions(groups)) > 1:
-                known = " and ".join(map(str, sorted(found_versions)))
-                selection.note(f"fingerprints of versions {known}: one crash can be a group in each")
+            _print_groups(groups, json, legend=not no_legend, no_pager=no_pager)
+            _note_versions(selection, groups)
         else:
-            with paged(off=no_pager):
-                _print_dumps(dumps, field, json, legend=not no_legend)
+            _print_dumps(dumps, field, json, legend=not no_legend, no_pager=no_pager)
 
 
-def _print_dumps(dumps: Iterable[Dump], field: str | None, json: Json, *, legend: bool) -> None:
+def _print_dumps(
+    dumps: Iterable[Dump], field: str | None, json: Json, *, legend: bool, no_pager: bool
+) -> None:
     from core_dumps import tables
 
-    if field:
-        tables.print_values(show.console(), dumps, field)
-    elif json is not Json.OFF:
-        tables.print_json(show.console(), map(tables.document, dumps), json)
-    else:
-        tables.print_rows(show.console(), tables.COLUMNS, map(tables.row, dumps), legend=legend)
+    with paged(off=no_pager):
+        if field:
+            tables.print_values(show.console(), dumps, field)
+        elif json is not Json.OFF:
+            tables.print_json(show.console(), map(tables.document, dumps), json)
+        else:
+            tables.print_rows(show.console(), tables.COLUMNS, map(tables.row, dumps), legend=legend)
 
 
-def _print_groups(groups: list[tables.Group], json: Json, *, legend: bool) -> None:
+def _print_groups(groups: list[tables.Group], json: Json, *, legend: bool, no_pager: bool) -> None:
     from core_dumps import tables
 
-    if json is not Json.OFF:
-        tables.print_json(show.console(), map(tables.group_document, groups), json)
-    else:
-        tables.print_rows(show.console(), tables.GROUP_COLUMNS, map(tables.group_row, groups), legend=legend)
+    with paged(off=no_pager):
+        if json is not Json.OFF:
+            tables.print_json(show.console(), map(tables.group_document, groups), json)
+        else:
+            rows = map(tables.group_row, groups)
+            tables.print_rows(show.console(), tables.GROUP_COLUMNS, rows, legend=legend)
+
+
+def _note_versions(selection: Selection, groups: list[tables.Group]) -> None:
+    """Tell the user if one crash may be several groups, because releases compute fingerprints differently."""
+    from core_dumps import tables
+
+    versions = tables.versions(groups)
+    if len(versions) > 1:
+        known = " and ".join(map(str, sorted(versions)))
+        selection.note(f"fingerprints of versions {known}: one crash can be a group in each")
 
 
 def _some(selection: Selection, bucket: Bucket, *, reads_all: bool, count: int | None) -> Iterator[Dump]:

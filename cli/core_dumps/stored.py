@@ -145,10 +145,16 @@ def fetch_modules(
         )
         return found
     progress.start("modules", None)
+    return found | _fetch_all(missing, lambda module: _fetch(bucket, module, cache, progress), note)
+
+
+def _fetch_all(
+    modules: Iterable[Module], fetch: Callable[[Module], str], note: Callable[[str], None]
+) -> dict[str, str]:
+    """Fetch several modules at a time; return the paths of those that were stored and are what they should be."""
+    found = {}
     with Pool(FETCHERS) as pool:
-        loads = [
-            (module, pool.submit(lambda m: _fetch(bucket, m, cache, progress), module)) for module in missing
-        ]
+        loads = [(module, pool.submit(fetch, module)) for module in modules]
         for module, load in loads:
             try:
                 found[module.sha256] = load.result()

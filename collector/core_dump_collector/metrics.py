@@ -57,11 +57,13 @@ class Metrics:
         self._shown_store: tuple[bool, str] | None = None
         self._shown_helper: tuple[str, str] | None = None
         self._add_uploads(self.registry)
+        self._add_store(self.registry)
         self._add_dumps(self.registry)
         self._add_losses(self.registry)
         self._add_modules(self.registry)
         self._add_backlog(self.registry)
-        self._add_node(self.registry)
+        self._add_directory(self.registry)
+        self._add_helper(self.registry)
         self._add_process(self.registry)
         self.losses = LossMetrics(self.registry)
 
@@ -74,6 +76,11 @@ class Metrics:
         )
         self.retries = Counter("core_dump_retries", "Failed attempts, by reason.", ["reason"], registry=r)
         self.upload_bytes = Counter("core_dump_upload_bytes", "Bytes stored in S3.", registry=r)
+        _preset(self.uploads, _UPLOADS)
+        _preset(self.skipped, _SKIPPED)
+        _preset(self.retries, RetryReason)
+
+    def _add_store(self, r: CollectorRegistry) -> None:
         self.upload_seconds = Histogram(
             "core_dump_upload_duration_seconds",
             "From opening a dump to its unlinking.",
@@ -103,9 +110,6 @@ class Metrics:
             ["reason"],
             registry=r,
         )
-        _preset(self.uploads, _UPLOADS)
-        _preset(self.skipped, _SKIPPED)
-        _preset(self.retries, RetryReason)
 
     def _add_dumps(self, r: CollectorRegistry) -> None:
         self.dump_bytes = Histogram(
@@ -178,7 +182,7 @@ class Metrics:
             "core_dump_backlog_oldest_seconds", "Age of the oldest waiting dump.", registry=r
         )
 
-    def _add_node(self, r: CollectorRegistry) -> None:
+    def _add_directory(self, r: CollectorRegistry) -> None:
         self.size_bytes = Gauge(
             "core_dump_watch_directory_size_bytes", "Size of the watch directory's file system.", registry=r
         )
@@ -193,6 +197,21 @@ class Metrics:
         self.insecure = Gauge(
             "core_dump_watch_directory_insecure", "1 if users other than root may write to it.", registry=r
         )
+        self.inotify_active = Gauge(
+            "core_dump_inotify_active",
+            "1 while inotify reports new dumps; 0 while the directory is scanned every few seconds instead.",
+            registry=r,
+        )
+        self.overflows = Counter(
+            "core_dump_inotify_overflows",
+            "Times the kernel dropped events, so that the directory was scanned.",
+            registry=r,
+        )
+        self.watch_losses = Counter(
+            "core_dump_watch_losses", "Times the directory was deleted, moved or remounted.", registry=r
+        )
+
+    def _add_helper(self, r: CollectorRegistry) -> None:
         self.pattern_ours = Gauge(
             "core_dump_core_pattern_ours", "1 if a crash on the node leads to this directory.", registry=r
         )
@@ -206,19 +225,6 @@ class Metrics:
             "Always 1; release and configuration (SHA-256) of the helper on the node, as far as known.",
             ["version", "config"],
             registry=r,
-        )
-        self.inotify_active = Gauge(
-            "core_dump_inotify_active",
-            "1 while inotify reports new dumps; 0 while the directory is scanned every few seconds instead.",
-            registry=r,
-        )
-        self.overflows = Counter(
-            "core_dump_inotify_overflows",
-            "Times the kernel dropped events, so that the directory was scanned.",
-            registry=r,
-        )
-        self.watch_losses = Counter(
-            "core_dump_watch_losses", "Times the directory was deleted, moved or remounted.", registry=r
         )
 
     def _add_process(self, r: CollectorRegistry) -> None:

@@ -27,6 +27,14 @@ class LossMetrics:
             "1 while the kernel log is read; 0 if it is not, and then the metrics of losses are absent.",
             registry=registry,
         )
+        self._add_crashes()
+        self._add_log()
+        self._shown = (
+            *(self.crashes_seen, self.kernel_dropped, self.helper_failures),
+            *(self.oom_kills, self.faults_suppressed, self.lines_lost),
+        )
+
+    def _add_crashes(self) -> None:
         self.crashes_seen = Counter(
             "core_dump_crashes_seen",
             "Crashes that anything told of, by outcome: the denominator of coverage.",
@@ -45,6 +53,14 @@ class LossMetrics:
             ["reason"],
             registry=None,
         )
+        for outcome in OUTCOMES:
+            self.crashes_seen.labels(outcome)
+        for reason in Drop:
+            self.kernel_dropped.labels(reason)
+        for failure in HELPER_FAILURES:
+            self.helper_failures.labels(failure)
+
+    def _add_log(self) -> None:
         self.oom_kills = Counter(
             "core_dump_oom_kills", "Processes killed because memory ran out; they never dump.", registry=None
         )
@@ -58,16 +74,6 @@ class LossMetrics:
             "Records of the kernel log that were overwritten before they were read.",
             registry=None,
         )
-        self._shown = (
-            *(self.crashes_seen, self.kernel_dropped, self.helper_failures),
-            *(self.oom_kills, self.faults_suppressed, self.lines_lost),
-        )
-        for outcome in OUTCOMES:
-            self.crashes_seen.labels(outcome)
-        for reason in Drop:
-            self.kernel_dropped.labels(reason)
-        for failure in HELPER_FAILURES:
-            self.helper_failures.labels(failure)
 
     @property
     def is_watching(self) -> bool:
