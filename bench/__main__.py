@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run the benchmarks."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", choices=["crashes", "collector", "hold", "links"], help="one part of it")
+    parser.add_argument(
+        "--only", choices=["crashes", "trimmed", "collector", "hold", "links"], help="one part of it"
+    )
     parser.add_argument(
         "--against", metavar="REV", help="with --only hold: compare the helper with its revision REV"
     )
@@ -47,6 +49,8 @@ def measure(root: Path, report: Report, options: argparse.Namespace) -> bool:
     report.add(Table("machine", [time.strftime("%Y-%m-%d", time.gmtime())], lines))
     if options.only in {None, "crashes"}:
         crashes.run(root, report, options.rounds or 2)
+    if options.only == "trimmed":
+        crashes.run_trimmed(root, report, options.rounds or 2)
     if options.only == "links":
         links.run(root, report, options.rounds or 2)
     if options.only in {None, "collector"}:

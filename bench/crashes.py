@@ -211,6 +211,16 @@ def run(root: Path, report: Report, rounds: int) -> None:
     bare.many_trimmed(64)
 
 
+def run_trimmed(root: Path, report: Report, rounds: int) -> None:
+    """Measure trimmed dumps alone."""
+    image = root / "image"
+    victims.make_image(image, GIB)
+    os.sync()  # or its writing would be measured too
+    with cgroup.group("crashes") as group, machine.warm_memory():
+        Crashes(report, Workshop(root, group), group, rounds).trimmed(image)
+    Crashes(report, Workshop(root, None), None, rounds).many_trimmed(64)
+
+
 def large_processes(crashes: Crashes, choice: str) -> None:
     """Measure crashes of large processes; `choice` is what `--calibrate` has chosen."""
     shop, image, noise = crashes.shop, crashes.shop.root / "image", crashes.shop.root / "noise"

@@ -89,7 +89,8 @@ def load(bucket: Bucket, dump: Dump, progress: Progress, *, full: bool) -> str:
             os.utime(path)
         else:
             fetch_vital(bucket, dump, path, progress)
+        rest = "the other memory that was kept" if dump.trimmed else "the heap"
         show.note(
-            f"read {show.size(size)} of {show.size(dump.size_bytes)}: every stack; --full also fetches the heap"
+            f"read {show.size(size)} of {show.size(dump.size_bytes)}: every stack; --full also fetches {rest}"
         )
     return path

@@ -33,18 +33,25 @@ class Allowance:
 
     def take(self, origin: bytes) -> bool:
         """Count one for an origin; return False if its window has had all, or nothing can be counted."""
+        return self._change(origin, 1)
+
+    def give_back(self, origin: bytes) -> None:
+        """Uncount one that was not needed."""
+        self._change(origin, -1)
+
+    def _change(self, origin: bytes, count: int) -> bool:
         if not self._seconds or not self._dumps:
             return False
         try:
             guard = self._records.open_file(NAME + ".lock")
             try:
-                return lock(guard, LOCK_SECONDS) and self._count(origin)
+                return lock(guard, LOCK_SECONDS) and self._count(origin, count)
             finally:
                 os.close(guard)
         except (OSError, ValueError):
             return False
 
-    def _count(self, origin: bytes) -> bool:
+    def _count(self, origin: bytes, count: int) -> bool:
         from _blake2 import blake2b
 
         now = int(time.time())
@@ -53,9 +60,9 @@ class Allowance:
         if name not in counts and len(counts) >= MAX_ORIGINS:
             name = b"*"
         first, taken = counts.get(name, (now, 0))
-        if taken >= self._dumps:
+        if not 0 <= taken + count <= self._dumps:
             return False
-        counts[name] = first, taken + 1
+        counts[name] = first, taken + count
         self._save(counts)
         return True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from core_dump_helper.core import LARGE_BYTES
+from core_dump_helper.core import LARGE_BYTES, Memory
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ class Keep:
         self._settings, self._action, self._limit = settings, action, limit
         self.memory_bytes = 0
         """Memory that this process may use."""
+
+    def join_cgroup(self) -> None:
+        """Move this process to CGROUP, because it needs memory; that takes 5 ms and more."""
+        Memory(self._settings.CGROUP).join()
 
     @property
     def from_bytes(self) -> int:

@@ -137,7 +137,10 @@ class Limits:
         except Refused as refused:
             disk = self._vital_disk(refused.reason, records) if records else None
             patient = min(deadline, time.monotonic() + RESERVED_SECONDS)
-            if not records or not disk or not self._reserved(records).acquire(patient):
+            if not records or not disk:
+                raise
+            if not self._reserved(records).acquire(patient):
+                self._give_back(records)
                 raise
             self._vital, self.disk = refused.reason, disk
             if rate and rate.record:
@@ -154,12 +157,16 @@ class Limits:
             return ""
         disk = self._vital_disk("no_slot", records)
         reserved = self._reserved(records) if disk else None
-        if slots.acquire(deadline, reserved):
-            return ""
-        rate.take_back()
+        has_slot = slots.acquire(deadline, reserved)
         if disk and reserved and reserved.is_held:
+            rate.take_back()
             self._vital, self.disk = "no_slot", disk
             return "no_slot"
+        if disk:
+            self._give_back(records)
+        if has_slot:
+            return ""
+        rate.take_back()
         raise Refused("no_slot", "other dumps used the share of MAX_CONCURRENT all the time")
 
     def _reserved(self, records: Records) -> Slots:
@@ -184,6 +191,12 @@ class Limits:
         if not Allowance(records, self._settings.VITAL_LIMIT).take(self._origin):
             return None
         return disk
+
+    def _give_back(self, records: Records) -> None:
+        """Leave the allowance that `_vital_disk` has taken to another crash: no vital part is kept for it."""
+        from core_dump_helper.allowance import Allowance
+
+        Allowance(records, self._settings.VITAL_LIMIT).give_back(self._origin)
 
     def count_vital(self, is_trimmed: bool) -> None:
         """Record that the vital part of a crash was kept beyond a limit; of a core that is whole, nothing was lost."""

@@ -111,6 +111,8 @@ def prepare(
         if front is None:
             return None
         trim = keep.choose(front.length)
+        if trim and trim.budget_bytes:
+            start_new_thread(keep.join_cgroup, ())
         if trim and not trim.has_memory:
             vital = _trim(front, trim, None)
         elif limit and is_known(front):

@@ -20,6 +20,7 @@ from core_dump_helper.allowance import MAX_ORIGINS, Allowance
 from core_dump_helper.crash import parse_arguments
 from core_dump_helper.handler import Handler
 from core_dump_helper.keep import Keep
+from core_dump_helper.limits import VITAL_SLOTS
 from core_dump_helper.records import Records, open_state
 from core_dump_helper.rules import choose, matches, parse_rules
 from core_dump_helper.settings import Settings
@@ -193,6 +194,31 @@ def test_slot_that_becomes_free_is_taken_before_a_reserved_one(station):
         os.close(slot)
     process.communicate(CORE, timeout=30)
     assert len(station.names()) == 3, "none is allowed any more, so it waited"
+
+
+def held_slots(station, count, name):
+    """Hold all slots of a kind; their files are made if no helper has made them yet."""
+    paths = [station.watch_dir / f".helper/{name}-{number}" for number in range(count)]
+    slots = [os.open(path, os.O_RDWR | os.O_CREAT, 0o600) for path in paths]
+    for slot in slots:
+        fcntl.flock(slot, fcntl.LOCK_EX)
+    return slots
+
+
+def test_allowance_is_not_used_up_by_a_dump_that_got_a_slot_of_its_own(station):
+    station.settings = {"MAX_CONCURRENT": 1, "VITAL_LIMIT": "1/600", "DEADLINE_SECONDS": 100}
+    station.run(CORE)
+    slots = take_slots(station, 1) + held_slots(station, VITAL_SLOTS, "vital-slot")
+    process = station.start()
+    kept = station.watch_dir / ".helper/vital-kept"
+    wait_until(kept.exists, 20)
+    assert kept.read_bytes().split()[2] == b"1"
+    os.close(slots.pop(0))
+    process.communicate(CORE, timeout=30)
+    assert len(station.names()) == 2
+    assert kept.read_bytes().split()[2] == b"0"
+    for slot in slots:
+        os.close(slot)
 
 
 def test_allowance_is_counted_for_each_origin_and_window(records, monkeypatch):

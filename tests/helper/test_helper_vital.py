@@ -62,6 +62,23 @@ def test_trimmed_dump_of_a_process_that_was_killed_meanwhile_says_so(monkeypatch
     assert (vital.trimmed, vital.was_killed, vital.state) == ("trim_above_bytes", True, "partial")
 
 
+@pytest.mark.parametrize(
+    ("given", "joins"), [({"TRIM_ABOVE_BYTES": 1}, True), ({"TRIM_ABOVE_BYTES": 0}, False)]
+)
+def test_helper_that_trims_needs_memory_and_moves_into_the_prepared_cgroup(
+    tmp_path, monkeypatch, given, joins
+):
+    cgroup = tmp_path / "cgroup.procs"
+    cgroup.touch()
+    monkeypatch.setattr(vitalpart, "start_new_thread", lambda run, arguments: run(*arguments))
+    monkeypatch.setattr(vitalpart, "open_memory", lambda crash, vector: Held(spans_of(LARGE_BYTES * 2)))
+    core = kernel_core(spans_of(LARGE_BYTES * 2), status(0x10100))
+    decides = keep(1 << 30, CGROUP=str(tmp_path), TRIM_BUDGET_BYTES=1 << 20, **given)
+    vital = vitalpart.prepare(bytearray(core), lambda count: False, CRASH, 1 << 20, decides)
+    assert bool(vital.trimmed) == joins
+    assert cgroup.read_text() == ("0" if joins else "")
+
+
 class Blocking(Held):
     """Memory of which the second read waits for a file server that never answers."""
 
