@@ -138,7 +138,9 @@ class Crashes:
         )
         for label, what in kinds:
             handlers = [self.shop.limit(), self.shop.trimming()]
-            (limit, ours), loads = self._compare(handlers, what, self.rounds + 1)
+            before = machine.load()
+            limit, ours = hold.compare_paired(handlers, what, self.rounds + 1, self.counted, self.shop)
+            loads = f"load average {before:.1f} before, {machine.load():.1f} after"
             ratio = f"{ours.median('hold') / limit.median('hold'):.2f}"
             held = (seconds(limit.median("hold")), seconds(ours.median("hold")))
             rows.append(

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tests.support.kernel import core_pattern
+from tests.support.kernel import PATTERN, core_pattern
 
 from bench import victims
 
@@ -71,6 +71,25 @@ def compare(
             crash = take(result.handler, what, group, workshop)
             result.crashes.append(crash)
             print(f"{result.handler.name}: {crash}", file=sys.stderr, flush=True)
+    return results
+
+
+def compare_paired(
+    handlers: Sequence[Handler], what: str, rounds: int, group: Group, workshop: Workshop
+) -> list[Result]:
+    """Measure handlers in alternating rounds; those of a round have the core pattern one right after the other."""
+    results = [Result(handler) for handler in handlers]
+    for turn in range(rounds):
+        ordered = results if turn % 2 == 0 else results[::-1]
+        with victims.many(what, len(ordered)) as pids, core_pattern("|" + ordered[0].handler.pattern):
+            for result, pid in zip(ordered, pids, strict=True):
+                PATTERN.write_text(f"|{result.handler.pattern}\n")
+                cpu, present = group.cpu_seconds(), len(group.members())
+                begin, (hold,) = victims.crash([pid])
+                whole = group.wait_empty(leave=present) - begin
+                crash = Crash(hold, whole, group.cpu_seconds() - cpu, workshop.clean())
+                result.crashes.append(crash)
+                print(f"{result.handler.name}: {crash}", file=sys.stderr, flush=True)
     return results
 
 

@@ -1,7 +1,9 @@
 """Trimmed dumps, on cores made here: what is kept is the same, what is dropped is missing, what is zero is zero."""
 
 import io
+import shutil
 import struct
+import subprocess
 
 import pytest
 from hypothesis import given, settings
@@ -184,6 +186,54 @@ def test_readers_learn_what_was_dropped():
     assert read.dropped == order.dropped != []
     assert read.expected_bytes == order.length
     assert read.where(order.dropped[0][0], 8) is None
+
+
+LINUX = note(
+    0x46494C45,
+    struct.pack("<5Q", 1, PAGE, 1 << 40, (1 << 40) + PAGE, 0) + b"/lib/x86_64-linux-gnu/libc.so.6\0",
+)
+"""What tells lldb that it is a core of Linux."""
+READERS = {
+    "gdb": (["gdb", "-nx", "-batch", "-c", "CORE", "-ex", "x/gx ADDRESS"], "Cannot access memory"),
+    "lldb": (["lldb", "--batch", "-c", "CORE", "-o", "memory read -s8 -c1 -fx ADDRESS"], "does not contain"),
+    "drgn": (
+        ["drgn", "-q", "-c", "CORE", "-e", "print('0x%016x' % prog.read_u64(ADDRESS))"],
+        "FaultError",
+    ),
+}
+"""How each prints a word of memory, and what it says of memory that is missing."""
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(shutil.which(name) is None, reason=f"needs {name}"))
+        for name in READERS
+    ],
+)
+def test_debuggers_report_dropped_memory_and_never_show_other_bytes(tmp_path, reader):
+    kept, dropped, untouched = 0x7F0000000000, 0x7F0000001000, 0x7F0000002000
+    notes = status(kept) + note(6, struct.pack("<4Q", 6, PAGE, 0, 0)) + LINUX
+    front = read_front(kernel_core([(kept, 4 * PAGE, 4 * PAGE, 6)], notes))
+    content = content_of(kept, PAGE)
+    order = Trimmed(front, Content([(1, kept, content)], 1, [(1, untouched, untouched + PAGE)]), PAGE)
+    (tmp_path / "core").write_bytes(order.head + content)
+    command, missing = READERS[reader]
+
+    def ask(address):
+        words = [
+            word.replace("CORE", str(tmp_path / "core")).replace("ADDRESS", hex(address)) for word in command
+        ]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+        return done.stdout + done.stderr
+
+    assert "0x00007f0000000000" in ask(kept)
+    assert missing in ask(dropped)
+    told = ask(untouched)
+    assert ("0x0000000000000000" in told) == (reader == "gdb")
+    assert (missing in told) == (reader != "gdb"), (
+        "they report what the file does not hold, even if it is known"
+    )
 
 
 @pytest.mark.parametrize("count", [65_540])

@@ -50,8 +50,12 @@ class Node:
         with kernel.core_pattern(pattern, pipe_limit, sort_vma=sort_vma):
             yield self
 
-    def keep_copy(self):
-        """Keep the kernel's own bytes in the file `copy` while they go to the helper."""
+    def keep_copy(self, *configs):
+        """Keep the kernel's own bytes in the file `copy` while they go to the helper, once for each configuration.
+
+        Without one, the helper has that of the node.
+        """
+        given = [[f"-C{config}"] for config in configs] or [[]]
         installed = kernel.PATTERN.read_text().split()[0][1:]
         tee = self.directory / "tee"
         tee.write_text(
@@ -60,15 +64,23 @@ class Node:
             import contextlib, os, subprocess, sys
             null = os.open("/dev/null", os.O_RDWR)
             os.dup2(null, 1), os.dup2(null, 2)
-            helper = subprocess.Popen([{installed!r}, *sys.argv[1:]], stdin=subprocess.PIPE, pass_fds=[3])
+            helpers = [
+                subprocess.Popen(
+                    [{installed!r}, *options, *sys.argv[1:]], stdin=subprocess.PIPE, pass_fds=[3]
+                )
+                for options in {given!r}
+            ]
             with open({str(self.directory / "copy")!r}, "wb") as copy:
                 while data := os.read(0, 1 << 16):
                     copy.write(data)
-                    with contextlib.suppress(BrokenPipeError):  # it trims the dump
-                        helper.stdin.write(data)
-            with contextlib.suppress(BrokenPipeError):
-                helper.stdin.close()
-            helper.wait()
+                    for helper in helpers:
+                        with contextlib.suppress(BrokenPipeError):  # it trims the dump
+                            helper.stdin.write(data)
+            for helper in helpers:
+                with contextlib.suppress(BrokenPipeError):
+                    helper.stdin.close()
+            for helper in helpers:
+                helper.wait()
             """)
         )
         tee.chmod(0o755)
@@ -121,6 +133,10 @@ class Node:
         """Return all names in the watch directory except the helper's state, modules and strangers' dumps."""
         state = {".helper", ".modules"}
         return sorted(name for name in os.listdir(self.watch_dir) if name not in state and self.is_ours(name))
+
+    def has_dump(self):
+        """Return whether a dump was published."""
+        return any(not name.endswith(".partial") for name in self.names())
 
     def dump(self):
         """Return the path of the only dump."""

@@ -1,5 +1,6 @@
 """Trimmed dumps of programs that people run, at three budgets: `make test-programs`, which installs them."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import pytest
 from tests.kernel import test_vital_programs as programs
 from tests.kernel.conftest import attributes, core_of
 from tests.kernel.test_vital import backtraces
+from tests.support import kernel
 from tests.support.collector import wait_until
 from tests.support.trimmed import assert_trimmed
 
@@ -20,9 +22,21 @@ MIB = 1 << 20
 
 
 def eu_stack(program, core):
-    """Return elfutils' frames, without the line that says what it cannot find."""
+    """Return elfutils' frames, without the line that says what it cannot find; none where it is not installed."""
+    if not shutil.which("eu-stack"):
+        return b""
     command = ["eu-stack", "--core", core, "--executable", program]
     return subprocess.run(command, capture_output=True, check=False).stdout
+
+
+def with_budget(node, megabytes):
+    """Return a node of its own for a budget, which shares the crashes, and its configuration."""
+    watch_dir = node.directory / f"w{megabytes}"
+    watch_dir.mkdir(mode=0o700)
+    settings = {"WATCH_DIR": watch_dir, "COMPRESSOR": "gzip", "KEEP_FREE_PERCENT": 1}
+    settings |= {"RULES": "trim", "TRIM_BUDGET_BYTES": megabytes * MIB}
+    config = kernel.write_config(node.directory / f"trim{megabytes}.conf", settings)
+    return dataclasses.replace(node, watch_dir=watch_dir), config
 
 
 @pytest.mark.parametrize(
@@ -32,27 +46,34 @@ def eu_stack(program, core):
         programs.own_namespaces, programs.python, programs.node_js, programs.java, programs.redis,
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("budget", [1, 16, 64])
-def test_trimmed_program_has_the_backtraces_of_the_whole_one(node, crash, budget, record_property):
-    with node.installed(COMPRESSOR="gzip", RULES="trim", TRIM_BUDGET_BYTES=budget * MIB):
-        node.keep_copy()
+def test_trimmed_program_has_the_backtraces_of_the_whole_one(node, crash, record_property):
+    budgets = {megabytes: with_budget(node, megabytes) for megabytes in (1, 16, 64)}
+    with node.installed():
+        node.keep_copy(*(config for _, config in budgets.values()))
         program = crash(node)
-        wait_until(lambda: any(not name.endswith(".partial") for name in node.names()), 300, "the dump")
+        for each, _ in budgets.values():
+            wait_until(each.has_dump, 300, "the dump")
         node.settle()
-    found, whole, core = attributes(node.dump()), node.directory / "copy", node.directory / "core"
-    core.write_bytes(core_of(node.dump()))
-    if whole.stat().st_size <= budget * MIB:
-        assert "trimmed" not in found, "not longer than its budget"
-        return
-    assert (found["trimmed"], found["truncated"], found["vital"]) == (b"rule", b"max_dump_bytes", b"whole")
-    held = assert_trimmed(whole, core)
-    record_property("bytes", (whole.stat().st_size, core.stat().st_size, held, node.dump().stat().st_size))
+    whole = node.directory / "copy"
     read = programs.without_arguments if crash in programs.GUESSED else backtraces
-    told = read(program, whole)
+    told, frames = comparable(read(program, whole)), eu_stack(program, whole)
     assert told.count("\n#") > 3
-    assert comparable(read(program, core)) == comparable(told)
-    if shutil.which("eu-stack"):
-        assert eu_stack(program, core) == eu_stack(program, whole)
+    for megabytes, (each, _) in budgets.items():
+        found, core = attributes(each.dump()), node.directory / "core"
+        core.write_bytes(core_of(each.dump()))
+        if whole.stat().st_size <= megabytes * MIB:
+            assert "trimmed" not in found, "not longer than its budget"
+            continue
+        assert (found["trimmed"], found["truncated"], found["vital"]) == (
+            b"rule",
+            b"max_dump_bytes",
+            b"whole",
+        )
+        held = assert_trimmed(whole, core)
+        sizes = whole.stat().st_size, core.stat().st_size, held, each.dump().stat().st_size
+        record_property(f"bytes at {megabytes} MiB", sizes)
+        assert comparable(read(program, core)) == told
+        assert eu_stack(program, core) == frames
 
 
 def comparable(told):
