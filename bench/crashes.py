@@ -171,7 +171,7 @@ class Crashes:
 
     def many_trimmed(self, count: int) -> None:
         """Show what many large processes that crash at once cost each other, trimmed and discarded."""
-        handlers, rounds = [self.shop.limit(), self.shop.trimming()], 3
+        handlers, rounds = [self.shop.limit(), self.shop.trimming()], self.rounds
         times = hold.compare_small(handlers, rounds, self.shop, count, f"zeros:{80 << 20}")
         rows = [
             (handler.name, seconds(statistics.median(mine)), seconds(min(mine)), seconds(max(mine)))

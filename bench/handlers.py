@@ -39,6 +39,7 @@ class Handler:
     pipe_limit: int = 0
     most_rounds: int = 3
     """One where it takes long, and differs too much for noise to matter."""
+    writes: bool = True
 
 
 class Workshop:
@@ -60,7 +61,8 @@ class Workshop:
     def limit(self) -> Handler:
         """Read and discard: what the kernel needs."""
         program = self.script("limit", f"{PYTHON} -IS -c '{DISCARD}'")
-        return Handler("kernel, discarded", program, "a reader of 1 MiB blocks that keeps nothing")
+        described = "a reader of 1 MiB blocks that keeps nothing"
+        return Handler("kernel, discarded", program, described, writes=False)
 
     def manual(self) -> Handler:
         """The classic manual's pattern, as printed (its unquoted here-document mended)."""
@@ -101,6 +103,7 @@ class Workshop:
             "WATCH_DIR": self.out,
             "COMPRESSOR": compressor,
             "RATE_LIMIT": 0,
+            "KEEP_FREE_PERCENT": 1,  # or a full machine would measure refusals
             "VITAL_LIMIT": 0,
             "PYTHON_PATH": Path(isal.__file__).parent.parent,
         }

@@ -88,6 +88,8 @@ def compare_paired(
                 begin, (hold,) = victims.crash([pid])
                 whole = group.wait_empty(leave=present) - begin
                 crash = Crash(hold, whole, group.cpu_seconds() - cpu, workshop.clean())
+                if not crash.written and result.handler.writes:
+                    raise RuntimeError(f"{result.handler.name} wrote nothing: see the kernel log")
                 result.crashes.append(crash)
                 print(f"{result.handler.name}: {crash}", file=sys.stderr, flush=True)
     return results
