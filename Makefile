@@ -40,7 +40,7 @@ docs: $(READY) ## write the tables and manual pages that come from code
 
 bench: ## benchmarks beside the peers
 	@$(MAKE) -s VENV=.venv-bench .venv-bench/bin/pip
-	.venv-bench/bin/pip install -q --disable-pip-version-check --group bench -e .
+	.venv-bench/bin/pip install -q --disable-pip-version-check --group bench -e '.[cli]'
 	.venv-bench/bin/python -m bench
 
 WATCH_DIR ?= /core_dumps
@@ -55,9 +55,10 @@ mutants: $(READY) packages ## ONLY=regex: change one line that decides about a l
 test-swift: $(READY) packages ## a store without checksums and conditions; needs Debian's swift-* and memcached
 	SWIFT=1 $(BIN)/python -m pytest tests/integration/test_store_swift.py $(PYTEST_FLAGS)
 
-test-programs: $(READY) packages ## crash programs of many languages, and Redis; minutes; installs them
+test-programs: $(READY) packages ## crash PostgreSQL, Redis, Java, Chromium and programs of many languages; minutes; installs them
 	@sh tests/support/packages.sh programs
-	PROGRAMS=1 $(BIN)/python -m pytest tests/kernel/test_vital_programs.py tests/kernel/test_trim_programs.py tests/kernel/test_modules.py tests/kernel/test_languages.py $(PYTEST_FLAGS)
+	PROGRAMS=1 $(BIN)/python -m pytest tests/kernel/test_vital_programs.py \
+	  tests/kernel/test_vital_hostile.py tests/kernel/test_trim_programs.py tests/kernel/test_modules.py tests/kernel/test_languages.py $(PYTEST_FLAGS)
 
 test-fingerprints: $(READY) packages ## ONLY=redis-server,go: crash 94 bugs in many languages, compare fingerprints; minutes
 	@sh tests/support/packages.sh programs

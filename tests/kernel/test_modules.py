@@ -13,9 +13,12 @@ import uuid
 import pytest
 from tests.cli.conftest import Cli
 from tests.integration.test_modules import IMPATIENT, MODULES
-from tests.kernel.test_vital_programs import (
+from tests.support import s3
+from tests.support.collector import running, wait_until
+from tests.support.culprits import (
     GUESSED,
     binary_of_32_bits,
+    crash_now,
     eight_threads,
     java,
     node_js,
@@ -23,8 +26,6 @@ from tests.kernel.test_vital_programs import (
     redis,
     static_binary,
 )
-from tests.support import s3
-from tests.support.collector import running, wait_until
 
 from core_dumps import buildid
 
@@ -133,7 +134,7 @@ def test_backtrace_of_a_program_needs_nothing_but_the_bucket(
     with running(node.watch_dir, environ, tmp_path, program=IMPATIENT) as collector:
         wait_until((node.watch_dir / ".modules" / "collector").exists, 60, "the collector's mark")
         with node.installed():
-            program = crash(node)
+            program = crash_now(node, crash)
         wait_until(lambda: keys(".gz.modules.json"), 200, "the list")
         wait_until(lambda: not list((node.watch_dir / ".modules").glob("module-*")), 200, "the modules")
         wait_until(lambda: collector.metric("core_dump_modules_waiting_files") == 0, 60)

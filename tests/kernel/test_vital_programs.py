@@ -1,189 +1,260 @@
-"""Dumps of programs that people run, cut after their vital part: `make test-programs`, which installs them."""
+"""Dumps of programs that people run, cut, killed and out of room: `make test-programs`, which installs them.
 
+Each program crashes once and is held, so that more helpers can dump the same process.
+"""
+
+import contextlib
+import difflib
+import itertools
 import os
 import re
-import shutil
 import signal
 import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
-from tests.kernel.conftest import attributes
-from tests.kernel.test_vital import (
-    SOURCE,
-    assert_every_cut_gives_the_backtraces,
-    backtraces,
-)
-from tests.support import kernel
+from tests.kernel.conftest import Node, attributes, core_of, new_node
+from tests.kernel.test_vital import backtraces, vital_core
+from tests.support import culprits, heldcrash, kernel
 from tests.support.collector import wait_until
-from tests.support.corepair import assert_same_memory
+from tests.support.corepair import CoreFile, differing_segments
+from tests.support.heldcrash import HeldCrash
+
+from core_dump_collector.node import dumpfile
+from core_dump_format.core import read_build_ids, read_core
+from core_dump_format.gzip import inflate_until_damage
+from core_dump_format.stream import Seekable
 
 pytestmark = [
     pytest.mark.skipif("PROGRAMS" not in os.environ, reason="installs programs: make test-programs"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
 ]
-MAPS = SOURCE.with_name("maps.cpp")
-PYTHON = """
-import ctypes, os, threading
-memory = [os.urandom(4096) for _ in range(5000)]
-for _ in range(300):
-    threading.Thread(target=threading.Event().wait, daemon=True).start()
-ctypes.string_at(8)
-"""
-JAVA = """
-public class Culprit {
-    static void deep(int depth) throws Exception {
-        if (depth > 0) { deep(depth - 1); return; }
-        System.out.println("ready");
-        Thread.sleep(600000);
-    }
-    public static void main(String[] arguments) throws Exception {
-        byte[][] memory = new byte[100][1 << 20];
-        deep(30);
-        System.out.println(memory.length);
-    }
-}
-"""
-NODE = "let a=[];for(let i=0;i<1e6;i++)a.push({i});function f(n){if(n)f(n-1);else process.abort()};f(10)"
+PROGRAMS = [
+    culprits.eight_threads, culprits.static_binary, culprits.binary_of_32_bits, culprits.own_namespaces,
+    culprits.cpp, culprits.many_mappings, culprits.golang, culprits.rust, culprits.python, culprits.node_js,
+    culprits.java, culprits.redis, culprits.redis_child, culprits.nginx, culprits.postgresql, culprits.chromium,
+]  # fmt: skip
+SHARED = {culprits.postgresql, culprits.chromium}
+"""Other processes change memory that they share with the one that crashed."""
+MOST_HELD = 2
+BEYOND = re.compile(r"^(#\d+ +0x0+ in \?\? \(\)|Backtrace stopped: Cannot access memory.*)\n", re.MULTILINE)
+"""Behind the last frame of a goroutine, gdb goes on into the next page."""
+WORDS = re.compile(r"\(.*\)")
+"""Arguments: lldb also shows the heap that they point to."""
+LLDB = {culprits.eight_threads, culprits.rust, culprits.redis}
 
 
-def run(node, *command, name, **how):
-    """Run a program until it has crashed."""
-    process = node.start(*command, name=name, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **how)
-    process.wait(timeout=120)
+class Backtraces:
+    """What each debugger prints of a core; all cores get the same path."""
+
+    def __init__(self, program, core, crash):
+        self.program, self.core, self.crash = program, core, crash
+
+    def read(self):
+        """Return the output of each debugger."""
+        found = {
+            "gdb": self._gdb(),
+            "eu-stack": self._print("eu-stack", "--core", self.core, "-e", self.program),
+        }
+        if self.crash in LLDB:
+            batch = ["--batch", "-o", "thread backtrace all", "--core", self.core]
+            found["lldb"] = WORDS.sub("()", self._print("lldb", *batch, self.program))
+        return found
+
+    def read_of(self, content):
+        """Return the output for the core that these bytes are."""
+        self.core.write_bytes(content)
+        return self.read()
+
+    def _gdb(self):
+        told = BEYOND.sub("", backtraces(self.program, self.core))
+        return WORDS.sub("()", told) if self.crash in culprits.GUESSED else told
+
+    @staticmethod
+    def _print(*command):
+        return subprocess.run(command, capture_output=True, check=False).stdout.decode(errors="replace")
 
 
-def eight_threads(node):
-    program = kernel.build(SOURCE, node.directory / "vital", "-pthread")
-    run(node, program, "24", "8", name=b"vital")
-    return program
+@dataclass
+class Case:
+    """A program that has crashed, and what helpers have made of its dump while it was held."""
 
+    node: Node
+    held: HeldCrash
+    steps: Iterator[Path]
+    program: Path
+    rests: dict[str, Path] = field(default_factory=dict)
+    """Files with what is left of the core after each fault."""
+    failure: Exception | None = None
 
-def static_binary(node):
-    program = kernel.build(SOURCE, node.directory / "vital", "-pthread", "-static")
-    run(node, program, "24", "3", name=b"vital")
-    return program
-
-
-def binary_of_32_bits(node):
-    program = kernel.build(SOURCE, node.directory / "vital", "-pthread", "-m32")
-    run(node, program, "24", "3", name=b"vital")
-    return program
-
-
-def many_mappings(node):
-    program = node.directory / "maps"
-    subprocess.run(["g++", "-g", "-O1", "-w", "-o", program, MAPS], check=True)
-    run(node, program, "50000", name=b"maps")
-    return program
-
-
-def python(node):
-    run(node, "/usr/bin/python3", "-c", PYTHON, name=b"python3")
-    return "/usr/bin/python3"
-
-
-def node_js(node):
-    run(node, "/usr/bin/node", "-e", NODE, name=b"node")
-    return "/usr/bin/node"
-
-
-def java(node):
-    (node.directory / "Culprit.java").write_text(JAVA)
-    process = node.start(
-        "/usr/bin/java", "Culprit.java", name=b"java", cwd=node.directory, stdout=subprocess.PIPE
-    )
-    assert process.stdout.readline() == b"ready\n"
-    process.send_signal(signal.SIGABRT)
-    process.communicate(timeout=120)
-    return os.path.realpath("/usr/bin/java")
-
-
-def redis(node):
-    socket = node.directory / "redis.sock"
-    command = [
-        "/usr/bin/redis-server",
-        "--port",
-        "0",
-        "--unixsocket",
-        socket,
-        "--dir",
-        node.directory,
-        "--save",
-        "",
-    ]
-    process = node.start(*command, name=b"redis-server", stdout=subprocess.DEVNULL)
-
-    def send(*words):
-        done = subprocess.run(
-            ["redis-cli", "-s", socket, *words], capture_output=True, text=True, check=False
+    @classmethod
+    def prepare(cls, node, crash):
+        """Build and start a program, and install a helper for it."""
+        node.directory.chmod(0o755)  # PostgreSQL does not run as root
+        given = {"WATCH_DIR": node.watch_dir, "RATE_LIMIT": 0, "KEEP_FREE_PERCENT": 1}
+        kernel.install_helper(node.directory, given | heldcrash.QUICKLY)
+        steps = crash(node)
+        return cls(
+            node, HeldCrash(node.directory, str(node.directory / "core-dump-helper")), steps, next(steps)
         )
-        return done.stdout
 
-    wait_until(lambda: "PONG" in send("ping"), 30, "Redis")
-    send("debug", "populate", "300000")
-    process.send_signal(signal.SIGSEGV)
-    process.wait(timeout=120)
-    return "/usr/bin/redis-server"
+    def crash(self):
+        """Crash it; the core pattern is ours."""
+        self.held.keep()
+        next(self.steps)
+        wait_until(self.held.is_held, 120, "the dump")
 
+    def finish(self):
+        """Dump it again with each fault, and let it go."""
+        try:
+            for fault in (by_sigkill, by_out_of_memory, by_full_disk):
+                rest = self.node.directory / f"{fault.__name__}.core"
+                rest.write_bytes(fault(self.node, self.held))
+                self.rests[fault.__name__] = rest
+        except Exception as error:  # noqa: BLE001  costs this program its test
+            self.failure = error
+        finally:
+            self.close()
 
-def own_namespaces(node):
-    program = kernel.build(SOURCE, node.directory / "vital", "-pthread")
-    node.expect(b"vital", 2)
-    inside = [
-        "unshare",
-        "--user",
-        "--map-root-user",
-        "--pid",
-        "--mount",
-        "--uts",
-        "--fork",
-        "sh",
-        "-c",
-        '"$@"; :',
-        "sh",
-    ]
-    subprocess.run([*inside, program, "24", "3"], check=False, timeout=60)
-    return program
+    def close(self):
+        """Let it go."""
+        self.held.release()
+        for process in self.node.started:
+            process.wait(60)
+        self.steps.close()
 
 
-def without_arguments(program, core):
-    """Return backtraces without arguments: those of just-in-time compiled frames are guesses of gdb."""
-    return re.sub(r"\(.*\)", "()", backtraces(program, core))
+@pytest.fixture(scope="module")
+def cases(request):
+    """All programs that are tested: each is started, then all crash, one after the other, under one lock.
+
+    A process that is held counts for `kernel.core_pipe_limit`, which others on this machine may set: few at a time.
+    """
+    wanted = {
+        item.callspec.params["crash"] for item in request.session.items if item.module is request.module
+    }
+    with contextlib.ExitStack() as stack:
+        prepared = {
+            crash: Case.prepare(stack.enter_context(new_node()), crash)
+            for crash in PROGRAMS
+            if crash in wanted
+        }
+        for case in prepared.values():
+            stack.callback(case.close)
+        room = threading.Semaphore(MOST_HELD)
+        with ThreadPoolExecutor(MOST_HELD) as pool, kernel.core_pattern("core", pipe_limit=4 * MOST_HELD):
+            for case in prepared.values():
+                room.acquire()
+                try:
+                    case.crash()
+                except Exception as error:  # noqa: BLE001  likewise
+                    case.failure = error
+                pool.submit(case.finish).add_done_callback(lambda _: room.release())
+        yield prepared
 
 
-GUESSED = {java, node_js}
+def place(node, name):
+    """Return a new watch directory."""
+    path = node.directory / name
+    path.mkdir(mode=0o700)
+    return path
 
 
-@pytest.mark.parametrize(
-    "crash",
-    [
-        eight_threads, static_binary, binary_of_32_bits, many_mappings, own_namespaces,
-        python, node_js, java, redis,
-    ],
-)  # fmt: skip
-def test_program_has_every_backtrace_wherever_its_dump_is_cut(node, crash):
-    with node.installed(COMPRESSOR="gzip"):
-        node.keep_copy()
-        program = crash(node)
-        wait_until(lambda: any(not name.endswith(".partial") for name in node.names()), 200, "the dump")
-        node.settle()
-    found = attributes(node.dump())
+def only_dump(watch_dir):
+    (dump,) = watch_dir.glob("core-*")
+    return dump
+
+
+def salvaged(watch_dir):
+    """Return the core in a partial, after the collector has published it."""
+    partial = only_dump(watch_dir)
+    assert partial.name.endswith(".partial")
+    dumpfile.salvage(str(watch_dir), partial.name)
+    dump = only_dump(watch_dir)
+    found = attributes(dump)
+    assert (found["vital"], found["truncated"]) == (b"whole", b"salvaged")
+    return b"".join(inflate_until_damage([dump.read_bytes()]))
+
+
+def by_full_disk(node, held):
+    """Return what fits on a disk that is full half-way through the rest of the dump."""
+    whole, watch_dir = node.dump(), place(node, "full")
+    vital = int(attributes(whole)["vital_bytes"])
+    room = vital + (whole.stat().st_size - vital) // 2 + (200 << 10)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room},mode=700", "none", watch_dir], check=True)
+    try:
+        held.dump_again(watch_dir)
+        found = attributes(only_dump(watch_dir))
+        assert found["vital"] == b"whole"
+        assert found["truncated"] in {b"disk_full", b"keep_free"}
+        return core_of(only_dump(watch_dir))
+    finally:
+        subprocess.run(["umount", "-l", watch_dir], check=True)
+
+
+def by_sigkill(node, held):
+    """Return what the collector salvages of a helper that was killed half-way."""
+    watch_dir = place(node, "killed")
+    assert held.dump_half(watch_dir, lambda pid: os.kill(pid, signal.SIGKILL)) == -signal.SIGKILL
+    return salvaged(watch_dir)
+
+
+def by_out_of_memory(node, held):
+    """Return what the collector salvages of a helper that the kernel has killed for memory half-way."""
+    watch_dir = place(node, "oom")
+    with heldcrash.memory_cgroup(node.directory.name) as (prefix, exhaust, events):
+        assert held.dump_half(watch_dir, exhaust, prefix) == -signal.SIGKILL
+        assert re.search(r"^oom_kill [1-9]", events.read_text(), re.MULTILINE)
+    return salvaged(watch_dir)
+
+
+def described(path):
+    """Return what `info` shows of a core: its notes, and the build IDs of its files."""
+    with path.open("rb") as file:
+        source = Seekable(file.fileno())
+        core = read_core(source)
+        build_ids, _ = read_build_ids(core, source)
+    return core.threads, core.files, core.arguments, core.signal, core.expected_bytes, build_ids
+
+
+@pytest.mark.parametrize("crash", PROGRAMS, ids=lambda crash: crash.__name__)
+def test_program_has_every_backtrace_whatever_happens_to_its_dump(cases, crash):
+    case = cases[crash]
+    if case.failure:
+        raise case.failure
+    dump, core = case.node.dump(), case.node.directory / "core"
+    found, whole, vital = attributes(dump), core_of(dump), vital_core(dump)
     assert found["vital"] == b"whole"
-    assert found["bytes"] == found["expected_bytes"]
+    assert found["bytes"] == found["expected_bytes"] == b"%d" % len(whole)
     assert int(found["vital_bytes"]) < 10 << 20
-    read = without_arguments if crash in GUESSED else backtraces
-    told = assert_every_cut_gives_the_backtraces(node, program, read)
-    assert told.count("\n#") > 3
-    assert_same_memory(node.directory / "copy", node.directory / "core")
-    if shutil.which("eu-stack"):
-        assert_eu_stack_agrees(node, program)
+    assert whole.startswith(vital)
+    debuggers = Backtraces(case.program, core, crash)
+    told = debuggers.read_of(whole)
+    assert all(text.count("#") > 3 for text in told.values()), told
+    assert CoreFile(core).vital_end() == len(vital)
+    differing = differing_segments(case.held.copy, core)
+    assert not differing or crash in SHARED, differing
+    *shown, build_ids = described(core)
+    assert_same(debuggers.read_of(whole[: len(whole) // 2]), told, "half")
+    assert_same(debuggers.read_of(vital), told, "vital part")
+    *found_now, found_ids = described(core)
+    assert found_now == shown
+    assert found_ids.items() <= build_ids.items(), "of a module whose first page was in memory"
+    assert len(found_ids) > len(build_ids) // 2
+    for fault, path in case.rests.items():
+        rest = path.read_bytes()
+        assert len(vital) < len(rest) < len(whole)
+        assert_same(debuggers.read_of(rest), told, fault)
 
 
-def assert_eu_stack_agrees(node, program):
-    """Compare elfutils' frames of the whole dump with those of its half."""
-    core = node.directory / "core"
-    command = ["eu-stack", "--core", core, "--executable", program]
-    told = subprocess.run(command, capture_output=True, check=False).stdout
-    os.truncate(core, core.stat().st_size // 2)
-    assert subprocess.run(command, capture_output=True, check=False).stdout == told
-    assert told.count(b"#") > 3
+def assert_same(found, told, what):
+    """Compare what debuggers print; show the first differences."""
+    for name, text in told.items():
+        lines = difflib.unified_diff(
+            text.splitlines(), found[name].splitlines(), "whole", what, n=0, lineterm=""
+        )
+        assert text == found[name], "\n".join(itertools.islice((f"{name}: {line}" for line in lines), 20))

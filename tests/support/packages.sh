@@ -33,8 +33,11 @@ if [ "${1:-}" = programs ]; then # what `make test-programs` crashes
     need rustc /usr/bin/rustc "$HOME/.cargo/bin/rustc"
     need python3 /usr/bin/python3
     need elfutils /usr/bin/eu-stack
-    need golang-go /usr/bin/go
-    need rustc /usr/bin/rustc "$HOME/.cargo/bin/rustc"
+    need lldb /usr/bin/lldb
+    need redis-tools /usr/bin/redis-cli
+    need nginx-light /usr/sbin/nginx
+    need postgresql /usr/lib/postgresql/*/bin/postgres
+    need chromium /usr/bin/chromium
     [ -n "$missing" ] || exit 0
     # shellcheck disable=SC2086  # a list of words
     install $missing
