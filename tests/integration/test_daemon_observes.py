@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import gzip
 import os
 import resource
@@ -214,10 +215,12 @@ def test_frozen_file_system_stops_neither_heartbeat_nor_the_end(seaweed, bucket,
 
 
 def is_blocked(pid):
-    """Tell whether a process is in uninterruptible sleep (proc_pid_stat(5))."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] == "D"
-    return False
+    """Tell whether a thread of a process is in uninterruptible sleep (proc_pid_stat(5))."""
+    states = []
+    for thread in glob.glob(f"/proc/{pid}/task/*/stat"):
+        with contextlib.suppress(OSError), open(thread) as file:
+            states.append(file.read().rpartition(")")[2].split()[0])
+    return "D" in states
 
 
 def test_no_descriptor_left_ends_nothing(seaweed, bucket, watch_dir, tmp_path):
