@@ -11,6 +11,7 @@ import pytest
 from tests.support.collector import wait_until
 
 from core_dump_collector.board import HEAVY, SEAT_BYTES, Board, Seat
+from core_dump_collector.s3 import flow as flow_module
 from core_dump_collector.s3.flow import FirstAlone, Flow, GivenUpError
 
 
@@ -155,3 +156,37 @@ def test_board_is_the_same_memory_in_another_process(monkeypatch, sandboxed):
     board.seat(1).clear()
     assert (board.seat(1).moved_bytes, board.seat(1).beaten_at(0)) == (0, 0)
     board.close()
+
+
+def test_all_that_waited_go_side_by_side_once_one_has_succeeded(seat):
+    first, together, begun, succeed = FirstAlone(Flow(seat)), threading.Barrier(8), [], threading.Event()
+
+    def ask(wait):
+        begun.append(1)
+        with first.request():
+            wait(10)
+
+    with ThreadPoolExecutor(9) as threads:
+        alone = threads.submit(ask, succeed.wait)
+        wait_until(first._lock.locked, 10)
+        others = [threads.submit(ask, together.wait) for _ in range(8)]
+        wait_until(lambda: len(begun) == 9, 10)
+        succeed.set()
+        assert [future.exception() for future in [alone, *others]] == [None] * 9
+
+
+def test_no_request_waits_long_for_one_that_hangs(seat, monkeypatch):
+    monkeypatch.setattr(flow_module, "LONGEST_TURN_SECONDS", 0.1)
+    first, hang, answered = FirstAlone(Flow(seat)), threading.Event(), threading.Event()
+
+    def ask(wait):
+        with first.request():
+            wait()
+
+    with ThreadPoolExecutor(2) as threads:
+        threads.submit(ask, lambda: hang.wait(20))
+        wait_until(first._lock.locked, 10)
+        threads.submit(ask, answered.set)
+        went = answered.wait(5)
+        hang.set()
+    assert went

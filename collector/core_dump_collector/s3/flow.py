@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.05
 """How often a waiting thread looks at what the daemon allows now."""
+LONGEST_TURN_SECONDS = 5.0
+"""For so long a request waits for one that goes alone."""
 SLICE_SECONDS = 0.25
 """Bytes are sent in slices of at most so long where a rate is set."""
 SLICE_BYTES = 256 * 1024
@@ -34,7 +36,8 @@ _PLACE: ContextVar[int] = ContextVar("place", default=HEAVY)
 class FirstAlone:
     """Lets requests go one at a time until one has succeeded.
 
-    What the first response teaches, the bucket's region and where a redirect leads, all others then know.
+    What the first response teaches, the bucket's region and where a redirect leads, all others then know. No request
+    waits long for that: behind one another, requests to a store that hangs would cost jobs all the time that they have.
     """
 
     def __init__(self, flow: Flow) -> None:
@@ -49,16 +52,22 @@ class FirstAlone:
 
         A thread that holds a permit does not wait: the request that goes alone may wait for that permit.
         """
-        if self._succeeded or self._flow.has_permit:
-            yield
-            return
-        while not self._lock.acquire(timeout=1.0):
-            self._flow.beat()
+        is_alone = self._wait_for_turn()
         try:
             yield
             self._succeeded = True
         finally:
-            self._lock.release()
+            if is_alone:
+                self._lock.release()
+
+    def _wait_for_turn(self) -> bool:
+        """Return True once the request may go alone, False if it may go beside others."""
+        until = time.monotonic() + LONGEST_TURN_SECONDS
+        while not self._succeeded and not self._flow.has_permit and time.monotonic() < until:
+            if self._lock.acquire(timeout=LOOK_SECONDS):
+                return True
+            self._flow.beat()
+        return False
 
 
 class GivenUpError(Exception):
