@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import socket
 
     from core_dump_collector.board import Board
-    from core_dump_collector.jobs import AnyJob
+    from core_dump_collector.jobs import AnyJob, AnyResult
     from core_dump_collector.options import UploadOptions
     from core_dump_collector.s3.flow import Flow
     from core_dump_collector.upload import Worker
@@ -42,9 +42,14 @@ def serve(channel: socket.socket, board: Board, index: int, options: UploadOptio
     with contextlib.suppress(OSError):
         while message := channel.recv(MOST_MESSAGE_BYTES):
             place, job = pickle.loads(message)  # noqa: S301  from the daemon, through a socket that nobody else has
-            if place not in threads:
-                threads[place] = _Thread(channel, worker, flow, place)
-            threads[place].take(job)
+            try:
+                if place not in threads:
+                    threads[place] = _Thread(channel, worker, flow, place)
+            except RuntimeError as error:  # too many threads, or no memory: the jobs under way go on
+                why = f"no thread can be started: {error}"
+                _send(channel, place, job, fail(job, RetryReason.WORKER_DIED, why))
+            else:
+                threads[place].take(job)
     os._exit(0)
 
 
@@ -70,10 +75,12 @@ class _Thread:
             job = self._job
             with self._flow.job(self._place):
                 result = self._worker.process(job)
-            message = pickle.dumps((self._place, result))
-            if len(message) > MOST_MESSAGE_BYTES:
-                message = pickle.dumps(
-                    (self._place, fail(job, RetryReason.INTERNAL, "the result is too long"))
-                )
-            with contextlib.suppress(OSError):  # the daemon has ended, and with it this process
-                self._channel.send(message)
+            _send(self._channel, self._place, job, result)
+
+
+def _send(channel: socket.socket, place: int, job: AnyJob, result: AnyResult) -> None:
+    message = pickle.dumps((place, result))
+    if len(message) > MOST_MESSAGE_BYTES:
+        message = pickle.dumps((place, fail(job, RetryReason.INTERNAL, "the result is too long")))
+    with contextlib.suppress(OSError):  # the daemon has ended, and with it this process
+        channel.send(message)

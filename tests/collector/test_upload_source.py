@@ -15,8 +15,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from isal import isal_zlib
 
+from core_dump_collector.board import SEAT_BYTES, Seat
 from core_dump_collector.node.dumpfile import DumpFile
 from core_dump_collector.s3 import compression, parts
+from core_dump_collector.s3.flow import Flow
 from core_dump_collector.s3.multipart import SentPart, Whole
 from core_dump_collector.s3.parts import MEBIBYTE, Body, part_size
 from core_dump_format.crc32 import encode_crc32
@@ -270,3 +272,13 @@ def test_a_body_reads_and_seeks_like_a_file(tmp_path, content, acts):
                 assert bytes(block) == like.read(len(block))
                 assert len(block) >= min(act, len(content) - body.tell() + len(block)) or act < 0
                 like.seek(body.tell())
+
+
+def test_file_that_is_read_only_for_its_checksums_makes_progress_with_each_part(tmp_path):
+    (tmp_path / f"{RAW}.gz").write_bytes(b"core")
+    seat = Seat(memoryview(bytearray(SEAT_BYTES)))
+    flow = Flow(seat)
+    with DumpFile(str(tmp_path), f"{RAW}.gz") as dump, flow.job(2):
+        for _ in parts.FileSource(dump, 1).parts(flow):
+            assert seat.beaten_at(2)
+            seat.clear()

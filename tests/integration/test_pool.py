@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import resource
 import select
 import signal
 import socket
 import time
-from multiprocessing import forkserver, popen_forkserver
+from multiprocessing import forkserver, get_context, popen_forkserver
 
 import pytest
 from tests.support import s3
@@ -17,7 +18,8 @@ from tests.support.collector import wait_until
 from tests.support.uploads import NAME, connected, options
 
 from core_dump_collector import pool as pool_module
-from core_dump_collector.board import HEAVY, LIGHT_JOBS
+from core_dump_collector import serving
+from core_dump_collector.board import HEAVY, LIGHT_JOBS, Board
 from core_dump_collector.deadlines import SILENT_SECONDS, seconds_for
 from core_dump_collector.governor import FIRST
 from core_dump_collector.jobs import Job, RetryReason, Salvage, SalvageResult
@@ -183,6 +185,35 @@ def test_job_for_a_worker_that_has_just_died_goes_to_another(watch_dir):
         lost, salvaged = found
         assert lost.retry_reason is RetryReason.WORKER_DIED
         assert salvaged == SalvageResult("gone.partial")
+
+
+def serve_with_one_thread(channel, board):
+    make = serving._Thread
+
+    def refuse(channel, worker, flow, place):
+        if place:
+            raise RuntimeError("can't start new thread")
+        return make(channel, worker, flow, place)
+
+    serving._Thread = refuse
+    serving.serve(channel, board, 0, options())
+
+
+def test_job_without_a_thread_comes_back_and_costs_the_others_nothing(watch_dir):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(30)
+    process = get_context("fork").Process(target=serve_with_one_thread, args=(theirs, Board(1)))
+    process.start()
+    with ours:
+        theirs.close()
+        answers = []
+        for place in (0, 1, 0):
+            ours.send(pickle.dumps((place, Salvage(str(watch_dir), "gone.partial"))))
+            answers.append(pickle.loads(ours.recv(serving.MOST_MESSAGE_BYTES)))
+    process.kill()
+    process.join(10)
+    why = "no thread can be started: can't start new thread"
+    assert [(place, result.detail) for place, result in answers] == [(0, ""), (1, why), (0, "")]
 
 
 @contextlib.contextmanager

@@ -42,13 +42,16 @@ class Stores:
             RetryableError: the client cannot be made now.
         """
         with self._lock:
-            if self._current is None:
-                try:
-                    client = make_client(self._options, self._flow)
-                except BotoCoreError as error:
-                    raise classify.translate(error) from error
-                self._current = Store(client, self._options, self._flow)
-            return self._current
+            return self._open()
+
+    def _open(self) -> Store:
+        if self._current is None:
+            try:
+                client = make_client(self._options, self._flow)
+            except BotoCoreError as error:
+                raise classify.translate(error) from error
+            self._current = Store(client, self._options, self._flow)
+        return self._current
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[Store]:
@@ -57,8 +60,8 @@ class Stores:
         Raises:
             RetryableError: the client cannot be made now.
         """
-        store = self.open()
-        with self._lock:
+        with self._lock:  # one step: a store that nobody uses may be closed at any moment
+            store = self._open()
             self._users[store] = self._users.get(store, 0) + 1
         try:
             yield store
