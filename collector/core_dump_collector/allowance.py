@@ -34,7 +34,7 @@ class Allowance:
 
     def __init__(self, options: UploadOptions, budget: Budget, limit: MemoryLimit | None) -> None:
         """Start carefully."""
-        self._rate = options.max_upload_bytes_per_second
+        self._options = options
         self._budget = budget
         self._limit = limit
         self._governor = Governor()
@@ -45,6 +45,8 @@ class Allowance:
         """Work and setbacks of workers that have ended."""
         self._seen: dict[int, tuple[int, int]] = {}
         """Work and setbacks of each seat when it was last seen."""
+        self.is_shared = False
+        """Modules are sent as well, by a process that is not one of the workers."""
         self.due = 0.0
         """When to take the next samples."""
 
@@ -92,12 +94,15 @@ class Allowance:
         turn = int(now / TURN_SECONDS) % len(busy)
         seats = [worker.seat for worker in busy[turn:] + busy[:turn]]
         shares = share([max(1, seat.active + seat.waiting) for seat in seats], self.connections)
-        using = max(1, sum(share > 0 for share in shares))
+        # A worker whose turn is over still sends what it has begun.
+        using = max(1, sum(share > 0 or seat.active > 0 for share, seat in zip(shares, seats, strict=True)))
         sharers = max(self.connections, sum(seat.active for seat in seats))
         thin = 0 < self._governor.rate < THIN_BYTES_PER_SECOND
+        options = self._options
+        rate = options.shared_bytes_per_second if self.is_shared else options.max_upload_bytes_per_second
         for seat, connections in zip(seats, shares, strict=True):
             self._allow(seat, connections)
-            seat.bytes_per_second = -(-self._rate // using)
+            seat.bytes_per_second = -(-rate // using)
             seat.sharers = sharers
             seat.small_parts = int(thin or self._budget.small_parts)
 

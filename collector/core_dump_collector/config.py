@@ -62,7 +62,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=1 << 40,
-        description="Bytes a second that all workers together send at most; 0 for no limit, else at least 10000.",
+        description="Bytes a second that dumps and modules together send at most; 0 for no limit, else at least 10000.",
     )
     file_patterns: Annotated[tuple[str, ...], NoDecode] = Field(
         ("core*",),

@@ -128,6 +128,7 @@ class Daemon:
         self._arrivals.advance(now)
         busy = self._backlog.in_flight > 0
         self._modules.advance(now, reachable=self._store.is_known and self._store.reason is None, busy=busy)
+        self._pool.share_rate(shared=self._modules.is_running)
         self._report_readiness()
         self._submit()
         self._gauge()

@@ -110,7 +110,7 @@ class Pass:
     def _store(self) -> Store:
         if self._client is None:
             try:
-                flow = Flow(Seat.private(self._options.max_upload_bytes_per_second))
+                flow = Flow(Seat.private(self._options.shared_bytes_per_second))
                 self._client = Store(make_client(self._options, flow), self._options, flow)
             except BotoCoreError as error:
                 raise classify.translate(error) from error

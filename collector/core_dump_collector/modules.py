@@ -102,6 +102,11 @@ class ModuleUploads:
         if not settings.modules:
             modulefiles.clear(directory)
 
+    @property
+    def is_running(self) -> bool:
+        """Tell whether a pass is under way."""
+        return self._process is not None
+
     def advance(self, now: float, *, reachable: bool, busy: bool) -> None:
         """Take the events of a pass, or start one that is due.
 

@@ -51,6 +51,11 @@ class UploadOptions:
         return f"{self.prefix}{literal_folder(self.key_template)}{self.node_name}/"
 
     @property
+    def shared_bytes_per_second(self) -> int:
+        """Return how fast dumps, and modules, may each be sent while both are; 0 for as fast as they can."""
+        return -(-self.max_upload_bytes_per_second // 2)
+
+    @property
     def connection_bytes_per_second(self) -> float:
         """Return the least rate at which a request lives: its share of the slowest link."""
         return MIN_BYTES_PER_SECOND / UNPROVEN_CONNECTIONS

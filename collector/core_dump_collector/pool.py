@@ -175,6 +175,10 @@ class Pool:
         """Allow what each worker may send; to be called when `due` says."""
         self._allowance.take(self._workers.values(), now)
 
+    def share_rate(self, *, shared: bool) -> None:
+        """Note whether modules are sent at the same time, which then have half of the rate."""
+        self._allowance.is_shared = shared
+
     @property
     def due(self) -> float:
         """Return when `tick` is due."""
