@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from core_dump_collector.backlog import (
     BUSY_PAUSE_SECONDS,
     GIVE_WAY_PAUSE_SECONDS,
+    LIGHT_BYTES,
     OTHERS_TURN,
     Backlog,
     Candidate,
@@ -62,6 +63,34 @@ def test_new_dumps_never_stop_the_others():
     backlog = filled("old")
     filled(*(f"new-{n}" for n in range(100)), backlog=backlog, new=True)
     assert drained(backlog).index("old") < OTHERS_TURN
+
+
+def test_small_dumps_go_first_and_every_fourth_turn_is_a_large_ones():
+    backlog = filled(*(f"large-{n}" for n in range(8)), size_bytes=LIGHT_BYTES + 1, new=True)
+    filled(*(f"small-{n}" for n in range(8)), backlog=backlog, size_bytes=LIGHT_BYTES)
+    assert "".join(name[0] for name in drained(backlog)) == "ssslssslssllllll"
+
+
+def test_every_fourth_turn_of_an_owner_goes_to_what_has_waited_longest():
+    backlog = filled("old-1", "old-2", "old-3")
+    filled(*(f"new-{n}" for n in range(9)), backlog=backlog, new=True)
+    order = drained(backlog)
+    assert [n for n, name in enumerate(order, start=1) if name.startswith("old")] == [4, 8, 12]
+    assert order[3::4] == ["old-1", "old-2", "old-3"]
+
+
+def test_origins_of_roots_dumps_take_turns():
+    backlog = filled(*(f"storm-{n}" for n in range(1000)), origin=b"loop.service", new=True)
+    filled("other-1", "other-2", backlog=backlog, origin=b"shop/api")
+    assert drained(backlog)[:4] == ["storm-0", "other-1", "storm-1", "other-2"]
+
+
+def test_nobody_but_root_gets_more_turns_by_naming_origins():
+    backlog = exact()
+    for number in range(100):
+        filled(f"theirs-{number}", backlog=backlog, owner=ATTACKER, origin=b"%d" % number, new=True)
+    filled("mine", backlog=backlog, owner=VICTIM)
+    assert drained(backlog).index("mine") == 1
 
 
 def test_file_not_tried_yet_goes_before_one_that_failed():
