@@ -35,6 +35,6 @@ def test_descriptors_and_threads_do_not_grow_with_the_number_of_dumps(seaweed, b
             wait_until(lambda done=(number + 1) * BATCH: collector.metric(DONE) == done, 110)
             held.append(holdings(collector))
     assert held[0][0] > 20
-    first, last = held[0], held[-1]
-    assert last[0] <= first[0] + 4, f"descriptors: {held}"
-    assert last[1] <= first[1] + 2, f"threads: {held}"
+    warm, last = held[2], held[-1]  # the pools of threads and connections have grown by then
+    assert last[0] <= warm[0] + 4, f"descriptors: {held}"
+    assert last[1] <= warm[1] + 2, f"threads: {held}"
