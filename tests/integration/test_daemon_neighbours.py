@@ -10,6 +10,7 @@ import subprocess
 
 import pytest
 from tests.support import s3
+from tests.support.cleanup import temporary_directory
 from tests.support.collector import COMMAND, Collector, descendants, running, wait_until
 from tests.support.slow import slow_proxy
 
@@ -93,17 +94,19 @@ exec "$@"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts, sets a host name: needs root: sudo make test")
-def test_host_without_name_temporary_directory_and_shared_memory_is_collected(
-    seaweed, bucket, watch_dir, tmp_path
-):
-    prefix = ("unshare", "-m", "-u", "sh", "-ec", BARE_HOST, "sh", str(tmp_path))
-    environ = seaweed.environ() | {"NODE_NAME": "", "HOME": "/nonexistent"}
-    with running(watch_dir, environ, tmp_path, prefix=prefix) as collector:
-        publish(watch_dir, 3)
-        wait_until(lambda: not list(watch_dir.glob("core*")), 60, "every dump to be uploaded")
-        wait_until(lambda: collector.metric(UPLOADED) == 3, 10)
-        assert collector.stop() == 0
-        told = " ".join(str(e["event"]) for e in collector.log() if e["level"] == "warning")
+def test_host_without_name_temporary_directory_and_shared_memory_is_collected(seaweed, bucket):
+    with temporary_directory("cdh-", "/var/tmp") as home:
+        # A short path: the socket of the workers is named below it (unix(7)).
+        watch_dir = home / "core_dumps"
+        watch_dir.mkdir(mode=0o700)
+        prefix = ("unshare", "-m", "-u", "sh", "-ec", BARE_HOST, "sh", str(home))
+        environ = seaweed.environ() | {"NODE_NAME": "", "HOME": "/nonexistent"}
+        with running(watch_dir, environ, home, prefix=prefix) as collector:
+            publish(watch_dir, 3)
+            wait_until(lambda: not list(watch_dir.glob("core*")), 60, "every dump to be uploaded")
+            wait_until(lambda: collector.metric(UPLOADED) == 3, 10)
+            assert collector.stop() == 0
+            told = " ".join(str(e["event"]) for e in collector.log() if e["level"] == "warning")
     assert "host name" in told
     assert "no temporary directory" in told
     assert {key.partition("/")[0] for key in s3.keys_in(bucket)} == {"none"}
