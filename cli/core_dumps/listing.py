@@ -56,23 +56,21 @@ def list_dumps(
     """List dumps, newest first. This is the default command."""
     from core_dumps import match, tables
 
-    field = match.field_name(field) if field else None
+    field, limit = match.field_name(field) if field else None, 1 if one else count
     if reverse and oldest_first:
         raise UsageError("give either --reverse or --oldest-first")
-    limit = 1 if one else count
     with selection.open() as bucket:
         found = _some(selection, bucket, reads_all=everything or group, count=None if group else limit)
         if oldest_first and not group:
             found = iter(list(found)[::-1])
-        if (first := next(found, None)) is None:
-            raise selection.no_match(bucket)
-        dumps = itertools.chain([first], found)
-        if group and not field:
-            groups = tables.groups(dumps)[:limit][:: -1 if oldest_first else 1]
-            _print_groups(groups, json, legend=not no_legend, no_pager=no_pager)
-            _note_versions(selection, groups)
-        else:
-            _print_dumps(dumps, field, json, legend=not no_legend, no_pager=no_pager)
+        dumps = selection.some(bucket, found)
+        look = {"legend": not no_legend, "no_pager": no_pager}
+        if not group or field:
+            _print_dumps(dumps, field, json, **look)
+            return
+        groups = tables.groups(dumps)[:limit][:: -1 if oldest_first else 1]
+        _print_groups(groups, json, **look)
+        _note_versions(selection, groups)
 
 
 def _print_dumps(

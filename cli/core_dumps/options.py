@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import functools
 import inspect
+import itertools
 import os
 import sys
 from contextlib import contextmanager
@@ -173,6 +174,16 @@ class Selection:
             others = list(filter(query.matches_dump, bucket.read_metadata(others[:MOST_COMPARED])))
         if others or not complete:
             self.note(f"the newest of {'' if complete else 'at least '}{len(others) + 1}: {taken.key}")
+
+    def some(self, bucket: Bucket, dumps: Iterator[Dump]) -> Iterator[Dump]:
+        """Return the dumps.
+
+        Raises:
+            NoMatchError: there is none.
+        """
+        if (first := next(dumps, None)) is None:
+            raise self.no_match(bucket)
+        return itertools.chain([first], dumps)
 
     def no_match(self, bucket: Bucket) -> NoMatchError:
         """Return the error for a selection that matches nothing; an empty bucket has another one."""

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AliasChoices, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from core_dump_collector.awsvariables import check_environment
 from core_dump_collector.errors import ConfigError
 from core_dump_collector.options import MIN_BYTES_PER_SECOND, UploadOptions
-from core_dump_format.advice import check_endpoint
 from core_dump_format.keys import DEFAULT_TEMPLATE, check_template, parse_location
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 MEBIBYTE = 1024 * 1024
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 _NOT_IN_NODE = re.compile(r"[^A-Za-z0-9._-]+")
-_REGION = re.compile(r"(?![0-9]+$)(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 _TAG = re.compile(r"[\w .:/=+@-]{1,128}")
 MOST_TAGS = 10
 
@@ -272,30 +271,13 @@ def load(flags: Mapping[str, str]) -> Settings:
     Raises:
         ConfigError: one line that names the setting and says what it takes.
     """
-    _check_environment()
+    check_environment()
     try:
         return Settings(**dict(flags))  # type: ignore[arg-type]  # pydantic parses the texts
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]) if first["loc"] else ""
         raise ConfigError(_explain(name, first)) from None
-
-
-def _check_environment() -> None:
-    """Check the AWS_* variables that boto3 would refuse in every worker, at every attempt."""
-    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
-        region = os.environ.get(name)
-        if region and not _REGION.fullmatch(region):
-            raise ConfigError(f"{name}={region[:80]!r}: takes the name of a region, e.g. eu-central-1")
-    checksum = os.environ.get("AWS_REQUEST_CHECKSUM_CALCULATION") or "when_supported"
-    if checksum.lower() not in {"when_supported", "when_required"}:
-        name = "AWS_REQUEST_CHECKSUM_CALCULATION"
-        raise ConfigError(f"{name}={checksum[:80]!r}: takes when_supported or when_required")
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-        try:
-            check_endpoint(os.environ.get(name) or "https://s3")
-        except ValueError as error:
-            raise ConfigError(f"{name}={os.environ[name][:80]!r}: {error}") from None
 
 
 def names_of(field: str) -> list[str]:

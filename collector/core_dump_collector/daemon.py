@@ -73,14 +73,8 @@ class Daemon:
         )
         self._arrivals = Arrivals(directory, settings, self._backlog, self._observer, self._metrics)
         self._results = Results(
-            directory,
-            self._backlog,
-            self._arrivals.partials,
-            self._breaker,
-            self._store,
-            self._records,
-            self._kernel_log,
-            self._metrics,
+            *(directory, self._backlog, self._arrivals.partials, self._breaker, self._store),
+            *(self._records, self._kernel_log, self._metrics),
         )
         self._log_writer = log_writer
         self._stop_requests = 0

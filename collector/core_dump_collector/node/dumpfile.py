@@ -226,7 +226,9 @@ def _publish(parent: int, fd: int, name: str) -> str | None:
     if identity.size_bytes == 0:
         os.unlink(name, dir_fd=parent)
         return ""
-    names = _attribute_names(fd)
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = os.listxattr(fd)
     for flag, value in _SALVAGED_FLAGS.items():
         if flag not in names and not _set_attribute(fd, flag, value):
             os.fchmod(fd, stat.S_ISVTX | 0o600)
@@ -333,12 +335,6 @@ def _take_lease(fd: int) -> None:
 def _is_at(parent: int, name: str, identity: Identity) -> bool:
     status = rename.status_of(parent, name)
     return status is not None and (status.st_dev, status.st_ino) == (identity.device, identity.inode)
-
-
-def _attribute_names(fd: int) -> list[str]:
-    with contextlib.suppress(OSError):
-        return os.listxattr(fd)
-    return []
 
 
 def _set_attribute(fd: int, name: str, value: bytes) -> bool:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from isal import isal_zlib
 
+from core_dump_collector.node.pagecache import drop_cache, read_blocks
 from core_dump_collector.s3 import compression, ordering
 from core_dump_format.gzip import inflate_until_damage
 from core_dump_format.names import is_compressed
@@ -322,7 +323,7 @@ def open_source(
         bound += len(core.vital)
         return GzipSource(core.compressed, bound, part_bytes, core.facts(), ORDER_VERSION)
     facts = {"bytes": dump.size_bytes}
-    return GzipSource(lambda: compression.compress(_read(dump.fd, MEBIBYTE)), bound, part_bytes, facts)
+    return GzipSource(lambda: compression.compress(read_blocks(dump.fd, MEBIBYTE)), bound, part_bytes, facts)
 
 
 def part_size(bound_bytes: int, part_bytes: int) -> int:
@@ -331,26 +332,10 @@ def part_size(bound_bytes: int, part_bytes: int) -> int:
     return part_bytes if least <= part_bytes else -(-least // MEBIBYTE) * MEBIBYTE
 
 
-def drop_cache(fd: int, offset: int, size: int) -> None:
-    """Tell the kernel to drop a range from the page cache."""
-    os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
-
-
 def is_gzip(fd: int) -> bool:
     """Tell whether a file begins as gzip does."""
     return os.pread(fd, 2, 0) == b"\x1f\x8b"
 
 
 def _salvage(fd: int) -> Iterator[bytes]:
-    return inflate_until_damage(_read(fd, _DAMAGE_BYTES))
-
-
-def _read(fd: int, block_bytes: int) -> Iterator[bytes]:
-    """Yield the file in blocks; drop the blocks before from the page cache."""
-    offset = dropped = 0
-    while block := os.pread(fd, block_bytes, offset):
-        yield block
-        offset += len(block)
-        if offset - dropped >= 8 * MEBIBYTE:
-            drop_cache(fd, dropped, offset - dropped)
-            dropped = offset
+    return inflate_until_damage(read_blocks(fd, _DAMAGE_BYTES))

@@ -229,7 +229,8 @@ class _WatchedConnection:
     def send(self, data: Any) -> None:  # noqa: ANN401  as the base class's
         """Send bytes at the pace that is allowed."""
         current = _CURRENT.get()
-        pieces = current[0].flow.slices(data) if current is not None and _is_bytes(data) else [data]
+        is_bytes = isinstance(data, bytes | bytearray | memoryview)
+        pieces = current[0].flow.slices(data) if current is not None and is_bytes else [data]
         for piece in pieces:
             super().send(piece)  # type: ignore[misc]
 
@@ -246,10 +247,6 @@ class _WatchedConnection:
             if file.readline(_LONGEST_HEADER_BYTES) in {b"\r\n", b"\n", b""}:
                 return
         raise ConnectionError("the store sends headers without end")
-
-
-def _is_bytes(data: object) -> bool:
-    return isinstance(data, bytes | bytearray | memoryview)
 
 
 def _follow(sock: socket.socket) -> None:
