@@ -281,7 +281,8 @@ def test_response_that_does_not_end_is_not_read_to_its_end(watch_dir, go_on, siz
     with store(answer) as (port, _):
         result, _ = send_to(port, path)
     assert (result.outcome, result.retry_reason) == (Outcome.RETRY, RetryReason.NETWORK)
-    assert "longer than 4194304 bytes" in result.detail
+    slow_to_read = go_on is many_chunks and "moved less than" in result.detail  # on a busy machine
+    assert slow_to_read or "longer than 4194304 bytes" in result.detail
     assert not ended
     assert path.exists()
 
