@@ -1,8 +1,8 @@
 import os
-import select
 import shutil
 import struct
 import tempfile
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ def read_all(watch, *, until, seconds=10):
     """Read until a condition on the changes holds; fails after some seconds."""
     names, overflow, lost = [], False, False
     while not until(names, overflow, lost):
-        assert select.select([watch], [], [], seconds)[0], f"no more events: {names} {overflow} {lost}"
+        assert wait([watch], seconds), f"no more events: {names} {overflow} {lost}"
         changes = watch.read()
         names += changes.names
         overflow |= changes.overflow

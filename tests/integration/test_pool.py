@@ -6,11 +6,11 @@ import contextlib
 import os
 import pickle
 import resource
-import select
 import signal
 import socket
 import time
 from multiprocessing import forkserver, get_context, popen_forkserver
+from multiprocessing.connection import wait
 
 import pytest
 from tests.support import s3
@@ -65,7 +65,7 @@ def busy(watch_dir):
 
 
 def result_of(pool):
-    assert select.select([pool], [], [], 10)[0]
+    assert wait([pool], 10)
     (result,) = pool.collect()
     return result
 
