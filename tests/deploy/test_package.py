@@ -19,6 +19,8 @@ SOURCES = ("helper", "sysctl", "format", "docs")
 PROGRAM = "usr/libexec/core-dump-handler"
 MODULE = "core_dump_helper/handler.py"
 BOOT_FILE = "etc/sysctl.d/69-core-dump.conf"
+OURS = (PROGRAM, BOOT_FILE, "etc/core-dump-handler", "var/lib/core-dump-handler", "core_dumps")
+"""Paths of an installation, below its root."""
 INSIDE = """
 set -e
 mount -t overlay none -o lowerdir=/,upperdir="$1/upper",workdir="$1/work" "$1/root"
@@ -54,9 +56,13 @@ def rpm(tmp_path):
     for name in ("upper", "work", "root"):
         (tmp_path / name).mkdir()
 
+    def inside(*command):
+        return deploy.run("unshare", "--mount", "sh", "-c", INSIDE, "sh", tmp_path, *command)
+
+    inside("rm", "-rf", *(tmp_path / "root" / path for path in OURS))  # this machine may have one
+
     def run(*arguments, code=0):
-        command = [deploy.tool("rpm"), "--root", tmp_path / "root", *arguments]
-        done = deploy.run("unshare", "--mount", "sh", "-c", INSIDE, "sh", tmp_path, *command)
+        done = inside(deploy.tool("rpm"), "--root", tmp_path / "root", *arguments)
         if "mount:" in done.stderr:
             pytest.skip(f"no overlay file system here: {done.stderr.strip()}")
         assert done.returncode == code, done.stdout + done.stderr
