@@ -12,6 +12,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from core_dump_format.elf import PAGE, Form, Layout, build_id_of, read_layout, read_notes
+from core_dump_format.reorder import NOTE_KIND, ORDER_VERSION
+from core_dump_format.state import (
+    AARCH64,
+    AT_ENTRY,
+    I386,
+    MACHINE_NAMES,
+    NT_AUXV,
+    NT_FILE,
+    NT_PRSTATUS,
+    X86_64,
+)
 from core_dump_format.stream import EndError, Forward
 
 if TYPE_CHECKING:
@@ -25,18 +36,17 @@ MOST_DROPPED = 1 << 20
 DELETED = " (deleted)"
 """The kernel appends it to the path of a file that was deleted or replaced (d_path in fs/d_path.c)."""
 
-I386, X86_64, AARCH64 = 3, 62, 183
 _MACHINES = {
-    I386: "i386",
-    X86_64: "x86-64",
-    AARCH64: "aarch64",
+    **MACHINE_NAMES,
     40: "arm",
     8: "mips",
+    20: "ppc",
     21: "ppc64",
     22: "s390",
+    243: "riscv",
+    258: "loongarch",
 }
-_MACHINES.update({20: "ppc", 243: "riscv", 258: "loongarch"})
-_AT_ENTRY = 9
+_NT_PRPSINFO, _NT_SIGINFO = 3, 0x53494749
 _FAULTS = frozenset({4, 5, 7, 8, 11})
 """Signals whose siginfo holds an address: ILL, TRAP, BUS, FPE, SEGV (sigaction(2))."""
 
@@ -156,7 +166,7 @@ def read_core(source: Forward) -> Core:
         read = _READERS.get(kind)
         if read is None or kind in seen:
             continue
-        if kind != _NT_PRSTATUS:
+        if kind != NT_PRSTATUS:
             seen.add(kind)  # the kernel writes one of each; parsing a thousand copies would only cost time
         try:
             read(core, content)
@@ -199,7 +209,7 @@ def _read_auxiliary(core: Core, content: bytes) -> None:
     step = 2 * core.form.word_bytes
     for at in range(0, len(content) - step + 1, step):
         key, value = core.form.words(content, at, 2)
-        if key == _AT_ENTRY:
+        if key == AT_ENTRY:
             core.entry = value
 
 
@@ -220,21 +230,19 @@ def _read_order(core: Core, content: bytes) -> None:
     """Read the note of this project: docs/contracts.md, "Order of a large dump"."""
     order = core.form.order
     version, count, _ = struct.unpack_from(order + "IIQ", content)
-    if version == _ORDER_VERSION and count <= min(MOST_DROPPED, (len(content) - 16) // 16):
+    if version == ORDER_VERSION and count <= min(MOST_DROPPED, (len(content) - 16) // 16):
         core.dropped = list(struct.iter_unpack(order + "QQ", content[16 : 16 + 16 * count]))
 
 
-_ORDER_VERSION = 1
-_NT_PRSTATUS = 1
 _READERS: dict[int, Callable[[Core, bytes], None]] = {
-    _NT_PRSTATUS: _read_status,
-    3: _read_process,
-    6: _read_auxiliary,
-    0x53494749: _read_signal,
-    0x46494C45: _read_files,
-    0x43444831: _read_order,
+    NT_PRSTATUS: _read_status,
+    _NT_PRPSINFO: _read_process,
+    NT_AUXV: _read_auxiliary,
+    _NT_SIGINFO: _read_signal,
+    NT_FILE: _read_files,
+    NOTE_KIND: _read_order,
 }
-"""The NT_ numbers of elf.h: PRSTATUS, PRPSINFO, AUXV, SIGINFO, FILE; and that of this project's note."""
+"""The NT_ numbers of elf.h, and that of this project's note."""
 
 
 def _mapped(form: Form, content: bytes) -> Iterator[MappedFile]:
