@@ -11,6 +11,7 @@ from struct import Struct
 
 from core_dump_format.cfi import Common, Function
 from core_dump_format.cursor import UnwindError
+from core_dump_format.front import PT_LOAD, PT_NOTE, Layout
 
 TYPE_CHECKING = False  # `typing` costs 7 ms
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ MAX_SORTED_BYTES = 8 << 20
 MAX_SAME = 64
 """Entries of a symbol table that have one address."""
 MAX_NAME_BYTES = 256
-PT_LOAD, PT_NOTE, PT_GNU_EH_FRAME = 1, 4, 0x6474E550
+PT_GNU_EH_FRAME = 0x6474E550
 NT_GNU_BUILD_ID = 3
 MAX_NOTES_BYTES = 4096
 SHT_SYMTAB, SHT_DYNSYM = 2, 11
@@ -35,8 +36,7 @@ FUNCTION_KINDS = (2, 10)
 """STT_FUNC, STT_GNU_IFUNC."""
 EH_FRAME_HEADER = b"\x01\x1b\x03\x3b"
 """Version 1; a relative pointer to .eh_frame; 4 bytes for the count; a table relative to this header, sorted."""
-_WORD, _SIGNED = Struct("<I"), Struct("<i")
-_PAIR, _NOTE = Struct("<ii"), Struct("<III")
+_WORD, _PAIR, _NOTE = Struct("<I"), Struct("<ii"), Struct("<III")
 
 
 class Budget:
@@ -72,9 +72,9 @@ class ObjectFile:
         if head[:4] != b"\x7fELF" or head[4:5] not in (b"\1", b"\2") or head[5:6] != b"\1" or len(head) < 64:
             raise ValueError("not an ELF file")
         self._wide = head[4] == 2
-        self._row = Struct("<IIQQQQQQ" if self._wide else "<IIIIIIII")
+        self._layout = Layout(64 if self._wide else 32)
         self._symbol = Struct("<IBBHQQ" if self._wide else "<IIIBBH")
-        self._header = Struct("<16xHHIQQQIHHHHHH" if self._wide else "<16xHHIIIIIHHHHHH").unpack_from(head)
+        self._header = self._layout.header.unpack_from(head)
         self._loads: list[tuple[int, int, int]] = []
         """Address, offset and length of each segment."""
         self._notes: list[tuple[int, int]] = []
@@ -87,11 +87,11 @@ class ObjectFile:
         self._read_headers()
 
     def _read_headers(self) -> None:
-        table, row_bytes, count = self._header[4], self._header[8], min(self._header[9], MAX_HEADERS)
-        if row_bytes != self._row.size:
+        table, row_bytes, count = self._header[5], self._header[9], min(self._header[10], MAX_HEADERS)
+        if row_bytes != self._layout.row.size:
             raise ValueError("program headers of an unknown kind")
         rows = self._read(table, count * row_bytes)
-        for row in self._row.iter_unpack(rows[: len(rows) // row_bytes * row_bytes]):
+        for row in self._layout.row.iter_unpack(rows[: len(rows) // row_bytes * row_bytes]):
             kind, offset, address, size = (
                 (row[0], row[2], row[3], row[5]) if self._wide else (row[0], row[1], row[2], row[4])
             )
@@ -235,8 +235,8 @@ class ObjectFile:
         return self._symbols
 
     def _read_symbols(self) -> tuple[bytes, int, int]:
-        sections, row_bytes, count = self._header[5], self._header[10], min(self._header[11], MAX_SECTIONS)
-        row = Struct("<IIQQQQIIQQ" if self._wide else "<IIIIIIIIII")
+        sections, row_bytes, count = self._header[6], self._header[11], min(self._header[12], MAX_SECTIONS)
+        row = self._layout.section
         if row_bytes != row.size or not count:
             return b"", 0, 0
         content = self._read(sections, count * row.size)
