@@ -8,20 +8,18 @@ instruction or operation takes at least a byte of it.
 from __future__ import annotations
 
 from core_dump_format.cursor import Cursor, UnwindError
-from core_dump_format.expression import evaluate
+from core_dump_format.expression import MASK, evaluate
 
 TYPE_CHECKING = False  # `typing` costs 7 ms
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from core_dump_format.expression import ReadWord
 
     Rule = tuple[str, int | bytes]
-    ReadWord = Callable[[int], int]
 
 MAX_REMEMBERED = 16
 MAX_REGISTER = 96
 _POINTERS = {0x00: "Q", 0x02: "H", 0x03: "I", 0x04: "Q", 0x0A: "h", 0x0B: "i", 0x0C: "q"}
 """DW_EH_PE_ formats."""
-_MASK = (1 << 64) - 1
 
 
 class Common:
@@ -38,7 +36,7 @@ class Common:
         cursor.at = end + 1
         self.code_factor, self.data_factor = cursor.uleb(), cursor.sleb()
         self.return_register = cursor.fixed("B") if version == 1 else cursor.uleb()
-        self.pointers, self.is_signal_frame, self.is_augmented = 0, False, letters[:1] == b"z"
+        self.pointers, self.is_augmented = 0, letters[:1] == b"z"
         rest = cursor.uleb() if self.is_augmented else 0
         self.program = content[cursor.at + rest :]
         for letter in letters[1:]:
@@ -48,9 +46,7 @@ class Common:
                 cursor.fixed("B")
             elif letter == ord("P"):
                 cursor.fixed(_POINTERS.get(cursor.fixed("B") & 0x0F, "Q"))
-            elif letter == ord("S"):
-                self.is_signal_frame = True
-            else:
+            elif letter != ord("S"):  # a signal frame, which has nothing to read
                 break
 
 
@@ -65,7 +61,7 @@ class Function:
             raise UnwindError("pointers of an unknown kind")
         cursor = Cursor(content)
         self.common = common
-        self.start = base + cursor.fixed(layout) & _MASK
+        self.start = base + cursor.fixed(layout) & MASK
         self.end = self.start + cursor.fixed(layout.upper())
         if common.is_augmented:
             cursor.block(cursor.uleb())
@@ -215,7 +211,7 @@ def unwind(
         register, offset = row.base
         if register not in registers:
             raise UnwindError("register %d is not known" % register)
-        frame = registers[register] + offset & _MASK
+        frame = registers[register] + offset & MASK
     caller = {
         number: value for number, value in registers.items() if number != function.common.return_register
     }
@@ -246,7 +242,7 @@ def _apply(
         value = evaluate(operand, registers, word, frame)
         return word(value) if kind == "at" else value
     if kind == "offset":
-        return word(frame + operand & _MASK)
+        return word(frame + operand & MASK)
     if kind == "value":
-        return frame + operand & _MASK
+        return frame + operand & MASK
     return registers.get(operand) if kind == "register" else None

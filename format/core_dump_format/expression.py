@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     ReadWord = Callable[[int], int]
 
 MAX_STACK = 64
-_MASK = (1 << 64) - 1
+MASK = (1 << 64) - 1
 
 _BINARY: dict[int, Callable[[int, int], int]] = {
     0x1A: lambda a, b: a & b,
@@ -39,15 +39,15 @@ def evaluate(expression: bytes, registers: dict[int, int], word: ReadWord, *init
             code = cursor.fixed("B")
             if code in _BINARY:
                 second, first = stack.pop(), stack.pop()
-                stack.append(_BINARY[code](first, second) & _MASK)
+                stack.append(_BINARY[code](first, second) & MASK)
             elif code == 0x06:  # deref
                 stack.append(word(stack.pop()))
             elif code == 0x23:  # plus_uconst
-                stack.append(stack.pop() + cursor.uleb() & _MASK)
+                stack.append(stack.pop() + cursor.uleb() & MASK)
             elif code == 0x12:  # dup
                 stack.append(stack[-1])
             else:
-                stack.append(_operand(code, cursor, registers) & _MASK)
+                stack.append(_operand(code, cursor, registers) & MASK)
             if len(stack) > MAX_STACK:
                 raise UnwindError("an expression is too long")
         return stack[-1]
