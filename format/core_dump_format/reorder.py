@@ -20,16 +20,26 @@ ORDER_VERSION = 1
 NOTE_OWNER = b"core-dump-handler\0"
 NOTE_KIND = 0x43444831
 """`CDH1`: a number that no kernel uses, because some debuggers look at the number alone."""
-_NOTE_HEAD, _NOTE = Struct("=III"), Struct("=IIQ")
+_NOTE_HEAD, _NOTE, _RANGE = Struct("=III"), Struct("=IIQ"), Struct("=QQ")
 _UNLIMITED = 1 << 62
 
 
 def order_note(vital_end: int, dropped: list[tuple[int, int]]) -> bytes:
     """Return the note: version, number of dropped ranges, end of the vital part; start and end of each range."""
-    ranges = b"".join(Struct("=QQ").pack(*span) for span in dropped)
+    ranges = b"".join([_RANGE.pack(*span) for span in dropped])
     content = _NOTE.pack(ORDER_VERSION, len(dropped), vital_end) + ranges
     owner = NOTE_OWNER + bytes(-len(NOTE_OWNER) % 4)
     return _NOTE_HEAD.pack(len(NOTE_OWNER), len(content), NOTE_KIND) + owner + content
+
+
+def spans_by_segment(pieces: list[tuple[int, int, bytes]]) -> dict[int, list[tuple[int, int, int]]]:
+    """Return start, end and number of the pieces of each segment, by address."""
+    spans: dict[int, list[tuple[int, int, int]]] = {}
+    for number, (index, address, content) in enumerate(pieces):
+        spans.setdefault(index, []).append((address, address + len(content), number))
+    for found in spans.values():
+        found.sort()
+    return spans
 
 
 class Geometry:
@@ -45,6 +55,10 @@ class Geometry:
         data_at = self._section_at + (front.layout.section.size if count >= PN_XNUM else 0)
         self.data_at = data_at + -data_at % max(front.alignment, page)
         """Offset of the first segment with memory."""
+
+    def starts(self, pieces: list[tuple[int, int, bytes]]) -> list[int]:
+        """Return the offset of each piece, and the end of the last one, if they are the first memory."""
+        return list(accumulate([self.data_at, *(len(content) for _, _, content in pieces)]))
 
     def assemble(self, table: bytes, vital_end: int) -> bytes:
         """Return everything before the memory; `vital_end` is the length of headers, notes and vital part."""
@@ -76,24 +90,21 @@ class Reordered:
         Raises:
             UnsupportedError: a piece lies outside its segment, or two overlap.
         """
-        self._front, self._pieces = front, pieces
-        self._spans: dict[int, list[tuple[int, int, int]]] = {}
-        for number, (index, address, content) in enumerate(pieces):
-            self._spans.setdefault(index, []).append((address, address + len(content), number))
-        self._sort_spans()
+        self._front = front
+        self._spans = spans_by_segment(pieces)
+        self._check_spans()
         count = len(front.addresses) + self._added_rows()
         geometry = Geometry(front, count, [], page)
-        self._data_at = geometry.data_at
-        self.vital_end = self._data_at + sum(len(content) for _, _, content in pieces)
+        self._starts = geometry.starts(pieces)
+        self.vital_end = self._starts[-1]
         """Length of headers, notes and vital part, which are the front of the dump."""
-        self.length = self._data_at + front.length - front.data_offset
+        self.length = geometry.data_at + front.length - front.data_offset
         """Length of the whole dump."""
         table = self._table(count, geometry.notes_at, geometry.notes_bytes)
         self.head = geometry.assemble(table, self.vital_end)
 
-    def _sort_spans(self) -> None:
+    def _check_spans(self) -> None:
         for index, spans in self._spans.items():
-            spans.sort()
             at, end = self._front.span(index)
             for first, last, _ in spans:
                 if not at <= first < last <= end:
@@ -168,9 +179,8 @@ class Reordered:
         offsets = list(accumulate(sizes[:-1]))
         layout = self._front.layout
         words[step + 1 :: step] = layout.cast(pack("=%d%s" % (len(offsets), layout.word), *offsets))
-        starts = list(accumulate([self._data_at, *(len(content) for _, _, content in self._pieces)]))
         for row, number in vital:
-            words[row * step + 1] = starts[number]
+            words[row * step + 1] = self._starts[number]
 
     def _sorted(self, table: bytearray, count: int) -> bytes:
         """Return the program headers with those of memory by address."""

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from struct import Struct
 
 from core_dump_format.front import UnsupportedError
-from core_dump_format.reorder import Geometry
+from core_dump_format.reorder import Geometry, spans_by_segment
 
 TYPE_CHECKING = False  # `typing` costs 7 ms
 if TYPE_CHECKING:
@@ -55,11 +55,7 @@ class Trimmed:
         """Row and piece of each program header with content."""
         self._lay_out(content.pieces, content.untouched)
         geometry = Geometry(front, 1 + len(self._rows), self.dropped, page)
-        ends, at = [], geometry.data_at
-        for _, _, piece in content.pieces:
-            ends.append(at + len(piece))
-            at = ends[-1]
-        starts = [geometry.data_at, *ends]
+        starts = geometry.starts(content.pieces)
         self.vital_end = starts[content.vital_pieces]
         """Length of headers, notes and vital part."""
         self.length = starts[-1]
@@ -76,9 +72,7 @@ class Trimmed:
         return sum(end - start for start, end in self.dropped)
 
     def _lay_out(self, pieces: list[tuple[int, int, bytes]], untouched: list[tuple[int, int, int]]) -> None:
-        kept: dict[int, list[tuple[int, int, int]]] = {}
-        for number, (index, address, content) in enumerate(pieces):
-            kept.setdefault(index, []).append((address, address + len(content), number))
+        kept = spans_by_segment(pieces)
         zeros: dict[int, list[tuple[int, int]]] = {}
         for index, start, end in untouched:
             zeros.setdefault(index, []).append((start, end))
@@ -93,7 +87,7 @@ class Trimmed:
                 self._drop(*front.span(index))
                 continue
             row = words[index * step : (index + 1) * step].tolist()
-            self._split(index, row, sorted(kept.get(index, ())), sorted(zeros.get(index, ())))
+            self._split(index, row, kept.get(index, []), sorted(zeros.get(index, ())))
 
     def _split(
         self,
