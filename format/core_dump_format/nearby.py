@@ -28,7 +28,6 @@ MAX_UNTOUCHED = 1 << 13
 """The largest untouched ranges keep a program header; a debugger handles some thousand."""
 STACK_BYTES, OTHER_STACK_BYTES = 256 << 10, 16 << 10
 """Of the crashing thread's stack, and of others: searched for pointers."""
-MAX_THREADS = 64
 WINDOW_BYTES = 16 << 10
 ADDRESS_LIMIT = 1 << 63
 """/proc/PID/pagemap has no entries from here on."""
@@ -124,7 +123,7 @@ class Nearby:
         selection, front = self._selection, self._front
         end = time.monotonic() + POINTED_SECONDS
         seen: set[int] = set()
-        for address in self._pointers():
+        for address in selection.pointers(self._state.threads, STACK_BYTES, OTHER_STACK_BYTES):
             window = address // WINDOW_BYTES
             if window in seen:
                 continue
@@ -134,15 +133,6 @@ class Nearby:
             if front.find(address):
                 below = address % WINDOW_BYTES
                 selection.take(address, below, WINDOW_BYTES - below)
-
-    def _pointers(self) -> Iterator[int]:
-        """Yield the values of registers and the words of stacks, those of the crashing thread first."""
-        size = STACK_BYTES
-        for thread in self._state.threads[:MAX_THREADS]:
-            yield from thread.registers
-            stack = self._memory.read(thread.sp // 8 * 8, size)
-            size = OTHER_STACK_BYTES
-            yield from dict.fromkeys(self._front.layout.cast(stack).tolist())
 
     def _take_small(self) -> None:
         """Copy all pages of segments, of the smallest first, and the beginning of the first one that is too long."""

@@ -316,17 +316,21 @@ class Selection:
         """Copy the pages that registers and newest frames point to: they hold what arguments of functions point to."""
         page, room = self.memory.page, min(POINTED_BYTES, self.left)
         pointers: dict[int, int] = {}
-        size = POINTING_BYTES
-        for thread in threads[:MAX_POINTING_THREADS]:
-            stack = self.memory.read(thread.sp // 8 * 8, size)
-            size = POINTING_BYTES // 16
-            for address in [*thread.registers, *self.front.layout.cast(stack).tolist()]:
-                pointers.setdefault(address // page * page, address)
+        for address in self.pointers(threads, POINTING_BYTES, POINTING_BYTES // 16):
+            pointers.setdefault(address // page * page, address)
         for start, address in pointers.items():
             if room <= 0:
                 return
             if start not in self._taken:
                 room -= self.take(address, 0, 1, room)
+
+    def pointers(self, threads: list[Thread], size: int, other_size: int) -> Iterator[int]:
+        """Yield the values of registers and the words of stacks: `size` bytes of the first, `other_size` of others."""
+        for thread in threads[:MAX_POINTING_THREADS]:
+            yield from thread.registers
+            stack = self.memory.read(thread.sp // 8 * 8, size)
+            yield from dict.fromkeys(self.front.layout.cast(stack).tolist())
+            size = other_size
 
 
 def is_known(front: Front) -> bool:
