@@ -82,16 +82,14 @@ def _place(process: Process, frame: Frame) -> Place | None:
     mapping = process.mapping_at(frame.lookup)
     if mapping is None:
         return None
-    offset = frame.lookup - mapping.start + mapping.offset
     name = b""
     try:
-        code = process.object_of(mapping)
-        own = code.address_of(offset) if code else None
-        name = code.name_at(own) if code and own is not None else b""
+        found = process.object_at(frame.lookup)
+        name = found[0].name_at(frame.lookup + found[1]) if found else b""
     except (ValueError, OSError, error):
         pass
     module, function = clean(mapping.name, MAX_MODULE), clean(readable(name), MAX_NAME)
-    offset += frame.address - frame.lookup
+    offset = frame.address - mapping.start + mapping.offset
     return Place(module, offset, function, is_runtime=is_runtime(module, function))
 
 

@@ -51,12 +51,11 @@ def _interrupted(process: Process, sp: int) -> dict[int, int] | None:
     at = stack.find(machine.mark)
     while at >= 0 and ((sp + at) % size or at + machine.saved_at < 0):
         at = stack.find(machine.mark, at + 1)
-    start, end = at + machine.saved_at, at + machine.saved_at + len(machine.saved) * size
-    if at < 0 or end > len(stack):
+    if at < 0:
         return None
-    values = [value for (value,) in machine.word.iter_unpack(stack[start:end])]
-    registers = dict(zip(machine.saved, values))
-    is_known = len(process.read(registers[machine.sp], size)) == size
+    start = at + machine.saved_at
+    registers = machine.from_signal_frame(stack[start : start + len(machine.saved) * size])
+    is_known = registers is not None and len(process.read(registers[machine.sp], size)) == size
     return registers if is_known else None
 
 

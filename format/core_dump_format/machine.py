@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from struct import Struct
 
-from core_dump_format.state import AARCH64, I386, X86_64
+from core_dump_format.state import AARCH64, I386, SIGNAL_MARKS, X86_64
 
 CALL_BYTES = 8
 """The longest call instruction of any machine here has 7 bytes."""
@@ -49,6 +49,12 @@ class Machine:
         """Return the registers of NT_PRSTATUS by DWARF number."""
         return {number: values[place] for number, place in self.registers.items()}
 
+    def from_signal_frame(self, content: bytes) -> dict[int, int] | None:
+        """Return the registers in the part of a signal frame that holds them; None if it is cut short."""
+        if len(content) < len(self.saved) * self.word_bytes:
+            return None
+        return dict(zip(self.saved, [value for (value,) in self.word.iter_unpack(content)]))
+
 
 _X86_CONTEXT = (8, 9, 10, 11, 12, 13, 14, 15, 5, 4, 6, 3, 1, 0, 2, 7, 16)
 """r8 to r15, rdi, rsi, rbp, rbx, rdx, rax, rcx, rsp, rip."""
@@ -61,7 +67,7 @@ MACHINES = {
         pc=16,
         sp=7,
         fp=6,
-        context=(0x002B000000000033.to_bytes(8, "little"), 184, -144, _X86_CONTEXT),
+        context=(SIGNAL_MARKS[X86_64], 184, -144, _X86_CONTEXT),
     ),
     (64, AARCH64): Machine(
         "Q",
@@ -70,7 +76,7 @@ MACHINES = {
         sp=31,
         fp=29,
         link=30,
-        context=(0x0000021046508001.to_bytes(8, "little"), 592, -280, tuple(range(33))),
+        context=(SIGNAL_MARKS[AARCH64], 592, -280, tuple(range(33))),
     ),
     (32, I386): Machine("I", {0: 6, 1: 1, 2: 2, 3: 0, 4: 15, 5: 5, 6: 3, 7: 4, 8: 12}, pc=8, sp=4, fp=5),
 }

@@ -21,6 +21,12 @@ NT_386_TLS, NT_ARM_TLS = 0x200, 0x401
 AT_PHDR, AT_PHNUM, AT_BASE, AT_ENTRY, AT_SYSINFO_EHDR = 3, 5, 7, 9, 33
 I386, X86_64, AARCH64 = 3, 62, 183
 MACHINE_NAMES = {I386: "i386", X86_64: "x86-64", AARCH64: "aarch64"}
+SIGNAL_MARKS = {
+    X86_64: 0x002B000000000033.to_bytes(8, "little"),
+    AARCH64: 0x0000021046508001.to_bytes(8, "little"),
+}
+"""By machine: a word that the kernel writes into the frame of a signal handler. It holds the segment selectors of user
+space, or the header of the floating-point registers: struct sigcontext in <asm/sigcontext.h>."""
 
 
 class Registers:

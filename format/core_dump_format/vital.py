@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from struct import Struct
 
-from core_dump_format.state import AARCH64, AT_BASE, AT_PHDR, AT_PHNUM, AT_SYSINFO_EHDR, REGISTERS, X86_64
+from core_dump_format.state import (
+    AARCH64,
+    AT_BASE,
+    AT_PHDR,
+    AT_PHNUM,
+    AT_SYSINFO_EHDR,
+    REGISTERS,
+    SIGNAL_MARKS,
+    X86_64,
+)
 
 TYPE_CHECKING = False  # `typing` costs 7 ms
 if TYPE_CHECKING:
@@ -45,13 +54,9 @@ LINK_MAP_BYTES, NAME_BYTES, DYNAMIC_BYTES = 1280, 256, 4096
 PT_DYNAMIC, PT_PHDR, DT_DEBUG = 2, 6, 21
 PF_X, PF_W = 1, 2
 MAX_SIGNAL_FRAMES = 4
-SIGNAL_FRAMES = {
-    X86_64: (0x002B000000000033.to_bytes(8, "little"), -24),
-    AARCH64: (0x0000021046508001.to_bytes(8, "little"), -32),
-}
-"""By machine: a word that the kernel writes into the frame of a signal handler, and where the interrupted stack pointer
-lies from there. The word holds the segment selectors of user space, or the header of the floating-point registers:
-struct sigcontext in <asm/sigcontext.h>. A handler may run on a stack of its own (sigaltstack(2))."""
+SIGNAL_FRAMES = {X86_64: (SIGNAL_MARKS[X86_64], -24), AARCH64: (SIGNAL_MARKS[AARCH64], -32)}
+"""By machine: the mark of a signal frame, and where the interrupted stack pointer lies from there. A handler may run on
+a stack of its own (sigaltstack(2))."""
 
 
 class AbandonedError(Exception):

@@ -75,6 +75,13 @@ class Process:
         del mapping
         return None
 
+    def object_at(self, address: int) -> tuple[ObjectFile, int] | None:
+        """Return the file at an address, and the distance from an address of the process to one of the file."""
+        mapping = self.mapping_at(address)
+        code = self.object_of(mapping) if mapping else None
+        own = code.address_of(address - mapping.start + mapping.offset) if code and mapping else None
+        return (code, own - address) if code and own is not None else None
+
 
 class Frame:
     """One frame: an address, and whether it is exactly where the thread was, not where a call returns to."""
@@ -146,10 +153,7 @@ class Walk:
         if not machine.mark or self._process.read(mark_at, size) != machine.mark:
             return None
         content = self._process.read(mark_at + machine.saved_at, len(machine.saved) * size)
-        if len(content) < len(machine.saved) * size:
-            return None
-        values = [value for (value,) in machine.word.iter_unpack(content)]
-        return dict(zip(machine.saved, values))
+        return machine.from_signal_frame(content)
 
     def _caller(self, registers: dict[int, int], frame: Frame) -> tuple[dict[int, int], bool] | None:
         """Return the registers of a frame's caller, and whether they are those of an interrupted function."""
@@ -185,19 +189,18 @@ class Walk:
         for number, (value,) in enumerate(values):
             yield address + number * step, value
 
-    def _object(self, address: int) -> tuple[ObjectFile, int] | None:
-        """Return the file at an address, and what is to be added to an address to have the file's own."""
-        mapping = self._process.mapping_at(address)
-        code = self._process.object_of(mapping) if mapping else None
-        own = code.address_of(address - mapping.start + mapping.offset) if code and mapping else None
-        return (code, own - address) if code and own is not None else None
+    def _function_start(self, address: int) -> int | None:
+        """Return where the function at an address begins, if its file tells."""
+        found = self._process.object_at(address)
+        start = found[0].function_start(address + found[1]) if found else None
+        return start - found[1] if found and start is not None else None
 
     def _code(self, address: int) -> bytes:
         """Return the CALL_BYTES bytes before an address, or nothing if they are not known."""
         at = address - CALL_BYTES
         if at < 0 or not self._process.is_code(address - 1):
             return b""
-        found = self._object(address - 1)
+        found = self._process.object_at(address - 1)
         return found[0].code(at + found[1], CALL_BYTES) if found else self._process.read(at, CALL_BYTES)
 
     def _call(self, address: int) -> Call | None:
@@ -206,7 +209,7 @@ class Walk:
     def _by_information(self, registers: dict[int, int], frame: Frame) -> dict[int, int] | None:
         """Apply the unwind information of the file; without a program counter if the function has no caller."""
         machine = self._machine
-        found = self._object(frame.lookup)
+        found = self._process.object_at(frame.lookup)
         if found is None:
             return None
         code, shift = found
@@ -242,11 +245,9 @@ class Walk:
         """Find the caller of a function that keeps no frame pointer, below the frame that the register points to."""
         machine = self._machine
         sp, fp = registers[machine.sp], registers.get(machine.fp, 0)
-        found = self._object(frame.lookup)
-        start = found[0].function_start(frame.lookup + found[1]) if found else None
-        if found is None or start is None:
+        start = self._function_start(frame.lookup)
+        if start is None:
             return None
-        start -= found[1]
         if machine.link is not None and frame.is_exact:
             call = self._call(registers[machine.link] & ADDRESS_MASK)
             if call and call.target == start:
@@ -296,8 +297,7 @@ class Walk:
         A call of another function of the same file than the one that was left counts only if there is no better one.
         """
         machine = self._machine
-        left = self._object(frame.lookup)
-        start = left[0].function_start(frame.lookup + left[1]) if left else None
+        start, mapping = self._function_start(frame.lookup), self._process.mapping_at(frame.lookup)
         second = None
         for at, value in self._words(registers[machine.sp], SCAN_BYTES):
             saved = (
@@ -307,16 +307,14 @@ class Walk:
             )
             if saved:
                 return saved, True
-            if not self._process.mapping_at(value - 1) or not self._process.is_code(value - 1):
+            other = self._process.mapping_at(value - 1)
+            if not other or not self._process.is_code(value - 1):
                 continue
             call = self._call(value)
             if call is None:
                 continue
             caller = {**registers, machine.pc: value, machine.sp: at + machine.word_bytes}
-            if left is None or start is None or call.target in (None, start - left[1]):
-                return caller, False
-            is_same = self._process.mapping_at(value - 1) is self._process.mapping_at(frame.lookup)
-            if not is_same:
+            if start is None or call.target in (None, start) or other is not mapping:
                 return caller, False
             second = second or caller
         return (second, False) if second else None
