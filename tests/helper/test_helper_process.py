@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from tests.support import kernel
+from tests.support import kernel, memorycgroup
 from tests.support.collector import wait_until
 from tests.support.cores import simple as elf
 
@@ -784,21 +784,14 @@ def test_missing_cgroup_is_logged_and_the_dump_taken(station, tmp_path):
 @pytest.fixture
 def memory_cgroup():
     """A cgroup of 64 MiB, of either version, that tells how often its limit has killed."""
-    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    old = next((Path(m[1]) for m in mounts if m[2] == "cgroup" and "memory" in m[3].split(",")), None)
-    root = old or next((Path(m[1]) for m in mounts if m[2] == "cgroup2"), None)
-    if root is None or os.geteuid() != 0:
-        pytest.skip("needs a memory cgroup and root: sudo make test")
-    path = root / f"core-dump-test-{os.getpid()}"
-    path.mkdir()
-    try:
-        (path / ("memory.limit_in_bytes" if old else "memory.max")).write_text(str(64 * MIB))
-    except OSError:
-        path.rmdir()
-        pytest.skip("needs the memory controller in the root cgroup")
-    yield path, path / ("memory.oom_control" if old else "memory.events")
-    wait_until(lambda: not (path / "cgroup.procs").read_text())
-    path.rmdir()
+    if os.geteuid() != 0:
+        pytest.skip("makes a cgroup, needs root: sudo make test")
+    with contextlib.ExitStack() as stack:
+        try:
+            limited = stack.enter_context(memorycgroup.memory_cgroup("core-dump-test", 64 * MIB))
+        except LookupError as error:
+            pytest.skip(str(error))
+        yield limited
 
 
 SLOW = (

@@ -13,14 +13,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import isal
-from tests.support import kernel
+from tests.support import kernel, memorycgroup
 from tests.support.collector import wait_until
 
 HELD_SECONDS = 900
@@ -131,9 +130,7 @@ class HeldCrash:
         """Dump half of the core, then `end` the helper, whose pid it gets; return its exit code."""
         with self.dumping(watch_dir, prefix) as process, self.copy.open("rb") as core:
             half = self.copy.stat().st_size // 2
-            feeder = threading.Thread(target=feed, args=(process.stdin, core, half, False))
-            feeder.start()
-            feeder.join()
+            feed(process.stdin, core, half, end=False)
             wait_until(lambda: has_more_than_vital_part(watch_dir), 60, "some of the rest")
             end(process.pid)
             return process.wait(60)
@@ -166,24 +163,9 @@ def memory_cgroup(name: str) -> Iterator[tuple[tuple[str, ...], Callable[[int], 
     Raises:
         LookupError: there is no memory cgroup.
     """
-    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    old = next((Path(m[1]) for m in mounts if m[2] == "cgroup" and "memory" in m[3].split(",")), None)
-    root = old or next((Path(m[1]) for m in mounts if m[2] == "cgroup2"), None)
-    if root is None:
-        raise LookupError("no memory cgroup")
-    path = root / f"core-dump-programs-{os.getpid()}-{name}"
-    path.mkdir()
-    prefix = ("sh", "-c", f'echo $$ > {path}/cgroup.procs && exec "$@"', "sh")
-    try:
-        (path / ("memory.limit_in_bytes" if old else "memory.max")).write_text(str(LIMIT_BYTES))
-        yield (
-            prefix,
-            lambda pid: exhaust(prefix, pid),
-            path / ("memory.oom_control" if old else "memory.events"),
-        )
-    finally:
-        wait_until(lambda: not (path / "cgroup.procs").read_text(), 30, "an empty cgroup")
-        path.rmdir()
+    with memorycgroup.memory_cgroup(f"core-dump-programs-{name}", LIMIT_BYTES) as (path, events):
+        prefix = ("sh", "-c", f'echo $$ > {path}/cgroup.procs && exec "$@"', "sh")
+        yield prefix, lambda pid: exhaust(prefix, pid), events
 
 
 def exhaust(prefix: tuple[str, ...], pid: int) -> None:
