@@ -17,10 +17,10 @@ from core_dump_format.frames import Place, choose, decode, encode, find_places, 
 from core_dump_format.machine import MACHINES, call_before, follows_system_call
 from core_dump_format.objectfile import Budget, ObjectFile
 from core_dump_format.runtime import is_runtime, readable
-from core_dump_format.state import AARCH64, I386, X86_64
+from core_dump_format.state import AARCH64, X86_64
 from core_dump_format.walk import MAX_STEPS, Mapping, Process, Walk
 
-X86, ARM, I386_ = MACHINES[64, X86_64], MACHINES[64, AARCH64], MACHINES[32, I386]
+X86, ARM = MACHINES[64, X86_64], MACHINES[64, AARCH64]
 CODE, STACK = 0x40_0000, 0x7FFF_0000_0000
 SOURCE = """
 #include <string.h>
@@ -334,7 +334,7 @@ def test_frames_survive_their_text():
 def test_names_give_way_before_frames_do():
     text = encode(PLACES, limit=60)
     assert text == "~libc.so.6+0x8aeec ~+0x26472=abort app+0x1226=parse +0x1300"
-    assert own_places(*[decode(text)[0]], is_deep=False) == ["app+0x1226", "app+0x1300"]
+    assert own_places(decode(text)[0], is_deep=False) == ["app+0x1226", "app+0x1300"]
     assert len(encode(PLACES, limit=20)) <= 20
 
 
@@ -343,7 +343,7 @@ def test_unfinished_recursion_is_one_group_wherever_it_ended():
         places = [Place("app", 0x10 + first)]
         return places + [Place("app", (0x100, 0x200)[(first + turn) % 2]) for turn in range(turns)]
 
-    one, other = (own_places(*[choose(overflow(n, 20 + n), is_deep=True)], is_deep=True) for n in (0, 1))
+    one, other = (own_places(choose(overflow(n, 20 + n), is_deep=True), is_deep=True) for n in (0, 1))
     assert one == other == ["app+0x100", "app+0x200"]
 
 

@@ -8,7 +8,17 @@ import subprocess
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.format.test_vital import FIRST, PAGE, SPANS, Held, content_of, kernel_core, note, status
+from tests.format.test_vital import (
+    FIRST,
+    PAGE,
+    SPANS,
+    Held,
+    any_segments,
+    content_of,
+    kernel_core,
+    note,
+    status,
+)
 from tests.support.corepair import OWNER, CoreFile
 
 from core_dump_format import nearby
@@ -281,22 +291,8 @@ def test_pages_that_alternate_make_no_more_headers_than_a_debugger_bears(tmp_pat
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_whatever_is_kept_every_byte_is_accounted_for(tmp_path_factory, wide, data):
-    gap = st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 2))
-    spans, at = [], FIRST
-    for skip, size, beyond in data.draw(
-        st.lists(gap.filter(lambda each: each[1] + each[2]), min_size=1, max_size=12)
-    ):
-        at += skip * PAGE
-        spans.append((at, size * PAGE, (size + beyond) * PAGE, 6))
-        at += (size + beyond) * PAGE
-    if data.draw(st.booleans()):
-        spans = data.draw(st.permutations(spans))
+    spans, pages = data.draw(any_segments())
     core = kernel_core(spans, note(1, b"x"), wide=wide, machine=3)
-    pages = [
-        (index, page)
-        for index, (start, size, _, _) in enumerate(spans, 1)
-        for page in range(start, start + size, PAGE)
-    ]
     some = st.lists(st.sampled_from(pages), unique=True) if pages else st.just([])
     kept, zeros = data.draw(some), data.draw(some)
     pieces = [(index, page, content_of(page, PAGE)) for index, page in kept]

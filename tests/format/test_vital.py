@@ -309,28 +309,33 @@ def test_notes_that_lie_cost_no_memory_of_the_dump(tmp_path, lie):
     assert_reordered(tmp_path, core, front, selection.pieces)
 
 
+@st.composite
+def any_segments(draw):
+    """Draw the spans of some segments, in any order, and the pages that their core holds, with their segments."""
+    gap = st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 2))
+    filled = gap.filter(lambda each: each[1] + each[2])
+    spans, at = [], FIRST
+    for skip, size, beyond in draw(st.lists(filled, min_size=1, max_size=12)):
+        at += skip * PAGE
+        spans.append((at, size * PAGE, (size + beyond) * PAGE, 6))
+        at += (size + beyond) * PAGE
+    if draw(st.booleans()):
+        spans = draw(st.permutations(spans))
+    pages = [
+        (index, page)
+        for index, (start, size, _, _) in enumerate(spans, 1)
+        for page in range(start, start + size, PAGE)
+    ]
+    return spans, pages
+
+
 @pytest.mark.parametrize("wide", [True, False])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_pieces_of_any_segments_make_the_same_memory(wide, data):
-    gap = st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 2))
-    gaps = data.draw(
-        st.lists(gap.filter(lambda each: each[1] + each[2]), min_size=1, max_size=12)
-    )  # none is empty
-    spans, at = [], FIRST
-    for gap, size, beyond in gaps:
-        at += gap * PAGE
-        spans.append((at, size * PAGE, (size + beyond) * PAGE, 6))
-        at += (size + beyond) * PAGE
-    if data.draw(st.booleans()):
-        spans = data.draw(st.permutations(spans))
+    spans, pages = data.draw(any_segments())
     core = kernel_core(spans, note(1, b"x"), wide=wide, machine=3)
     front = read_front(core)
-    pages = [
-        (index, address)
-        for index, (start, size, _, _) in enumerate(spans, 1)
-        for address in range(start, start + size, PAGE)
-    ]
     chosen = data.draw(st.lists(st.sampled_from(pages), unique=True)) if pages else []
     pieces = [(index, address, content_of(address, PAGE)) for index, address in chosen]
     with tempfile.TemporaryDirectory() as directory:
