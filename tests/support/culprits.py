@@ -139,22 +139,23 @@ def own_namespaces(node: Any) -> Iterator[Path]:
     yield program
 
 
+def run_cpp(node: Any, name: str, argument: str) -> Iterator[Path]:
+    """Build and run a C++ program that crashes of its own accord."""
+    program: Path = node.directory / name
+    subprocess.run(["g++", "-g", "-O1", "-w", "-o", program, SUPPORT / f"{name}.cpp"], check=True)
+    yield program
+    run(node, program, argument, name=name.encode())
+    yield program
+
+
 def cpp(node: Any) -> Iterator[Path]:
     """Crash a C++ program by an exception."""
-    program: Path = node.directory / "throw"
-    subprocess.run(["g++", "-g", "-O1", "-w", "-o", program, SUPPORT / "throw.cpp"], check=True)
-    yield program
-    run(node, program, "30", name=b"throw")
-    yield program
+    return run_cpp(node, "throw", "30")
 
 
 def many_mappings(node: Any) -> Iterator[Path]:
     """Crash a C++ program with 50,000 mappings."""
-    program: Path = node.directory / "maps"
-    subprocess.run(["g++", "-g", "-O1", "-w", "-o", program, SUPPORT / "maps.cpp"], check=True)
-    yield program
-    run(node, program, "50000", name=b"maps")
-    yield program
+    return run_cpp(node, "maps", "50000")
 
 
 def golang(node: Any) -> Iterator[Path]:

@@ -28,7 +28,7 @@ WORKERS = 4
 
 @dataclass
 class Clock:
-    """Simulated time and what is to happen in it."""
+    """Simulated time and the events that lie ahead."""
 
     now: float = 0.0
     _events: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Clock:
         heapq.heappush(self._events, (self.now + seconds, next(self._numbers), action))
 
     def step(self) -> None:
-        """Do what comes next."""
+        """Go to the next event and run it."""
         self.now, _, action = heapq.heappop(self._events)
         action()
 
@@ -80,7 +80,6 @@ class Node:
             self.backlog.add(Candidate(f"core-{number}", new=True), 0.0)
         self.governor = Governor(jitter=lambda: chance.uniform(0.5, 1.5))
         self._allowed = self.governor.connections
-        self._stored: set[str] = set()
         self._waiting: list[Callable[[], None]] = []
         self._active = self._requests = self._setbacks = 0
         clock.after(chance.uniform(0, TICK_SECONDS), self._tick)
@@ -126,7 +125,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Run:
-    """What has happened."""
+    """The course of a simulation."""
 
     seconds: float
     taken: list[int]
