@@ -33,34 +33,38 @@ def main() -> None:
     machine.require_root()
     report = Report(write=not options.no_write)
     begin = time.monotonic()
+    is_same = True
     with temporary_directory("cdb.", "/var/tmp") as root:
-        same = compare(root, report, options) if options.against else measure(root, report, options)
+        if options.against:
+            is_same = compare(root, report, options)
+        else:
+            measure(root, report, options)
     print(f"\n{(time.monotonic() - begin) / 60:.1f} minutes")
-    if not same:
+    if not is_same:
         raise SystemExit("the process is held longer than before")
 
 
-def measure(root: Path, report: Report, options: argparse.Namespace) -> bool:
-    """Measure beside the peers."""
+def measure(root: Path, report: Report, options: argparse.Namespace) -> None:
+    """Compare with other programs."""
     machine.require()
     from bench import collecting, crashes, links  # noqa: PLC0415  what they import may just have been installed
 
+    rounds = options.rounds or 2
     lines = [[line] for line in machine.describe()]
     report.add(Table("machine", [time.strftime("%Y-%m-%d", time.gmtime())], lines))
     if options.only in {None, "crashes"}:
-        crashes.run(root, report, options.rounds or 2)
+        crashes.run(root, report, rounds)
     if options.only == "trimmed":
-        crashes.run_trimmed(root, report, options.rounds or 2)
+        crashes.run_trimmed(root, report, rounds)
     if options.only == "links":
-        links.run(root, report, options.rounds or 2)
+        links.run(root, report, rounds)
     if options.only in {None, "collector"}:
-        collecting.run(root, report, options.rounds or 2)
-    return True
+        collecting.run(root, report, rounds)
 
 
 def compare(root: Path, report: Report, options: argparse.Namespace) -> bool:
-    """Measure beside an older version; return whether the hold times are the same within noise."""
-    from bench import against  # noqa: PLC0415  needs isal alone of what is measured
+    """Compare with an older version; return whether the hold times are the same within noise."""
+    from bench import against  # noqa: PLC0415  imports isal, which may be missing
 
     return against.run(root, report, max(options.rounds or 0, against.LEAST_PAIRS), options.against)
 

@@ -160,11 +160,7 @@ class Crashes:
     def small(self, name: str, handlers: Sequence[Handler], rounds: int, count: int) -> None:
         """Compare handlers on small processes, `count` at once."""
         before = machine.load()
-        times = hold.compare_small(handlers, rounds, self.shop, count)
-        rows = [
-            (handler.name, seconds(statistics.median(mine)), seconds(min(mine)), seconds(max(mine)))
-            for handler, mine in zip(handlers, times, strict=True)
-        ]
+        rows = _spread(handlers, hold.compare_small(handlers, rounds, self.shop, count))
         what = "hold" if count == 1 else "until the last is released"
         note = f"{rounds} alternating rounds; load average {before:.1f} before."
         self.report.add(Table(name, ("handler", f"{what}, median", "least", "most"), rows, note))
@@ -172,13 +168,17 @@ class Crashes:
     def many_trimmed(self, count: int) -> None:
         """Show what many large processes that crash at once cost each other, trimmed and discarded."""
         handlers, rounds = [self.shop.limit(), self.shop.trimming()], self.rounds
-        times = hold.compare_small(handlers, rounds, self.shop, count, f"zeros:{80 << 20}")
-        rows = [
-            (handler.name, seconds(statistics.median(mine)), seconds(min(mine)), seconds(max(mine)))
-            for handler, mine in zip(handlers, times, strict=True)
-        ]
+        rows = _spread(handlers, hold.compare_small(handlers, rounds, self.shop, count, f"zeros:{80 << 20}"))
         head = ("handler", "until the last is released, median", "least", "most")
         self.report.add(Table(f"hold: {count} trimmed at once", head, rows, f"80 MiB each; {rounds} rounds."))
+
+
+def _spread(handlers: Sequence[Handler], times: list[list[float]]) -> list[tuple[str, ...]]:
+    """Return a row for each handler: the median, the least and the most of its times."""
+    return [
+        (handler.name, seconds(statistics.median(mine)), seconds(min(mine)), seconds(max(mine)))
+        for handler, mine in zip(handlers, times, strict=True)
+    ]
 
 
 def run(root: Path, report: Report, rounds: int) -> None:
