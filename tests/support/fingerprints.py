@@ -31,8 +31,6 @@ class Program:
     command: str
     """How a bug is run; `{bug}`, `{mib}`, `{here}` (where it was built) and `{sources}` are replaced."""
     build: str = ""
-    comm: str = ""
-    """Its name for the kernel, where that is not its own."""
 
     def prepare(self, directory: Path) -> bool:
         """Build it; return False where its compiler or interpreter is missing."""
