@@ -33,7 +33,7 @@ format: $(READY) ## format and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY) ## write the tables and manual pages that come from code
+docs: $(READY) ## write the tables, manual pages and alerts that come from other files
 	$(BIN)/python tests/support/tables.py --write
 	$(BIN)/python tests/support/manuals.py --write
 	$(BIN)/core-dumps man > docs/core-dumps.1
