@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bench.report import Report
 
 MOST_RATIO = 1.05
-"""Of the hold times, new to old, in the median of all pairs: more is not noise."""
+"""The largest median ratio of hold times, new to old, that counts as noise."""
 LEAST_PAIRS = 20
 IMAGE_BYTES = 256 << 20
 FOLDERS = ("helper", "format")
@@ -56,7 +56,7 @@ def run(root: Path, report: Report, pairs: int, revision: str) -> bool:
 def _compare(
     crash: Callable[[Handler], float], old: Handler, new: Handler, pairs: int
 ) -> tuple[float, tuple[str, ...]]:
-    """Crash into both versions, the other one first in each pair; return the median ratio and a table's cells."""
+    """Crash into both versions, in alternating order; return the median ratio and a table's cells."""
     for handler in (old, new):
         crash(handler)  # its modules are compiled and in the page cache from here on
     times: dict[str, list[float]] = {old.name: [], new.name: []}

@@ -2,8 +2,8 @@
 
 Each connection waits half a round trip in each direction, a whole one when it is made, and moves at most so many bytes
 a second upstream; with `shared`, all connections together do. Receive buffers are small, so that the client's kernel
-counts bytes as acknowledged when the link has taken them, as on a real link. `tc netem` needs a kernel module that
-many machines lack. At its end it prints the bytes that clients have sent.
+counts bytes as acknowledged when the link has taken them, as on a real link. `tc netem` needs a kernel module that is
+missing on many machines. At its end it prints the bytes that clients have sent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Piece = tuple[float, bytes]
 
 
 class Link:
-    """The link's properties and what has passed."""
+    """The link's properties, and a count of the bytes that have passed."""
 
     def __init__(self, target: int, rtt_seconds: float, bytes_per_second: float, *, shared: bool) -> None:
         """Describe the link."""

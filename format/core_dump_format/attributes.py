@@ -47,7 +47,8 @@ TRIMMED_REASONS = frozenset(
     | {"rate_limit", "keep_free", "max_total_bytes", "no_slot"}
 )
 TRIMMED = "trimmed"
-"""The attribute, and the state of a dump that lacks memory on purpose; `truncated` says `max_dump_bytes` then."""
+"""The attribute, and the state of a dump without memory that was left out on purpose; `truncated` is
+`max_dump_bytes` then."""
 
 METADATA_FLAGS = frozenset({"sensitive"})
 METADATA_NUMBERS = NUMBERS | {"schema", "size_bytes", "fingerprint_version"}

@@ -23,7 +23,7 @@ _POINTERS = {0x00: "Q", 0x02: "H", 0x03: "I", 0x04: "Q", 0x0A: "h", 0x0B: "i", 0
 
 
 class Common:
-    """A CIE: what several functions share."""
+    """A CIE: the properties that several functions share."""
 
     def __init__(self, content: bytes) -> None:
         """Read an entry behind its length and id; raises UnwindError."""
@@ -54,7 +54,7 @@ class Function:
     """An FDE: the addresses of a function, and the program that tells where its registers are saved."""
 
     def __init__(self, common: Common, content: bytes, address: int) -> None:
-        """Read an entry behind its length and id, the address of which is given; raises UnwindError."""
+        """Read an entry behind its length and id, which begins at `address`; raises UnwindError."""
         layout = _POINTERS.get(common.pointers & 0x0F)
         base = {0x00: 0, 0x10: address}.get(common.pointers & 0xF0)
         if layout is None or base is None:
@@ -195,9 +195,9 @@ def unwind(
     The number of the return register is missing from the result if the function has no caller.
 
     Args:
-        function: that an address belongs to.
-        address: where it was left, relative to the file.
-        registers: there, by DWARF number.
+        function: the function that was left.
+        address: the place in it, relative to the file.
+        registers: their values at that place, by DWARF number.
         sp: DWARF number of the stack pointer.
         word: returns the word of memory at an address; raises UnwindError.
 

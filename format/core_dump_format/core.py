@@ -112,7 +112,7 @@ class Core:
     fault_address: int | None = None
     sender_pid: int | None = None
     dropped: list[tuple[int, int]] = field(default_factory=list)
-    """Start and end of the ranges of memory that a trimmed dump lacks."""
+    """Start and end of the ranges of memory that were dropped from a trimmed dump."""
     entry: int | None = None
     """Address of the program's first instruction."""
 

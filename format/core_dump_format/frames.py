@@ -104,7 +104,7 @@ def _own(places: list[Place]) -> list[Place]:
 
 
 def _recurring(places: list[Place]) -> list[Place]:
-    """Return one of the program's own places each that occur several times."""
+    """Return the program's own places that occur several times, each once."""
     own = _own(places)
     counts: dict[str, int] = {}
     for place in own:
@@ -115,8 +115,8 @@ def _recurring(places: list[Place]) -> list[Place]:
 def choose(places: list[Place], *, is_deep: bool) -> list[Place]:
     """Return the places that tell the crash: the program's own, each once in succession, and the newest of the runtime.
 
-    Where recursion was not followed to its end, the places behind the first are those that recur, each once: which
-    of them the thread died in is chance.
+    Where recursion was not followed to its end, the places behind the first are those that recur, each once: the
+    thread may die in any of them.
     """
     own = _own(places)
     if is_deep:
@@ -176,7 +176,7 @@ def decode(text: str) -> tuple[list[Place], bool]:
 
 
 def own_places(places: list[Place], *, is_deep: bool) -> list[str]:
-    """Return what tells one bug from another: the program's own frames, or all if it has none.
+    """Return the places that tell one bug from another: the program's own frames, or all if it has none.
 
     Of unfinished recursion, the places that recur, in no order.
     """

@@ -1,4 +1,4 @@
-"""Owns what finding frames needs to know about a machine: registers, signal frames, call instructions. Pure.
+"""Owns the properties of each machine by which frames are found: registers, signal frames, call instructions. Pure.
 
 Registers have their DWARF numbers. Sources: the psABI of each machine ("DWARF Register Number Mapping"), <asm/user.h>
 for the notes of a core, struct sigcontext in <asm/sigcontext.h> for signal frames.
@@ -16,7 +16,7 @@ _REL32 = Struct("<i")
 
 
 class Machine:
-    """What is particular to one machine."""
+    """The properties of one machine."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - a row of a table
         self,
@@ -86,7 +86,7 @@ ADDRESS_MASK = (1 << 48) - 1
 
 
 class Call:
-    """A call instruction, and the address that it calls if the instruction itself tells."""
+    """A call instruction, and the address that it calls if the instruction holds it."""
 
     def __init__(self, target: int | None) -> None:
         """Store the target."""
@@ -97,7 +97,7 @@ def call_before(machine: Machine, code: bytes, address: int) -> Call | None:
     """Return the call instruction that ends at an address, or None if none does.
 
     Args:
-        machine: whose instruction it is.
+        machine: the machine of the instruction.
         code: the CALL_BYTES bytes before the address.
         address: a possible return address.
     """

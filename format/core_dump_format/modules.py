@@ -29,7 +29,7 @@ MOST_LIST_BYTES = 4 << 20
 MOST_PATH_BYTES = 4096
 MOST_MODULE_BYTES = 1 << 40
 _HEAD_BYTES = 4096
-"""More than a list takes beside its modules."""
+"""More than a list without modules takes."""
 MOST_DUMP_NAME_BYTES = 242
 """A name has 255 bytes; the rest is for `.json.partial`."""
 MISSING_REASONS = frozenset(

@@ -1,7 +1,7 @@
-"""Owns what a trimmed dump holds beyond its vital part: memory that pointers lead to, and small segments. Pure.
+"""Owns the memory of a trimmed dump beyond its vital part: memory that pointers lead to, small segments. Pure.
 
 It also finds the memory that the process has never touched. Every address and every amount is chosen by the crashed
-process, so each loop has a bound in time and in number; what is not looked at in time is dropped from the dump.
+process, so each loop has a bound in time and in number; memory that is not reached in time is dropped from the dump.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Nearby:
         return found
 
     def _take_pointed(self) -> None:
-        """Copy what registers and stacks point to, and its surroundings."""
+        """Copy the memory that registers and stacks point to, with its surroundings."""
         selection, front = self._selection, self._front
         end = time.monotonic() + POINTED_SECONDS
         seen: set[int] = set()

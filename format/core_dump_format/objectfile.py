@@ -164,7 +164,7 @@ class ObjectFile:
         return function, entry
 
     def _entry(self, address: int) -> tuple[int, int, bytes]:
-        """Return the id of an entry of .eh_frame, the address of that id, and what follows it."""
+        """Return the id of an entry of .eh_frame, the address of that id, and the bytes behind it."""
         content = self.code(address, 8)
         if len(content) < 8:
             raise UnwindError("an entry lies outside the file")
@@ -228,7 +228,7 @@ class ObjectFile:
         return None
 
     def _load_symbols(self) -> tuple[bytes, int, int]:
-        """Return the symbol table, which strip removes, else that of the dynamic loader, and where its strings lie."""
+        """Return the symbol table, or that of the dynamic loader if it was stripped, and the place of its strings."""
         if self._symbols is None:
             self._symbols = b"", 0, 0
             self._symbols = self._read_symbols()

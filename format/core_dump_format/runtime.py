@@ -1,4 +1,4 @@
-"""Owns which frames only carry out a death: C libraries, unwinders, panics, sanitizers. Pure.
+"""Owns the list of frames that only carry out a death: C libraries, unwinders, panics, sanitizers. Pure.
 
 Such frames are the same for every abort() and every panic, so they neither tell crashes apart nor tell a reader where
 the program failed.

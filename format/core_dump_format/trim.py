@@ -27,12 +27,12 @@ class Content:
         vital_pieces: int,
         untouched: list[tuple[int, int, int]],
     ) -> None:
-        """Store what was selected.
+        """Store a selection.
 
         Args:
             pieces: index of the segment, address and content, in the order in which they are written.
             vital_pieces: how many of them, the first ones, are the vital part.
-            untouched: index of the segment, start and end of ranges that hold zeros; what was kept wins.
+            untouched: index of the segment, start and end of ranges that hold zeros; pieces win over them.
         """
         self.pieces, self.untouched = pieces, untouched
         self.vital_pieces = min(vital_pieces, len(pieces))

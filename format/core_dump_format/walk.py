@@ -34,7 +34,7 @@ LEAF_BYTES = 4096
 
 
 _UNUSABLE = (UnwindError, error, OverflowError, KeyError, OSError)
-"""What hostile memory and files, and files that cannot be read, raise here."""
+"""Hostile memory and files raise these, and files that cannot be read."""
 
 
 class Mapping:
@@ -48,7 +48,7 @@ class Mapping:
 
 
 class Process:
-    """What frames are found in. Subclasses know the memory and the files."""
+    """The process whose frames are found. Subclasses provide its memory and its files."""
 
     def __init__(self, machine: Machine, mappings: list[Mapping]) -> None:
         """Store the mappings of files, in any order."""
@@ -84,7 +84,7 @@ class Process:
 
 
 class Frame:
-    """One frame: an address, and whether it is exactly where the thread was, not where a call returns to."""
+    """One frame: an address, and whether the thread was exactly there or a call returns there."""
 
     __slots__ = ("address", "in_handler", "is_exact")
 
@@ -147,7 +147,7 @@ class Walk:
             frame.in_handler = True
 
     def _saved_context(self, mark_at: int) -> dict[int, int] | None:
-        """Return the registers that a signal frame holds, whose mark lies at an address."""
+        """Return the registers in the signal frame whose mark lies at an address."""
         machine = self._machine
         size = machine.word_bytes
         if not machine.mark or self._process.read(mark_at, size) != machine.mark:
@@ -294,7 +294,7 @@ class Walk:
     def _by_scan(self, registers: dict[int, int], frame: Frame) -> tuple[dict[int, int], bool] | None:
         """Find the next word of the stack that a call has pushed, or the context that a signal handler interrupted.
 
-        A call of another function of the same file than the one that was left counts only if there is no better one.
+        A call of another function in the same file counts only if no better call is found.
         """
         machine = self._machine
         start, mapping = self._function_start(frame.lookup), self._process.mapping_at(frame.lookup)

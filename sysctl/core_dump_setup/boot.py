@@ -1,4 +1,4 @@
-"""Owns what sets kernel.core_pattern at boot: our file in sysctl.d, the files of others, services."""
+"""Owns the value of kernel.core_pattern at boot: our file in sysctl.d, the files of others, services."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SERVICES = {
     "apport.service": ("/etc/init.d/apport",),  # the unit is generated from this script before Ubuntu 23.10
     "abrt-ccpp.service": (),
 }
-"""Services of distributions that set kernel.core_pattern after sysctl.d was read, and what else brings them."""
+"""Services of distributions that set kernel.core_pattern after sysctl.d was read, and scripts that generate them."""
 MASKS = "/etc/systemd/system/"
 MASKED = STATE + "/masked-"
 
@@ -142,7 +142,7 @@ def mask_services(tree: Tree) -> None:
 
 
 def unmask_services(tree: Tree) -> None:
-    """Let the services set their pattern again that we kept from it."""
+    """Let the services that we masked set their pattern again."""
     for name in SERVICES:
         if not tree.exists(MASKED + name):
             continue

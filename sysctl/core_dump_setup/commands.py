@@ -242,7 +242,7 @@ class Setup:
         self._say_what_remains(watched)
 
     def _say_what_remains(self, watched: str) -> None:
-        """Name what an uninstallation leaves."""
+        """Name the files that an uninstallation leaves."""
         remaining = [name for name in (directory.CONFIG, watched) if name and self.tree.exists(name)]
         if remaining and not self.tree.dry_run:
             advice = (

@@ -1,7 +1,7 @@
 """Owns REASSERT: giving the core pattern back to the helper after something else has taken it.
 
-core-dump-reassert.timer asks every minute while REASSERT=yes. Whoever takes the pattern again and again wins: three
-times an hour are enough for an upgrade of the node, and are no contest.
+core-dump-reassert.timer asks every minute while REASSERT=yes. A program that takes the pattern again and again keeps
+it: three times an hour are enough for an upgrade of the node.
 """
 
 from __future__ import annotations

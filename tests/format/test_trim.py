@@ -211,7 +211,7 @@ READERS = {
         "FaultError",
     ),
 }
-"""How each prints a word of memory, and what it says of memory that is missing."""
+"""The command that prints a word of memory, and a part of its answer where the memory is missing."""
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Many collectors at one store that throttles: a simulation in which their real backlogs and governors decide.
 
 A store takes so many requests a second and answers the others with 503. A dump is two requests, itself and its metadata
-object; after a retry it is a HEAD and what is missing. Time is simulated, and every random number is seeded.
+object; a retry begins with the first. Time is simulated, and every random number is seeded.
 """
 
 from __future__ import annotations
