@@ -23,6 +23,7 @@ from core_dump_collector.moduleevents import DROPPED, STORED, Kind
 from core_dump_collector.node import modulefiles
 from core_dump_collector.node.modulefiles import Contents, ModuleFiles
 from core_dump_collector.observation import Look
+from core_dump_collector.workers import fork_server
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -159,7 +160,7 @@ class ModuleUploads:
             self._start(now, lists=lists, modules=modules)
 
     def _start(self, now: float, *, lists: bool, modules: bool) -> None:
-        context = multiprocessing.get_context("forkserver")
+        context = fork_server()
         self._clean_due = now + CLEAN_PAUSE_SECONDS
         receiver, sender = context.Pipe(duplex=False)
         arguments = (sender, self._directory, self._options, lists, modules)

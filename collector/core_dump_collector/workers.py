@@ -21,6 +21,8 @@ from core_dump_collector.board import HEAVY, JOBS
 from core_dump_collector.serving import MOST_MESSAGE_BYTES, serve
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
+
     from core_dump_collector.board import Board
     from core_dump_collector.jobs import AnyJob, AnyResult
     from core_dump_collector.options import UploadOptions
@@ -37,6 +39,15 @@ def choose_temporary_directory(fallback: str) -> None:
     except OSError:
         tempfile.tempdir = fallback
         log.warning("no temporary directory is writable; using the watch directory", directory=fallback)
+
+
+def fork_server() -> ForkServerContext:
+    """Return the context of every process that uploads; the first of them starts the fork server, prepared for all."""
+    # Read by the C library when the fork server starts (mallopt(3)): each thread would have an arena of its own.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 @dataclass(slots=True)
@@ -66,14 +77,10 @@ class WorkerProcess:
         self.tasks: dict[int, Task] = {}
         """By their places."""
         self.stopped_since: float | None = None
-        # Read by the C library when the fork server starts (mallopt(3)): each thread would have an arena of its own.
-        os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, contextlib.ExitStack() as undo:
             undo.callback(ours.close)
-            self.process = context.Process(target=serve, args=(theirs, board, index, options))
+            self.process = fork_server().Process(target=serve, args=(theirs, board, index, options))
             self.process.start()
             undo.pop_all()
         ours.setblocking(False)

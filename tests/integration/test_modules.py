@@ -11,7 +11,7 @@ import threading
 
 import pytest
 from tests.support import cores, modules, s3
-from tests.support.collector import running, wait_until
+from tests.support.collector import command_of, descendants, running, wait_until
 from tests.support.manners import Manners, fake_s3
 from tests.support.modules import make_pass, put_list, put_module
 from tests.support.uploads import KEY, NAME, connected, send
@@ -363,3 +363,21 @@ def test_events_name_what_was_done(watch_dir):
     with fake_s3(Manners()) as store, connected(store.environ()):
         (event,) = make_pass(watch_dir)
     assert (event.kind, event.name, event.detail) == (Kind.LIST_PUBLISHED, f"{NAME}.json", KEY)
+
+
+def ignores(pid, number):
+    """Tell whether a process ignores a signal (proc_pid_status(5))."""
+    with open(f"/proc/{pid}/status") as file:
+        ignored = next(line.split()[1] for line in file if line.startswith("SigIgn:"))
+    return bool(int(ignored, 16) >> (number - 1) & 1)
+
+
+def test_module_that_waits_at_the_start_costs_workers_nothing_of_their_preparation(
+    seaweed, bucket, watch_dir, tmp_path
+):
+    put_module(watch_dir, LIBRARY)
+    late = MODULES | {"MODULE_DELAY_SECONDS": "3600"}
+    with running(watch_dir, seaweed.environ() | late, tmp_path) as collector:
+        wait_until(collector.workers, 30, "a worker")
+        server = next(pid for pid in descendants(collector.process.pid) if "forkserver" in command_of(pid))
+        assert ignores(server, signal.SIGTERM)
