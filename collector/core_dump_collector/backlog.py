@@ -56,7 +56,6 @@ class _Entry:
     owner: int
     size_bytes: int
     modified_ns: int
-    is_heavy: bool
     seen_at: float
     """Monotonic seconds, as `unchanged_since`; a file that replaced another under its name is seen when it came."""
     unchanged_since: float
@@ -118,7 +117,6 @@ class Backlog:
         self._bytes += file.size_bytes - entry.size_bytes
         self._drop(file.name, entry)
         entry.size_bytes, entry.modified_ns = file.size_bytes, file.modified_ns
-        entry.is_heavy = file.size_bytes > LIGHT_BYTES
         self._put(file.name, entry, entry.lane)
 
     def _add_unknown(self, file: Candidate, now: float) -> bool:
@@ -126,9 +124,7 @@ class Backlog:
         if len(self._entries) >= self.capacity and not self._make_room(owner, new=file.new):
             self.turned_away = True
             return False
-        heavy = file.size_bytes > LIGHT_BYTES
-        entry = _Entry(owner, file.size_bytes, file.modified_ns, heavy, now, now)
-        self._entries[file.name] = entry
+        entry = self._entries[file.name] = _Entry(owner, file.size_bytes, file.modified_ns, now, now)
         self._bytes += entry.size_bytes
         self._holdings[owner] += 1
         self._put(file.name, entry, Lane.NEW if file.new else Lane.OLD)
@@ -143,13 +139,11 @@ class Backlog:
             heavy: a large one can.
         """
         self._end_pauses(now)
-        small = self._light if light and self._light.ready else None
-        large = self._heavy if heavy and self._heavy.ready else None
-        if small is None and large is None:
+        ready = self._ready(light=light, heavy=heavy)
+        if not ready:
             return None
         self._turns += 1
-        first, second = (small, large) if self._turns % OTHERS_TURN else (large, small)
-        name = (first or second or self._light).take()
+        name = ready[0 if self._turns % OTHERS_TURN else -1].take()
         self._move(name, self._entries[name], Lane.IN_FLIGHT)
         return name
 
@@ -186,7 +180,7 @@ class Backlog:
 
     def next_due(self, *, light: bool = True, heavy: bool = True) -> float | None:
         """Return when the next waiting name is due, 0 for one that is due already, or None when nothing waits."""
-        if (light and self._light.ready) or (heavy and self._heavy.ready):
+        if self._ready(light=light, heavy=heavy):
             return 0.0
         self._skip_stale()
         return self._pauses[0][0] if self._pauses else None
@@ -290,8 +284,14 @@ class Backlog:
         self._size_class(entry).remove(entry.owner, entry.lane, name)
         self._in_lane[entry.lane] -= 1
 
+    def _ready(self, *, light: bool, heavy: bool) -> list[SizeClass]:
+        """Return the wanted size classes in which a name is due, small files first."""
+        return [
+            size for size, wanted in ((self._light, light), (self._heavy, heavy)) if wanted and size.ready
+        ]
+
     def _size_class(self, entry: _Entry) -> SizeClass:
-        return self._heavy if entry.is_heavy else self._light
+        return self._heavy if entry.size_bytes > LIGHT_BYTES else self._light
 
     def _remove(self, name: str) -> None:
         entry = self._entries.pop(name)
