@@ -13,7 +13,6 @@ from core_dump_collector.governor import REQUEST_BYTES, Governor, Sample
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from core_dump_collector.board import Seat
     from core_dump_collector.budget import Budget
     from core_dump_collector.node.memory import MemoryLimit
     from core_dump_collector.options import UploadOptions
@@ -101,14 +100,11 @@ class Allowance:
         options = self._options
         rate = options.shared_bytes_per_second if self.is_shared else options.max_upload_bytes_per_second
         for seat, connections in zip(seats, shares, strict=True):
-            self._allow(seat, connections)
+            seat.connections = connections
+            seat.buffers = self._budget.buffers
             seat.bytes_per_second = -(-rate // using)
             seat.sharers = sharers
             seat.small_parts = int(thin or self._budget.small_parts)
-
-    def _allow(self, seat: Seat, connections: int) -> None:
-        seat.connections = connections
-        seat.buffers = self._budget.buffers
 
 
 def share(wanted: list[int], most: int) -> list[int]:

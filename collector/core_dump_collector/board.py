@@ -18,7 +18,6 @@ LIGHT_JOBS = 8
 """Small dumps that one worker has in hand at the same time; they wait for the network and not for the CPU."""
 HEAVY = LIGHT_JOBS
 """The place of the one job of a worker that may be large."""
-JOBS = LIGHT_JOBS + 1
 PRIVATE_CONNECTIONS = 8
 """Connections of a process that is not one of the workers."""
 _WORDS = 32

@@ -1,8 +1,8 @@
 """Owns the loop of `core-dump-collector run`: events in, jobs out, results applied, and the shutdown.
 
-One thread. It waits on descriptors only: inotify, and a pipe that signals and finished jobs write to. The loop
-observes and decides; workers do all work on dumps. State that must survive is on disk, so a daemon killed at any
-point loses nothing.
+One thread. It waits on descriptors only: inotify, the pool's, and a pipe that signals write to. The loop observes and
+decides; workers do all work on dumps. State that must survive is on disk, so a daemon killed at any point loses
+nothing.
 """
 
 from __future__ import annotations

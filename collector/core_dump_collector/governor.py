@@ -67,11 +67,9 @@ class Governor:
     """The number of connections.
 
     Args:
-        most: never more.
         jitter: returns a factor in [0.5, 1.5); replaced in tests.
     """
 
-    most: int = MOST
     jitter: Callable[[], float] = field(default=lambda: random.uniform(0.5, 1.5))  # noqa: S311  spread, no secret
     connections: int = FIRST
     rate: float = 0.0
@@ -163,7 +161,7 @@ class Governor:
             self._set(min(self.connections, fair))
 
     def _set(self, connections: int) -> None:
-        self.connections = max(1, min(connections, self.most))
+        self.connections = max(1, min(connections, MOST))
         self._step = None
 
 

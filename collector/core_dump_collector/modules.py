@@ -180,8 +180,8 @@ class ModuleUploads:
 
     def _set_deadline(self, now: float, size_bytes: int) -> None:
         options = self._options
-        request_seconds = options.connect_timeout_seconds + options.read_timeout_seconds
-        self._deadline = now + seconds_for(size_bytes, request_seconds, options.connection_bytes_per_second)
+        seconds = seconds_for(size_bytes, options.request_seconds, options.connection_bytes_per_second)
+        self._deadline = now + seconds
 
     def _follow(self, now: float) -> None:
         """Take the events of the pass; kill it if it hangs, and forget it when it has ended."""

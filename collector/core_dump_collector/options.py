@@ -56,6 +56,11 @@ class UploadOptions:
         return -(-self.max_upload_bytes_per_second // 2)
 
     @property
+    def request_seconds(self) -> float:
+        """Return how long a request may hang."""
+        return self.connect_timeout_seconds + self.read_timeout_seconds
+
+    @property
     def connection_bytes_per_second(self) -> float:
         """Return the least rate at which a request lives: its share of the slowest link."""
         return MIN_BYTES_PER_SECOND / UNPROVEN_CONNECTIONS

@@ -22,6 +22,7 @@ from core_dump_collector.board import LIGHT_JOBS, Board
 from core_dump_collector.deadlines import SILENT_SECONDS, seconds_for
 from core_dump_collector.jobs import Job, RetryReason, fail
 from core_dump_collector.node import memory
+from core_dump_collector.processes import read_stat
 from core_dump_collector.workers import Task, WorkerProcess
 
 if TYPE_CHECKING:
@@ -126,8 +127,7 @@ class Pool:
 
     def _seconds_for(self, job: AnyJob) -> float:
         options = self._options
-        request_seconds = options.connect_timeout_seconds + options.read_timeout_seconds
-        return seconds_for(_size_of(job), request_seconds, options.connection_bytes_per_second)
+        return seconds_for(_size_of(job), options.request_seconds, options.connection_bytes_per_second)
 
     def _choose(self, *, heavy: bool) -> WorkerProcess:
         """Return the worker with the fewest jobs; start one while all have several."""
@@ -155,14 +155,14 @@ class Pool:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._signal)
         for worker in {key.data for key, _ in self._selector.select(0) if key.data is not None}:
-            results += [result for _, result in worker.results()]
+            results += worker.results()
             if worker.is_dead:
                 results += self._bury(worker)
         return results
 
     def _bury(self, worker: WorkerProcess) -> list[AnyResult]:
         """Forget a worker that has ended; another takes its seat when it is needed."""
-        results = [result for _, result in worker.results()]
+        results = worker.results()
         results += [fail(task.job, *(_HUNG if task.overdue else _DIED)) for task in worker.tasks.values()]
         self._selector.unregister(worker.channel)
         self._selector.unregister(worker.process.sentinel)
@@ -228,10 +228,8 @@ class Pool:
 
 
 def _is_stopped(pid: int) -> bool:
-    """Tell whether a process was stopped by a signal (proc_pid_stat(5))."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-        return file.read().rpartition(b")")[2].split()[:1] == [b"T"]
-    return False
+    """Tell whether a process was stopped by a signal."""
+    return read_stat(pid)[:1] == [b"T"]
 
 
 def _size_of(job: AnyJob) -> int:

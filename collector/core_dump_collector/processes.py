@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 _UTIME, _STIME, _RSS = 11, 12, 21
-"""Fields of /proc/PID/stat after the name of the program."""
+"""Fields that `read_stat` returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,10 @@ class Workers:
         now: dict[int, float] = {}
         resident = 0
         for worker in multiprocessing.active_children():
-            found = _read_stat(worker.pid)
-            if worker.pid is not None and found is not None:
-                now[worker.pid], pages = found
-                resident += pages * _PAGE_BYTES
+            fields = read_stat(worker.pid)
+            if worker.pid is not None and len(fields) > _RSS:
+                now[worker.pid] = (int(fields[_UTIME]) + int(fields[_STIME])) / _TICKS_PER_SECOND
+                resident += int(fields[_RSS]) * _PAGE_BYTES
         for pid, seconds in self._last.items():
             if now.get(pid, 0.0) < seconds:
                 self._ended_seconds += seconds
@@ -45,11 +46,8 @@ class Workers:
         return Usage(len(now), resident, self._ended_seconds + sum(now.values()))
 
 
-def _read_stat(pid: int | None) -> tuple[float, int] | None:
-    """Return a process's CPU seconds and resident pages; None if it has ended."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read(4096).rpartition(b")")[2].split()
-        return (int(fields[_UTIME]) + int(fields[_STIME])) / _TICKS_PER_SECOND, int(fields[_RSS])
-    except (OSError, ValueError, IndexError):
-        return None
+def read_stat(pid: int | None) -> list[bytes]:
+    """Return the fields of /proc/PID/stat after the name of the program; none if the process has ended."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read(4096).rpartition(b")")[2].split()
+    return []

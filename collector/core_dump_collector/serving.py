@@ -10,6 +10,7 @@ import contextlib
 import os
 import pickle
 import threading
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from core_dump_collector.jobs import RetryReason, fail
@@ -61,18 +62,16 @@ class _Thread:
         self._worker = worker
         self._flow = flow
         self._place = place
-        self._job: AnyJob | None = None
-        self._given = threading.Semaphore(0)
+        self._jobs: SimpleQueue[AnyJob] = SimpleQueue()
         threading.Thread(target=self._run, daemon=True, name=f"job-{place}").start()
 
     def take(self, job: AnyJob) -> None:
         """Do a job; the daemon gives none to a place that has one."""
-        self._job = job
-        self._given.release()
+        self._jobs.put(job)
 
     def _run(self) -> None:
-        while self._given.acquire() and self._job is not None:
-            job = self._job
+        while True:
+            job = self._jobs.get()
             with self._flow.job(self._place):
                 result = self._worker.process(job)
             _send(self._channel, self._place, job, result)

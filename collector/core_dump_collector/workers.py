@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from core_dump_collector.board import HEAVY, JOBS
+from core_dump_collector.board import HEAVY, LIGHT_JOBS
 from core_dump_collector.serving import MOST_MESSAGE_BYTES, serve
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class WorkerProcess:
     @property
     def free_places(self) -> int:
         """Return how many more small jobs it can take."""
-        return JOBS - 1 - (len(self.tasks) - (HEAVY in self.tasks))
+        return LIGHT_JOBS - (len(self.tasks) - (HEAVY in self.tasks))
 
     def give(self, task: Task, *, heavy: bool) -> None:
         """Hand it a job.
@@ -106,13 +106,14 @@ class WorkerProcess:
         self.channel.send(pickle.dumps((place, task.job)))
         self.tasks[place] = task
 
-    def results(self) -> list[tuple[Task, AnyResult]]:
+    def results(self) -> list[AnyResult]:
         """Return the results that are in, without waiting."""
-        found = []
+        found: list[AnyResult] = []
         with contextlib.suppress(OSError, EOFError):
             while message := self.channel.recv(MOST_MESSAGE_BYTES):
                 place, result = pickle.loads(message)  # noqa: S301  from a process of ours, through a socket of ours
-                found.append((self.tasks.pop(place), result))
+                del self.tasks[place]
+                found.append(result)
         return found
 
     def last_beat(self, place: int) -> float:
