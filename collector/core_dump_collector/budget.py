@@ -16,6 +16,7 @@ BASE_BYTES = 52 * MEBIBYTE
 WORKER_BYTES = 24 * MEBIBYTE
 """A worker with its client, eight small dumps and the threads of a large one."""
 LEAST_BUFFERS = 2
+"""One part of a stream is filled while the other is sent."""
 MOST_BUFFERS = 8
 UNLIMITED_BUFFERS = 4
 """Where nothing limits the memory."""

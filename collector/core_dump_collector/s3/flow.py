@@ -82,7 +82,6 @@ class Flow:
         self._seat = seat or Seat.private()
         self._lock = threading.Condition()
         self._held = threading.local()
-        self._active = self._waiting = 0
         self._heavy_active = self._light_waiting = 0
         self._free_at = 0.0
 
@@ -142,37 +141,33 @@ class Flow:
         finally:
             self._held.permit = False
             with self._lock:
-                self._active -= 1
+                self._seat.active -= 1
                 self._heavy_active -= self.place == HEAVY
-                self._seat.active = self._active
                 self._lock.notify_all()
 
     def _take(self, given_up: Callable[[], bool]) -> None:
         is_heavy = self.place == HEAVY
         with self._lock:
-            self._waiting += 1
+            self._seat.waiting += 1
             self._light_waiting += not is_heavy
-            self._seat.waiting = self._waiting
             try:
                 while not self._may_go(is_heavy=is_heavy):
                     self._lock.wait(LOOK_SECONDS)
                     self.beat()
                     if given_up():
                         raise GivenUpError
-                self._active += 1
+                self._seat.active += 1
                 self._heavy_active += is_heavy
             finally:
-                self._waiting -= 1
+                self._seat.waiting -= 1
                 self._light_waiting -= not is_heavy
-                self._seat.waiting = self._waiting
-                self._seat.active = self._active
 
     def _may_go(self, *, is_heavy: bool) -> bool:
         """Tell whether there is a permit; a large dump leaves half of them to small ones that wait."""
         connections = self._seat.connections
         if is_heavy and self._light_waiting and self._heavy_active >= max(1, connections // 2):
             return False
-        return self._active < connections
+        return self._seat.active < connections
 
     def slices(self, data: bytes | memoryview) -> Iterator[memoryview]:
         """Yield what is to be sent in slices, each when the rate allows it."""

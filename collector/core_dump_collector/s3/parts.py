@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from isal import isal_zlib
 
+from core_dump_collector.budget import LEAST_BUFFERS, MOST_BUFFERS
 from core_dump_collector.node.pagecache import drop_cache, read_blocks
 from core_dump_collector.s3 import compression, ordering
 from core_dump_format.gzip import inflate_until_damage
@@ -35,9 +36,6 @@ MOST_PARTS = 10_000
 """Amazon S3 User Guide, "Multipart upload limits"."""
 SMALL_BYTES = 512 * 1024
 """Up to here a body is sent from memory, which saves the round trip of `Expect: 100-continue`."""
-LEAST_BUFFERS = 2
-"""One part of a stream is filled while the other is sent."""
-MOST_BUFFERS = 8
 _WAIT_SECONDS = 1.0
 _DAMAGE_BYTES = 4096
 """A damaged stream is decompressed in small pieces, because the output of a piece that has an error is lost."""
@@ -296,12 +294,7 @@ class _Buffers:
 
 
 def open_source(
-    dump: DumpFile,
-    part_bytes: int,
-    *,
-    compress_raw: bool,
-    salvaged: bool,
-    ordered: bool = True,
+    dump: DumpFile, part_bytes: int, *, compress_raw: bool, salvaged: bool, ordered: bool = True
 ) -> Source:
     """Return the source that suits a dump.
 
@@ -313,8 +306,7 @@ def open_source(
         ordered: False to repeat, byte for byte, an upload in the kernel's order.
     """
     if salvaged and dump.name.endswith(".gz") and is_gzip(dump.fd):
-        bound = 2 * dump.size_bytes
-        return GzipSource(lambda: compression.compress(_salvage(dump.fd)), bound, part_bytes)
+        return GzipSource(lambda: compression.compress(_salvage(dump.fd)), 2 * dump.size_bytes, part_bytes)
     if is_compressed(dump.name) or not compress_raw:
         return FileSource(dump, part_bytes)
     bound = dump.data_bytes + dump.data_bytes // 64 + dump.size_bytes // 512 + 2 * MEBIBYTE
