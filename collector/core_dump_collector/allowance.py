@@ -1,7 +1,7 @@
-"""Owns what each worker may send at the moment: its share of the connections and of the rate, and its buffers.
+"""Owns the allowance of each worker: its share of the connections and of the rate, and its buffers.
 
-Workers get what they can use, in turns where there is not enough for all: a worker without a connection waits, and so
-an upload of many parts is never stopped for good by others.
+Workers get as many connections as they can use, in turns where there are too few for all: a worker without one waits
+for its turn, so others never stop an upload of many parts for good.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Allowance:
         return max(LEAST_JOBS, 2 * self._governor.connections)
 
     def take(self, workers: Iterable[WorkerProcess], now: float) -> None:
-        """Look at what the workers do, and share out what they may do."""
+        """Sample the workers, set the number of connections, and share connections and rate out."""
         workers = list(workers)
         self.due = now + TICK_SECONDS
         if self._limit is not None and now >= self._memory_due:
@@ -108,7 +108,7 @@ class Allowance:
 
 
 def share(wanted: list[int], most: int) -> list[int]:
-    """Return how much each gets of so many: in rounds of one, in this order; what nobody wants goes to the first."""
+    """Divide `most` in rounds of one, in this order, up to the wanted numbers; divide the rest evenly."""
     shares = [0] * len(wanted)
     left = most
     while left:

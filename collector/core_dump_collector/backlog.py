@@ -30,7 +30,7 @@ BUSY_PAUSE_SECONDS = 61.0
 GIVE_WAY_PAUSE_SECONDS = 30.0
 """Between two scans for names in whose favour failed ones give way."""
 LIGHT_BYTES = 4 * 1024 * 1024
-"""A dump up to here is small: it takes one request and hardly any memory."""
+"""A dump up to this size is small: it needs one request and little memory."""
 _MOST_OWNERS = 1024
 """Owners beyond share turns; root never does."""
 
@@ -48,7 +48,7 @@ class Candidate:
     new: bool = False
     """It was just written: it goes before others of its owner."""
     origin: bytes = b""
-    """Whose crash it is, where only root can have said so: origins are the owners of root's files."""
+    """Origin of the crash, empty unless only root can have written it: origins are the owners of root's files."""
 
 
 @dataclass(slots=True)

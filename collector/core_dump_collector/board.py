@@ -1,4 +1,4 @@
-"""Owns the memory that the daemon and its workers share: who makes progress, how much is sent, how much may be sent.
+"""Owns the memory that the daemon and its workers share: progress of the jobs, bytes and requests sent, allowances.
 
 Each number has one writer and is read and written as one aligned word. So nothing is locked, and a worker that dies or
 is stopped at any point holds up nobody. The memory is anonymous (memfd_create(2)), or that of a deleted file; workers
@@ -77,7 +77,7 @@ class Seat:
         return seat
 
     def clear(self) -> None:
-        """Forget what an earlier worker has left."""
+        """Clear the numbers of an earlier worker."""
         for index in range(_WORDS):
             self.integers[index] = 0
 
@@ -122,7 +122,7 @@ class Board:
         """Close the descriptor; the memory lives as long as somebody uses it."""
         os.close(self._fd)
 
-    def __getstate__(self) -> Any:  # noqa: ANN401  what multiprocessing makes of a descriptor
+    def __getstate__(self) -> Any:  # noqa: ANN401  multiprocessing's form of a descriptor
         """Give the descriptor to the process that starts."""
         return DupFd(self._fd)
 

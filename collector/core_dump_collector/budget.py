@@ -1,7 +1,7 @@
-"""Owns what fits into the memory that the collector may use: worker processes, buffers, the size of parts. Pure.
+"""Owns the memory budget: the worker processes and buffers that fit into the limit, and the size of parts. Pure.
 
-Growth stops at 70 % of the limit. What the numbers below count was measured (docs/benchmarks.md): the pages that a
-process does not share with others, with the memory of its threads.
+Growth stops at 70 % of the limit. The numbers below were measured (docs/benchmarks.md): they count the pages that a
+process does not share with others, and the memory of its threads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHORT_BYTES = 256 * MEBIBYTE
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What the collector may use."""
+    """Worker processes and buffers that fit into the limit."""
 
     workers: int
     buffers: int
@@ -35,11 +35,11 @@ class Budget:
 
 
 def plan(limit_bytes: int | None, workers: int, part_bytes: int) -> Budget:
-    """Return what fits into the limit; at least one worker, whatever the limit.
+    """Return the budget; at least one worker, whatever the limit.
 
     Args:
         limit_bytes: None where there is none.
-        workers: as many as the setting allows.
+        workers: the setting WORKERS.
         part_bytes: size of a buffer.
     """
     if limit_bytes is None:

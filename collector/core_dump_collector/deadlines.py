@@ -1,8 +1,8 @@
-"""Owns when a job that does not end is given up: pure, no clock.
+"""Owns the time limits of a job: pure, no clock.
 
-A job that makes no progress hangs: requests have ends of their own, so what hangs is a file system, or a fault of ours.
-A job that does make progress may wait for a few requests until their timeouts, and may move its bytes at the least rate
-at which a request lives.
+A job that makes no progress hangs: requests have limits of their own, so the cause is a file system, or a bug. A job
+that makes progress may wait for a few requests until their timeouts, and may move its bytes at the least rate at which
+a request lives.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ REQUESTS = 10
 MOST_SECONDS = 24 * 3600.0
 """No job runs longer, whatever its size: killed there, a multipart upload goes on from the parts that are stored."""
 SILENT_SECONDS = 600.0
-"""For so long a job may make no progress."""
+"""Longest time without progress."""
 
 
 def seconds_for(size_bytes: int, request_seconds: float, bytes_per_second: float) -> float:
@@ -20,7 +20,7 @@ def seconds_for(size_bytes: int, request_seconds: float, bytes_per_second: float
 
     Args:
         size_bytes: length of the file.
-        request_seconds: for so long a request may hang.
-        bytes_per_second: as slow as a request may be.
+        request_seconds: how long a request may hang.
+        bytes_per_second: least rate of a request.
     """
     return min(MOST_SECONDS, REQUESTS * request_seconds + size_bytes / bytes_per_second)

@@ -5,8 +5,8 @@ nothing is taken back, and tried again after a while. Throttling and timeouts ha
 so does memory that runs short. One connection of each node is still too many for a store that all nodes ask at once:
 then nothing is sent for a moment, and for longer each time, with jitter, so that they do not come back together.
 
-Where the link itself is the limit, as many connections are left as get a fair share of it each, at least one: requests
-of a thin link go one by one and are not given up for being slow.
+Where the link itself is the limit, the number falls until each connection gets a fair share of it, down to one:
+requests on a thin link go one by one and are not given up for being slow.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ HOLD_SECONDS = 0.25
 GAIN = 1.15
 """A step has to bring so much more throughput."""
 SETTLE_SECONDS = 1.0
-"""A step has so long to bring it: new connections need several round trips before they carry anything."""
+"""Time that a step has for that: new connections need several round trips before they carry anything."""
 FIRST_RETRY_SECONDS = 4.0
-"""After so long a step that brought nothing is tried again; each further one after twice the time."""
+"""A step that brought nothing is tried again after this time; each further one after twice the time before."""
 LAST_RETRY_SECONDS = 64.0
 CALM_SECONDS = 1.0
-"""After a setback the number stays as it is for so long."""
+"""The number does not change for this time after a setback."""
 FEW = 2
 """With so few connections, a setback also means a rest."""
 FIRST_REST_SECONDS = 0.25
 LAST_REST_SECONDS = 16.0
 GROWTH_SHARE = 0.7
-"""From this share of the memory on, the number does not grow."""
+"""The number does not grow once this share of the memory is in use."""
 SHORT_SHARE = 0.9
-"""Above this share it falls, but to no fewer than `FEW`: connections are not what takes the most."""
+"""Above this share it falls, but not below `FEW`: connections are not the largest users of memory."""
 FAIR_BYTES_PER_SECOND = 40_000
-"""What one connection should get of the link."""
+"""Fair share of the link for one connection."""
 FAIR_WINDOW_SECONDS = 5.0
 REQUEST_BYTES = 32 * 1024
 """A request counts as so many bytes: for small bodies the number of requests is the throughput."""
@@ -48,7 +48,7 @@ REQUEST_BYTES = 32 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What all workers together have done so far."""
+    """The state of all workers together."""
 
     work_bytes: int
     """Bytes moved, and `REQUEST_BYTES` for each request."""
@@ -59,7 +59,7 @@ class Sample:
     setbacks: int
     """Requests that were throttled or timed out."""
     memory_share: float = 0.0
-    """How much of the memory that may be used is in use."""
+    """Used share of the memory limit."""
 
 
 @dataclass(slots=True)
@@ -73,7 +73,7 @@ class Governor:
     jitter: Callable[[], float] = field(default=lambda: random.uniform(0.5, 1.5))  # noqa: S311  spread, no secret
     connections: int = FIRST
     rate: float = 0.0
-    """Bytes a second that the link has carried while all connections were in use; 0 while unknown."""
+    """Bytes a second that the link carried in the last window with a connection in use; 0 while unknown."""
     _setbacks: int = 0
     _calm_until: float = 0.0
     _is_careful: bool = False
@@ -82,7 +82,7 @@ class Governor:
     _samples: int = 0
     """Taken during the step."""
     _busy: int = 0
-    """Those of them that saw all connections in use and somebody waiting."""
+    """Those of them that saw all connections in use and a thread waiting."""
     _before: Step | None = None
     """The number before, with its throughput."""
     _raised_at: float = 0.0
@@ -147,7 +147,7 @@ class Governor:
             self._set(self.connections + (1 if self._is_careful else self.connections))
 
     def _share(self, sample: Sample, now: float) -> None:
-        """Leave as many connections as get a fair share of the link."""
+        """Lower the number to that of the connections that get a fair share of the link."""
         window = self._window
         if sample.active == 0 or window is None:
             self._window = Step(now, sample.work_bytes, sample.active) if sample.active else None

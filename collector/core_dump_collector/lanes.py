@@ -1,4 +1,4 @@
-"""Owns whose turn it is among the waiting files: lanes, owners, small and large ones. Pure, no clock."""
+"""Owns the turns of the waiting files: lanes, owners, small and large files. Pure, no clock."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import IntEnum
 from operator import itemgetter
 
 OTHERS_TURN = 4
-"""Every so many turns, what would wait for ever goes first."""
+"""Every so many turns, the files go first that could otherwise wait for ever."""
 
 
 class Lane(IntEnum):

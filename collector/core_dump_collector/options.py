@@ -11,9 +11,9 @@ from typing import Literal
 from core_dump_format.keys import literal_folder
 
 MIN_BYTES_PER_SECOND = 10_000
-"""As slow as the link of all workers together may be."""
+"""Least rate of the link that all workers share."""
 UNPROVEN_CONNECTIONS = 8
-"""At most so many connections share a link of which it is not known that it carries more (`governor`)."""
+"""Most connections on a link until it has shown that it carries more (`governor`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class UploadOptions:
 
     @property
     def shared_bytes_per_second(self) -> int:
-        """Return how fast dumps, and modules, may each be sent while both are; 0 for as fast as they can."""
+        """Return the rate of dumps, and that of modules, while both are sent; 0 for no limit."""
         return -(-self.max_upload_bytes_per_second // 2)
 
     @property

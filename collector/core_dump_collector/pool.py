@@ -1,8 +1,8 @@
-"""Owns the worker processes: start, submit, kill one that hangs, replace one that died, allow what each may send.
+"""Owns the worker processes: start, submit, kill one that hangs, replace one that died, update the allowances.
 
-A worker has several small jobs in hand at the same time and one that may be large. Each has a place, so it is known
-which worker has which job: the end of a worker costs the others nothing. A job of a worker that ended comes back as a
-retry, once the process is gone, so that no file is ever with two workers.
+A worker has several small jobs in hand at the same time and one that may be large. Each job has a place at one worker,
+so the end of a worker costs the others nothing. A job of a worker that ended comes back as a retry, once the process
+is gone, so that no file is ever with two workers.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Pool:
         return results
 
     def tick(self, now: float) -> None:
-        """Allow what each worker may send; to be called when `due` says."""
+        """Update the allowance of each worker; to be called when `due` has come."""
         self._allowance.take(self._workers.values(), now)
 
     def share_rate(self, *, shared: bool) -> None:

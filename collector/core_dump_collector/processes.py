@@ -1,4 +1,4 @@
-"""Owns what the daemon's worker processes use: CPU time and memory, from /proc (proc_pid_stat(5))."""
+"""Owns the CPU time and the memory of the worker processes, as /proc shows them (proc_pid_stat(5))."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _UTIME, _STIME, _RSS = 11, 12, 21
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What all living workers use together."""
+    """CPU time and memory of all workers together."""
 
     processes: int = 0
     resident_bytes: int = 0
     cpu_seconds: float = 0.0
-    """Since the daemon's start, also of workers that have ended, up to the last look at them."""
+    """Since the daemon's start; includes workers that have ended, up to the last measurement of each."""
 
 
 @dataclass(slots=True)
 class Workers:
-    """Adds up what workers use, whichever come and go."""
+    """Adds up the use of all workers, also of those that have ended."""
 
     _last: dict[int, float] = field(default_factory=dict)
     _ended_seconds: float = 0.0
 
     def measure(self) -> Usage:
-        """Look at every living worker."""
+        """Measure every living worker."""
         now: dict[int, float] = {}
         resident = 0
         for worker in multiprocessing.active_children():

@@ -1,6 +1,6 @@
-"""Owns what a worker process does: take jobs from its channel, work on several at a time, send results back.
+"""Owns the loop of a worker process: take jobs from its channel, work on several at a time, send results back.
 
-The channel keeps the borders of messages (unix(7), SOCK_SEQPACKET), so a message is there whole or not at all, even if
+The channel keeps the borders of messages (unix(7), SOCK_SEQPACKET), so a message arrives whole or not at all, even if
 its sender is killed or stopped. It ends with the daemon, and the worker with it: an orphan must not go on uploading.
 """
 

@@ -171,7 +171,7 @@ class Worker:
         return min(LEAST_PART_BYTES, most) if self._flow.wants_small_parts else most
 
     def _fingerprint(self, dump: DumpFile, facts: Facts) -> dict[str, str | int]:
-        """Return the fingerprint's fields; none if they are not wanted, or neither attributes nor core contain them."""
+        """Return the fingerprint's fields; none if the setting is off, or neither attributes nor core contain them."""
         if not self._options.fingerprint:
             return {}
         try:

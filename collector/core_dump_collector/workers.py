@@ -59,7 +59,7 @@ class Task:
     """Monotonic seconds."""
     deadline: float
     overdue: bool = False
-    """It did not end in time, or made no progress for too long."""
+    """The job did not end in time, or made no progress for too long."""
 
 
 class WorkerProcess:
@@ -100,7 +100,7 @@ class WorkerProcess:
         """Hand it a job.
 
         Raises:
-            OSError: it is dead, or it takes nothing.
+            OSError: it is dead, or its channel is full.
         """
         place = HEAVY if heavy else next(n for n in range(HEAVY) if n not in self.tasks)
         self.channel.send(pickle.dumps((place, task.job)))

@@ -1,4 +1,4 @@
-"""What each worker may send at the moment."""
+"""The allowance of each worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker sends at once, and how fast, is what the daemon allows at that moment."""
+"""A worker sends as much at once, and as fast, as the daemon allows at that moment."""
 
 from __future__ import annotations
 

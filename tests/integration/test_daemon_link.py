@@ -1,4 +1,4 @@
-"""What all workers together send at once, and how fast."""
+"""Connections and rate of all workers together."""
 
 from __future__ import annotations
 

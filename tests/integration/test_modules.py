@@ -372,9 +372,7 @@ def ignores(pid, number):
     return bool(int(ignored, 16) >> (number - 1) & 1)
 
 
-def test_module_that_waits_at_the_start_costs_workers_nothing_of_their_preparation(
-    seaweed, bucket, watch_dir, tmp_path
-):
+def test_workers_are_prepared_although_a_module_waits_at_the_start(seaweed, bucket, watch_dir, tmp_path):
     put_module(watch_dir, LIBRARY)
     late = MODULES | {"MODULE_DELAY_SECONDS": "3600"}
     with running(watch_dir, seaweed.environ() | late, tmp_path) as collector:

@@ -1,4 +1,4 @@
-"""Owns the memory that this process may use: the limit of its control group, and how much of it is in use.
+"""Owns the memory limit of this process, which is its control group's, and the share of it in use.
 
 The limit is the least of the group's own and those above it, in either version of control groups (docs.kernel.org,
 "Control Group v2", "Memory Resource Controller"). Page cache that the kernel can drop counts as free.
@@ -21,7 +21,7 @@ _MOST_LEVELS = 32
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """A limit, and where its use is read."""
+    """A limit, and the files that tell how much of it is in use."""
 
     limit_bytes: int
     _usage_file: str
@@ -45,7 +45,7 @@ class MemoryLimit:
 
 
 def find_limit(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> MemoryLimit | None:
-    """Return the tightest limit of this process's control groups; None if there is none or nothing tells."""
+    """Return the tightest limit of this process's control groups; None if there is none or it cannot be read."""
     found = [limit for limit in _limits(root, own) if 0 < limit.limit_bytes < _NO_LIMIT_BYTES]
     return min(found, key=lambda limit: limit.limit_bytes, default=None)
 

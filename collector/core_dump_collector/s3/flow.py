@@ -1,9 +1,9 @@
-"""Owns how much a worker sends at once and how fast: as the daemon allows it, from one moment to the next.
+"""Owns the number of requests that a worker makes at once, and their rate: both follow the daemon's allowance.
 
 A request holds a permit. The daemon raises and lowers the number of permits while requests are under way; those that
-have one keep it. A thread that sends a part takes its permit before it reads the part, so that not more parts want to
-be in the page cache than are sent. Parts of a large dump leave half of the permits to small dumps that wait. Threads
-tell here that their job makes progress, and how far it has come.
+have one keep it. A thread that sends a part takes its permit before it reads the part, so that only parts that are
+being sent need the page cache. Parts of a large dump leave half of the permits to small dumps that wait. Threads report
+the progress of their job here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 0.05
 """How often a waiting thread looks at what the daemon allows now."""
 LONGEST_TURN_SECONDS = 5.0
-"""For so long a request waits for one that goes alone."""
+"""Longest time that a request waits for one that goes alone."""
 SLICE_SECONDS = 0.25
 """Bytes are sent in slices of at most so long where a rate is set."""
 SLICE_BYTES = 256 * 1024
@@ -36,8 +36,8 @@ _PLACE: ContextVar[int] = ContextVar("place", default=HEAVY)
 class FirstAlone:
     """Lets requests go one at a time until one has succeeded.
 
-    What the first response teaches, the bucket's region and where a redirect leads, all others then know. No request
-    waits long for that: behind one another, requests to a store that hangs would cost jobs all the time that they have.
+    The first response shows the bucket's region and the target of a redirect; all later requests then use them. No
+    request waits long for that: if requests to a store that hangs went one after another, jobs would run out of time.
     """
 
     def __init__(self, flow: Flow) -> None:
@@ -61,7 +61,7 @@ class FirstAlone:
                 self._lock.release()
 
     def _wait_for_turn(self) -> bool:
-        """Return True once the request may go alone, False if it may go beside others."""
+        """Return True once the request may go alone, False if it may go while others are under way."""
         until = time.monotonic() + LONGEST_TURN_SECONDS
         while not self._succeeded and not self._flow.has_permit and time.monotonic() < until:
             if self._lock.acquire(timeout=LOOK_SECONDS):
@@ -97,7 +97,7 @@ class Flow:
 
     @property
     def share(self) -> float:
-        """Return how much of its share of the slowest link a connection gets: 1 unless it has more sharers."""
+        """Return the factor for the least rate of a connection: 1, or less if more connections share the link."""
         return UNPROVEN_CONNECTIONS / max(UNPROVEN_CONNECTIONS, self._seat.sharers)
 
     @contextlib.contextmanager
@@ -116,7 +116,7 @@ class Flow:
         return _PLACE.get()
 
     def beat(self, place: int | None = None) -> None:
-        """Note that a job makes progress; this thread's if no place is given."""
+        """Note progress of a job, of this thread's if no place is given."""
         self._seat.beat(_PLACE.get() if place is None else place)
 
     @property
@@ -170,7 +170,7 @@ class Flow:
         return self._seat.active < connections
 
     def slices(self, data: bytes | memoryview) -> Iterator[memoryview]:
-        """Yield what is to be sent in slices, each when the rate allows it."""
+        """Yield the data in slices, each when the rate allows it."""
         view, at = memoryview(data).cast("B"), 0
         while at < len(view):
             rate = self._seat.bytes_per_second

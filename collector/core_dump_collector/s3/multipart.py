@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from core_dump_collector.s3.store import Store
 
 MOST_SENDERS = 16
-"""Threads that send parts of one object; how many of them send at a time is the flow's to say."""
+"""Threads that send parts of one object; the flow decides how many of them send at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Whole:
 def send_parts(
     store: Store, key: str, upload_id: str, parts: Iterator[Part], have: dict[int, Found]
 ) -> Whole:
-    """Send what the store has not, as many parts at a time as the flow permits.
+    """Send the parts that the store does not have, as many at a time as the flow permits.
 
     Raises:
         GoneError, RetryableError, PermanentError, OSError: the first failure; nothing is being sent any more.

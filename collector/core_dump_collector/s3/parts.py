@@ -1,8 +1,8 @@
 """Owns the bytes of an object, in parts: a `.gz` unchanged, a raw core through gzip, a salvaged partial repaired.
 
 A `Part` can be read several times: for the checksum, the signature and each attempt to send it. Memory stays flat: a
-part of a file is read from the file, a block at a time; of a compressed stream as many parts exist at a time as the
-flow allows buffers.
+part of a file is read from the file, a block at a time; each part of a compressed stream is in a buffer, and the flow
+limits the number of buffers.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ class GzipSource:
 
 
 class _Buffers:
-    """The buffers of one stream: made when the first parts need them, and as many as the flow allows then."""
+    """The buffers of one stream: made when parts need them, as many as the flow allows at that time."""
 
     def __init__(self, size_bytes: int, flow: Flow | None) -> None:
         self.free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
