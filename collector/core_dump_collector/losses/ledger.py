@@ -1,7 +1,7 @@
-"""Owns which crashes are losses: each is counted once, whoever tells of it. Pure; the clock is the caller's.
+"""Owns the decision which crashes are losses; each is counted once, however many sources report it. Pure, no clock.
 
-A loss that the kernel or the helper names is counted at once. A fault is a loss only if nothing explains it for a
-while: a line of the helper, a dropped dump, a refusal that was recorded, or a dump. An explanation explains one fault.
+A loss that the kernel or the helper reports is counted at once. A fault is a loss only if it stays unexplained for a
+while. A line of the helper, a dropped dump, a recorded refusal or a dump explains one fault.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from core_dump_collector.losses.messages import Event
 
 GRACE_SECONDS = 360.0
-"""After a fault: a helper may wait 300 s for a slot before it tells of the crash."""
+"""A fault waits so long for an explanation: a helper may wait 300 s for a slot before it reports the crash."""
 SLACK_SECONDS = 10.0
-"""Between two accounts of one crash, whose times come from different clocks."""
+"""Two reports of one crash may differ by so much: their times come from different clocks."""
 SUPPRESSED_SECONDS = 2.0
-"""After the number of suppressed lines the kernel prints the line that it suppressed before."""
+"""After the number of suppressed lines the kernel prints a line of the same kind within this time."""
 _MOST = 4000
 MOST_JUDGED = 500
-"""Faults in one call: more wait for the next, so that the loop goes on after a log full of faults was read."""
+"""Most faults that one call judges; the rest wait for the next, so that many faults do not stall the loop."""
 _NOT_IN_NAME = re.compile(rb"[^A-Za-z0-9._+-]")
 
 
@@ -45,7 +45,7 @@ class Kind(StrEnum):
     KERNEL = "kernel"
     HELPER = "helper"
     NO_TRACE = "no_trace"
-    """A process died of a fault, and nobody tells of a dump."""
+    """A process died of a fault, and nothing reports a dump."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +58,22 @@ class Loss:
     """Unix time."""
     comm: bytes = b""
     pid: int = 0
-    """0 if it is not known; in the process's own namespace where the kernel tells of it."""
+    """0 if unknown; in the process's own namespace if the kernel reported it."""
     signal: int = 0
     number: int = 1
 
 
 @dataclass(slots=True)
 class Explanation:
-    """Something that explains faults: from when to when, and of which process, as far as known."""
+    """Explains faults of a period, and of one process as far as it is known."""
 
     first: float
     last: float
     comm: bytes | None = None
-    """As a file's name holds it; None for any."""
+    """As in the name of a dump; None for any."""
     pid: int = 0
     signal: int = 0
     number: int = 1
-    is_dump: bool = False
-    """A dump of this crash was seen."""
 
 
 @dataclass(slots=True)
@@ -86,23 +84,25 @@ class Ledger:
     _faults: deque[tuple[float, Fault]] = field(default_factory=deque)
     _explanations: deque[Explanation] = field(default_factory=deque)
     _told: set[int] = field(default_factory=set)
-    """Processes of which the helper has told, as far as their explanations are kept."""
+    """Processes that the helper has reported, while their explanations are kept."""
+    _undumped: dict[int, Explanation] = field(default_factory=dict)
+    """Explanations of those processes whose dump was not seen yet, oldest first."""
     _waiting: Counter[int] = field(default_factory=Counter)
-    """Threads of the faults that wait."""
+    """Threads of the waiting faults."""
     _uncounting: dict[int, float] = field(default_factory=dict)
     """Helpers that said that they cannot record refusals, by pid."""
     _suppressed: tuple[float, int] | None = None
     _last_drop: float = 0.0
     _without_trace: deque[float] = field(default_factory=lambda: deque(maxlen=_MOST))
-    """Times of faults that were counted, in case the kernel tells of them later as a number."""
+    """Times of faults that were counted, in case the kernel counts them later among suppressed lines."""
 
     @property
     def oldest_fault(self) -> float | None:
-        """Return the time of the oldest fault that was not judged yet."""
+        """Return the time of the oldest fault that waits."""
         return self._faults[0][0] if self._faults else None
 
     def add(self, event: Event, seconds: float) -> list[Loss]:
-        """Take an event of the kernel log, in its order; return what is lost at once."""
+        """Process an event of the kernel log, in its order; return the losses that are certain at once."""
         match event:
             case Fault():
                 self._faults.append((seconds, event))
@@ -129,24 +129,24 @@ class Ledger:
         return []
 
     def explain_by_dump(self, comm: bytes, timestamp: int, signal: int) -> None:
-        """Note a dump that exists or is stored, by what its name says."""
+        """Note a dump that exists or is stored, by the fields of its name."""
         comm = name_form(comm)
-        for told in self._explanations:
-            same = told.pid and not told.is_dump and (told.comm, told.signal) == (comm, signal)
+        for told in self._undumped.values():
+            same = (told.comm, told.signal) == (comm, signal)
             if same and told.first <= timestamp <= told.last + SLACK_SECONDS:
-                told.is_dump = True  # the helper has told of this crash: one explanation is enough
+                del self._undumped[told.pid]  # the helper has reported this crash: one explanation is enough
                 return
         first, last = timestamp - SLACK_SECONDS, timestamp + SLACK_SECONDS
-        self._explain(Explanation(first, last, comm, signal=signal, is_dump=True))
+        self._explain(Explanation(first, last, comm, signal=signal))
 
     def explain_by_record(self, first: float, last: float, signal: int, number: int) -> None:
-        """Note refusals that the helper has recorded between two times; the record does not name the thread."""
+        """Note refusals that the helper recorded in a period; a record does not name the thread."""
         self._explain(
             Explanation(first - SLACK_SECONDS, last + SLACK_SECONDS, None, signal=signal, number=number)
         )
 
     def settle(self, now: float) -> list[Loss]:
-        """Return the faults that nothing has explained in time, and suppressed lines that nothing has named."""
+        """Return the faults that were not explained in time, and suppressed lines whose reason nothing names."""
         lost: list[Loss] = []
         if self._suppressed is not None and now - self._suppressed[0] > SUPPRESSED_SECONDS:
             lost += self._name_suppressed(Drop.UNNAMED)
@@ -171,11 +171,11 @@ class Ledger:
         return bool(self._faults) and (too_many or now - self._faults[0][0] >= self.grace_seconds)
 
     def may_explain(self, timestamp: int) -> bool:
-        """Tell whether a dump of this time can explain a fault that waits."""
+        """Tell whether a dump of this time can explain a waiting fault."""
         return bool(self._faults) and timestamp >= self._faults[0][0] - SLACK_SECONDS - 1
 
     def must_look_for_dumps(self, now: float) -> bool:
-        """Tell whether a fault is about to be judged of whose process the helper has told nothing."""
+        """Tell whether a fault is due whose process the helper has not reported."""
         return any(
             now - at >= self.grace_seconds and fault.tid not in self._told for at, fault in self._faults
         )
@@ -189,7 +189,7 @@ class Ledger:
         return lost
 
     def _name_suppressed(self, reason: Drop) -> list[Loss]:
-        """Return the losses whose lines the kernel has suppressed, without those that were counted as faults."""
+        """Return the losses whose lines the kernel suppressed, except those that were counted as faults."""
         if self._suppressed is None:
             return []
         seconds, number = self._suppressed
@@ -211,6 +211,7 @@ class Ledger:
         self._explanations.append(explanation)
         if explanation.pid:
             self._told.add(explanation.pid)
+            self._undumped[explanation.pid] = explanation
 
     def _stop_waiting(self, tid: int) -> None:
         self._waiting[tid] -= 1
@@ -218,7 +219,9 @@ class Ledger:
             del self._waiting[tid]
 
     def _forget_oldest(self) -> None:
-        self._told.discard(self._explanations.popleft().pid)
+        pid = self._explanations.popleft().pid
+        self._told.discard(pid)
+        self._undumped.pop(pid, None)
 
     def _use_explanation(self, fault: Fault, seconds: float) -> bool:
         found = self._find(fault, seconds)
@@ -242,6 +245,6 @@ class Ledger:
 
 
 def name_form(comm: bytes) -> bytes:
-    """Return a thread's name as the name of a dump holds it (docs/contracts.md)."""
+    """Return the name of a thread as it is in the name of a dump (docs/contracts.md)."""
     clean = _NOT_IN_NAME.sub(b"_", comm) or b"_"
     return b"_" + clean[1:] if clean[:1] in {b"-", b"."} else clean
