@@ -30,6 +30,10 @@ class Outcome(StrEnum):
     """Failed for a reason that can pass; the file is still on disk."""
 
 
+STORED_OUTCOMES = frozenset({Outcome.UPLOADED, Outcome.ALREADY_STORED})
+"""The bucket has the dump."""
+
+
 class RetryReason(StrEnum):
     """Why an upload will be tried again; bounded, so it can be a metric label."""
 

@@ -18,7 +18,7 @@ from prometheus_client import (
 )
 
 from core_dump_collector import __version__
-from core_dump_collector.jobs import Outcome, RetryReason, UploadResult
+from core_dump_collector.jobs import STORED_OUTCOMES, Outcome, RetryReason, UploadResult
 from core_dump_collector.losses.counters import LossMetrics
 from core_dump_collector.losses.messages import REFUSALS
 from core_dump_collector.moduleevents import DROPPED, STORED
@@ -36,7 +36,6 @@ _LATENCY_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 6 * 3600, 86400, 7 * 86400)
 _BYTES = tuple(float(4**n * 1024) for n in range(13))
 """1 KiB to 16 GiB."""
 _SIGNALS = {int(s): s.name for s in signals.Signals}
-_STORED = frozenset({Outcome.UPLOADED, Outcome.ALREADY_STORED})
 _UPLOADS = (Outcome.UPLOADED, Outcome.ALREADY_STORED, Outcome.QUARANTINED)
 _ENDS = {
     Outcome.UPLOADED: "stored",
@@ -56,6 +55,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._shown_store: tuple[bool, str] | None = None
         self._shown_helper: tuple[str, str] | None = None
+        self._was_ours = False
         self._add_uploads(self.registry)
         self._add_store(self.registry)
         self._add_dumps(self.registry)
@@ -267,7 +267,7 @@ class Metrics:
             self.losses.see(_ENDS[result.outcome])
         if result.retry_reason is not None:
             self.retries.labels(result.retry_reason).inc()
-        if result.outcome not in _STORED:
+        if result.outcome not in STORED_OUTCOMES:
             return
         now = time.time()
         self.last_success.set(now)
@@ -294,26 +294,27 @@ class Metrics:
         self.size_bytes.set(status.f_blocks * status.f_frsize)
 
     def observe_pattern(self, *, ours: bool) -> bool:
-        """Show whether a crash leads to the directory; count and return true if it did so at the last look."""
-        taken = not ours and bool(self.pattern_ours._value.get())  # noqa: SLF001  the only reader there is
+        """Show whether a crash leads to the directory; count a pattern that was ours until now, and return True."""
+        taken = self._was_ours and not ours
+        self._was_ours = ours
         self.pattern_ours.set(int(ours))
         self.pattern_taken.inc(int(taken))
         return taken
 
     def observe_quarantine(self, files: int, size_bytes: int) -> None:
-        """Show what lies in quarantine/."""
+        """Show number and size of the files in quarantine/."""
         self.quarantined.set(files)
         self.quarantined_bytes.set(size_bytes)
 
     def observe_helper(self, version: str, config: str) -> None:
-        """Show what is known of the helper: one sample."""
+        """Show release and configuration of the helper, in one sample."""
         if (version, config) != self._shown_helper:
             self._shown_helper = (version, config)
             self.helper_info.clear()
             self.helper_info.labels(version, config).set(1)
 
     def observe_workers(self, usage: Usage) -> None:
-        """Show what the workers use."""
+        """Show CPU time and memory of the workers."""
         self.workers.set(usage.processes)
         self.workers_resident.set(usage.resident_bytes)
         raise_to(self.workers_cpu, usage.cpu_seconds)

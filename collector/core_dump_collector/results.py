@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from core_dump_collector.jobs import Outcome, ProbeResult, RecordResult, SalvageResult
+from core_dump_collector.jobs import STORED_OUTCOMES, Outcome, ProbeResult, RecordResult, SalvageResult
 from core_dump_collector.landing import MOST_DUMPS, Recent
 from core_dump_collector.node.installed import VERSION
 
@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 _MOST_REFUSED = 1000
-_GOOD = frozenset({Outcome.UPLOADED, Outcome.ALREADY_STORED})
-_EXPLAINING = _GOOD | {Outcome.QUARANTINED, Outcome.DISCARDED}
-"""There was a dump: its crash is counted by what became of that."""
-_SHOWN = _GOOD | {Outcome.QUARANTINED, Outcome.DISCARDED, Outcome.REFUSED, Outcome.RETRY}
+_EXPLAINING = STORED_OUTCOMES | {Outcome.QUARANTINED, Outcome.DISCARDED}
+"""There was a dump: its crash is counted by the dump's outcome."""
+_SHOWN = _EXPLAINING | {Outcome.REFUSED, Outcome.RETRY}
 
 
 @dataclass(slots=True)
@@ -71,7 +70,7 @@ class Results:
             log.error("a result for a file that was not being uploaded", file=result.name)
 
     def measure_refused(self) -> int:
-        """Return the bytes of the files that were refused and are still there."""
+        """Return the size of the files that were refused and still exist."""
         for name in list(self._refused):
             self._note_refused(name)
         return sum(self._refused.values())
@@ -86,7 +85,7 @@ class Results:
             self._refused.popitem(last=False)
 
     def _remember(self, result: UploadResult) -> None:
-        """Keep what the page at `/` and the gauges show of a result."""
+        """Keep the parts of a result that the page at `/` and the gauges show."""
         if result.outcome is Outcome.REFUSED:
             self._note_refused(result.name)
         if VERSION.fullmatch(result.helper_version):
@@ -97,7 +96,7 @@ class Results:
                 shown = f"waits: {result.retry_reason}"
             elif result.truncated:
                 shown = f"{shown}, truncated ({result.truncated})"
-            recent = Recent(result.name, shown, time.time(), result.outcome in _GOOD)
+            recent = Recent(result.name, shown, time.time(), result.outcome in STORED_OUTCOMES)
             others = (one for one in self.recent if one.name != result.name)
             self.recent = (recent, *others)[:MOST_DUMPS]
 

@@ -1,4 +1,4 @@
-"""Owns the metrics of losses. They exist only while the kernel log is watched: where nobody looks, there is no zero."""
+"""Owns the metrics of losses. They are exposed only while the kernel log is watched: without it, a zero is wrong."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 OUTCOMES = ("stored", "refused", "kernel", "helper", "no_trace", "quarantined", "discarded")
-"""What became of a crash; the sum over all is the number of crashes that were seen."""
+"""How a crash ended; the sum over all is the number of crashes that were seen."""
 
 
 class LossMetrics:
-    """What the kernel log tells, as metrics."""
+    """The metrics of the kernel log."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        """Create all of them; only the first is shown before the log is watched."""
+        """Create all of them; only the first is exposed before the log is watched."""
         self._registry = registry
+        self.is_watching = False
+        """The metrics of losses are exposed."""
         self.watched = Gauge(
             "core_dump_kernel_log_watched",
             "1 while the kernel log is read; 0 if it is not, and then the metrics of losses are absent.",
@@ -75,15 +77,11 @@ class LossMetrics:
             registry=None,
         )
 
-    @property
-    def is_watching(self) -> bool:
-        """Tell whether the metrics of losses are shown."""
-        return bool(self.watched._value.get())  # noqa: SLF001  the only reader there is
-
     def watch(self, *, on: bool) -> None:
-        """Show the metrics of losses, or hide them."""
+        """Expose the metrics of losses, or hide them."""
         if on == self.is_watching:
             return
+        self.is_watching = on
         self.watched.set(int(on))
         for metric in self._shown:
             if on:
@@ -92,7 +90,7 @@ class LossMetrics:
                 self._registry.unregister(metric)
 
     def see(self, outcome: str, number: int = 1) -> None:
-        """Count crashes whose end is known."""
+        """Count crashes by their outcome."""
         if self.is_watching:
             self.crashes_seen.labels(outcome).inc(number)
 
