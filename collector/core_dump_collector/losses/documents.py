@@ -1,6 +1,6 @@
-"""Owns the records of losses in the bucket: like those of the helper's refusals, with the process's name and pid.
+"""Owns the records of losses in the bucket; they resemble records of refused dumps and have the thread's name and pid.
 
-The first loss of a process's name is stored at once, further ones of a window as one record at its end.
+The first loss of a name is stored at once; further ones of the same window become one record at its end.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from core_dump_collector.losses.ledger import Loss
 
 PREFIX = ".kernel-log/"
-"""Keeps the names apart from every file's, and from the helper's records."""
+"""Distinguishes the names from those of files and of the helper's records."""
 WINDOW_SECONDS = 600.0
 MOST_WINDOWS = 200
-"""At one time; more names share one for each reason, so that names chosen at random fill no bucket."""
+"""Most windows at one time. Further names share one window for each reason, so random names cannot fill a bucket."""
 MOST_WAITING = 1000
-"""Records that wait for the store."""
+"""Most records that wait for the store."""
 PAUSE_SECONDS = 60.0
-"""After a record that could not be stored."""
+"""Pause after a record that could not be stored."""
 _MOST_TEXT = 100
 
 
@@ -39,10 +39,10 @@ class _Window:
 
 
 class LossDocuments:
-    """The records that have to be stored."""
+    """The records that wait for the store."""
 
     def __init__(self, boot_id: str) -> None:
-        """Begin without any."""
+        """Start without records."""
         self._boot_id = boot_id
         self._windows: dict[tuple[str, str, bytes, int], _Window] = {}
         self._ready: dict[str, tuple[Document, int]] = {}
@@ -50,7 +50,7 @@ class LossDocuments:
         self._due = 0.0
 
     def add(self, loss: Loss, microseconds: int) -> None:
-        """Take a loss; `microseconds` is its time on the kernel's clock, which makes the record's name."""
+        """Add a loss; `microseconds` is its time on the kernel's clock, from which the record's name is derived."""
         key = (loss.kind, loss.reason, loss.comm, loss.signal)
         if key not in self._windows and len(self._windows) >= MOST_WINDOWS:
             key = (loss.kind, loss.reason, b"*", 0)
@@ -109,7 +109,7 @@ class LossDocuments:
 
     def _store(self, loss: Loss, microseconds: int, number: int, last: float) -> None:
         if len(self._ready) >= MOST_WAITING:
-            return  # the store takes nothing; they are counted, and read again from the log at the next start
+            return  # the store takes nothing; these losses are counted, and read again from the log at the next start
         seed = f"{self._boot_id} {loss.kind} {loss.reason} {loss.comm!r} {loss.pid} {microseconds}"
         name = hashlib.sha256(seed.encode()).hexdigest()[:24]
         first = max(0, int(loss.seconds))

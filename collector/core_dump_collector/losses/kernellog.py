@@ -1,6 +1,6 @@
-"""Owns reading the kernel log: its two interfaces, their bounds and the records that were lost before they were read.
+"""Owns reading the kernel log: its two interfaces, their limits, and the number of records lost before they were read.
 
-`/dev/kmsg` numbers its records and escapes what is in them, so that none can look like two; it is used where it can be
+`/dev/kmsg` numbers its records and escapes their text, so that none can look like two; it is used where it can be
 opened. In a container, and in the unit, only syslog(2) is left. Both take CAP_SYSLOG where `kernel.dmesg_restrict` is
 1. syslog(2) prints a record that contains a newline as several lines, which have the same time; they are joined again.
 """
@@ -17,7 +17,7 @@ from typing import Protocol
 DEVICE = "/dev/kmsg"
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 MOST_LINES = 5000
-"""Of one reading: more wait in the kernel's buffer, or are overwritten there and counted as lost."""
+"""Most records of one reading. More wait in the kernel's buffer, or are overwritten there and counted as lost."""
 _MOST_RECORD_BYTES = 16384
 """The kernel needs 8,192 for any record (CONSOLE_EXT_LOG_MAX, PRINTK_MESSAGE_MAX)."""
 _MOST_BUFFER_BYTES = 16 << 20
@@ -30,7 +30,7 @@ class Line:
     """One record of the kernel log."""
 
     microseconds: int
-    """Of the kernel's clock, which starts with the system."""
+    """On the kernel's clock, which starts with the system."""
     facility: int
     text: bytes
     sequence: int = -1
@@ -39,7 +39,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one reading found."""
+    """The result of one reading."""
 
     lines: tuple[Line, ...] = ()
     lost: int = 0
@@ -55,7 +55,7 @@ class Reader(Protocol):
         """Return at most MOST_LINES of them without waiting; raises OSError."""
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the log."""
 
 
 def open_reader(device: str = DEVICE) -> Reader:
@@ -127,7 +127,7 @@ class DeviceReader:
 
 
 class SyscallReader:
-    """Reads the whole buffer with syslog(2) and returns what is newer than at the last reading."""
+    """Reads the whole buffer with syslog(2) and returns the records that came after the last reading."""
 
     name = "syslog(2)"
     _PREFIX = re.compile(rb"<(\d{1,5})>\[ *(\d{1,12})\.(\d{6})\](?:\[ *[TC]\d+\])? ")
@@ -174,7 +174,7 @@ class SyscallReader:
 
     @classmethod
     def split(cls, text: bytes) -> list[Line]:
-        """Return the records of what READ_ALL returns; the first one may be cut, and is left out then."""
+        """Return the records in the text of READ_ALL; the first one is left out if it is cut."""
         records: list[tuple[bytes, Line]] = []
         for line in text.split(b"\n"):
             prefix = cls._PREFIX.match(line)

@@ -1,6 +1,6 @@
 """Owns the meaning of one line of the kernel log. Pure.
 
-Whoever crashes chooses parts of these lines: the name of a thread (15 bytes) and the name of a file. Every pattern
+The crashed process chooses parts of these lines: the name of a thread (15 bytes) and the name of a file. Every pattern
 therefore covers the whole line, and a name is at most 15 bytes long. Lines of the kernel have facility 0, which no
 other writer can use (devkmsg_write in kernel/printk/printk.c); lines of the helper have facility 3.
 
@@ -11,7 +11,7 @@ arch/x86/kernel/traps.c; arm64_show_signal in arch/arm64/kernel/traps.c; __oom_k
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ class Drop(StrEnum):
     HELPER_MISSING = "helper_missing"
     """The program that the pattern names does not exist."""
     HELPER_NOT_STARTED = "helper_not_started"
-    """It could not be executed, or this process cannot see the node's files and therefore not tell why."""
+    """It could not be executed, or it is missing and this process cannot see the node's files."""
     NO_LISTENER = "no_listener"
     SOCKET_MISSING = "socket_missing"
     SOCKET_SYMLINK = "socket_symlink"
@@ -54,9 +54,9 @@ REFUSALS = (
     *("rate_limit", "keep_free", "max_total_bytes", "inodes", "disk_full", "no_slot"),
     *("directory", "rlimit", "ignored_signal", "rule"),
 )
-"""Why the helper refuses a dump, and records that (docs/contracts.md)."""
+"""Reasons for which the helper refuses a dump; it records the refusal (docs/contracts.md)."""
 HELPER_FAILURES = (*REFUSALS, "nothing_read", "killed", "not_started", "memory", "error")
-"""Why the helper left neither a dump nor a record; a refusal is among them if it could not be recorded."""
+"""Reasons for which there is neither a dump nor a record; a refusal counts here if it could not be recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,12 @@ class Dropped:
     comm: bytes = b""
     pid: int = 0
     program: bytes = b""
-    """Of the pattern, where the kernel could not start it."""
+    """Program in the pattern that the kernel could not start."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault killed a process; whether a dump was made is in other lines, if anywhere."""
+    """A fault killed a process; only other lines can tell whether a dump was made."""
 
     comm: bytes
     tid: int
@@ -100,7 +100,7 @@ class Suppressed:
 
 @dataclass(frozen=True, slots=True)
 class HelperTold:
-    """The helper knows of a crash: it dumps it, or has refused and recorded it."""
+    """The helper has reported a crash: it dumps it, or it keeps what it wrote as a partial dump."""
 
     comm: bytes
     pid: int
@@ -142,7 +142,7 @@ Event = (
 
 
 def parse(facility: int, text: bytes) -> Event | None:
-    """Return what a line tells; None if it tells nothing of a crash.
+    """Return the event that a line reports; None if it is not about crashes.
 
     Args:
         facility: of its writer.
@@ -185,8 +185,8 @@ def _unescape(name: bytes) -> bytes:
     return _ESCAPE.sub(plain, name)
 
 
-def _drop(reason: Drop) -> Callable[[re.Match[bytes]], Event | None]:
-    def build(match: re.Match[bytes]) -> Event | None:
+def _drop(reason: Drop) -> Callable[[re.Match[bytes]], Dropped | None]:
+    def build(match: re.Match[bytes]) -> Dropped | None:
         comm = _unescape(match[2])
         return Dropped(reason, comm, int(match[1])) if len(comm) <= MOST_COMM_BYTES else None
 
@@ -194,11 +194,8 @@ def _drop(reason: Drop) -> Callable[[re.Match[bytes]], Event | None]:
 
 
 def _drop_unstarted(match: re.Match[bytes]) -> Event | None:
-    pid, _comm, pattern = match.groups()
     event = _drop(Drop.HELPER_NOT_STARTED)(match)
-    if not isinstance(event, Dropped):
-        return None
-    return Dropped(event.reason, event.comm, int(pid), pattern.split(b" ", 1)[0])
+    return event and replace(event, program=match[3].split(b" ", 1)[0])
 
 
 def _drop_at_socket(match: re.Match[bytes]) -> Event | None:
@@ -307,7 +304,7 @@ def _plain(match: re.Match[bytes]) -> bytes:
 
 
 def _judge(helper: int, why: bytes, comm: bytes, pid: int, signal: int) -> Event:
-    """Tell what becomes of a crash by the helper's reason for making no dump; empty if it makes one."""
+    """Return the event for the helper's reason for making no dump; the reason is empty if it makes one."""
     word = why.partition(b":")[0].decode("ascii", "replace")
     if word in REFUSALS:
         return HelperRefused(helper, word, comm, pid, signal)

@@ -1,9 +1,9 @@
-"""Owns how far the kernel log was read, kept in an extended attribute of the watch directory.
+"""Owns the position in the kernel log, which is saved in an extended attribute of the watch directory.
 
 A thread of its own saves it, so that a file system that hangs does not stop the loop.
 
-An attribute is replaced whole, needs no file among the dumps, and goes where the dumps go. Where the file system has
-none, a restarted collector begins at the end of the log.
+An attribute is replaced atomically, needs no file among the dumps, and moves with the directory. On a file system
+without attributes, a restarted collector begins at the end of the log.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ class Position:
     sequence: int = -1
     """Number of the last record that was read; -1 if unknown."""
     needed: int = 0
-    """Everything up to here is done with: counted, and stored where it is stored."""
+    """Records up to here are not needed again: their losses are counted, and stored where losses are stored."""
     read: int = 0
     """Losses up to here are counted."""
     judged: int = 0
-    """Faults up to here are counted, or explained."""
+    """Faults up to here are counted or explained."""
 
     def is_possible(self, now: int) -> bool:
-        """Tell whether a collector can have saved this before a time of the same boot."""
+        """Tell whether a collector can have saved this position before `now`, a time of the same boot."""
         return self.needed <= self.read <= now and self.judged <= now
 
 
 def load(directory: str) -> Position | None:
-    """Return the position that an earlier collector saved; None if there is none, or if others can have forged it."""
+    """Return the position that an earlier collector saved; None if there is none or another user may have forged it."""
     try:
         if not _is_ours(os.stat(directory)):
             return None
@@ -86,10 +86,10 @@ def save(directory: str, position: Position) -> bool:
 
 
 class Saver:
-    """Saves the newest position as soon as the file system takes it."""
+    """Saves the newest position in a thread, so that a slow file system delays nobody."""
 
     def __init__(self, directory: str, observer: Observer) -> None:
-        """Start no thread yet: nothing may have to be saved."""
+        """Prepare; the first position starts the thread."""
         self._directory, self._observer = directory, observer
         self._newest: Position | None = None
         self._changed = threading.Condition()
@@ -106,7 +106,7 @@ class Saver:
             self._thread.start()
 
     def end(self) -> None:
-        """Let the thread save what it has, and end; a file system that hangs is not waited for."""
+        """Let the thread save its last position and end; wait only briefly, because a file system may hang."""
         with self._changed:
             self._ending = True
             self._changed.notify()

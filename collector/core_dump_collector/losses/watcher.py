@@ -1,4 +1,4 @@
-"""Owns the watch on the kernel log: it reads, has losses judged and counts them, and remembers how far it came."""
+"""Owns the watch on the kernel log: reads new records, counts the losses among them, and saves the position."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 import time
 from collections import OrderedDict
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
@@ -32,28 +32,37 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 REOPEN_SECONDS = 60.0
-"""Between two attempts to open a log that may not be read."""
+"""Pause between two attempts to open a log that this process may not read."""
 SCRAPED_SECONDS = 65.0
-"""From the start to the first reading after another collector: a scrape must see zeros before what is made up for."""
+"""Delay of the first reading after a restart: a scrape must see zeros before earlier losses are counted."""
 SAVE_SECONDS = 60.0
-"""Between two saved positions while the log tells of no crash."""
+"""Pause between two saved positions while the log reports no crash."""
 _MOST_NAMES = 20_000
 _NAME = re.compile(rb"core-(.{0,60}?)-(\d{9,12})-\d{1,10}-(\d{1,3})(?:[-.].*)?", re.DOTALL)
-"""Of a dump, also as a `dd` or a kernel writes it, which leave the name of the thread as it is."""
+"""Matches the name of a dump. The kernel and `dd` do not escape the name of the thread."""
 _MICRO = 1_000_000
 _SLACK = 60 * _MICRO
-"""As far as the kernel's clock may be ahead of CLOCK_MONOTONIC."""
+"""The kernel's clock may be ahead of CLOCK_MONOTONIC by so much."""
+
+
+class _Crash(NamedTuple):
+    """A crash as the name of its dump describes it."""
+
+    comm: bytes
+    timestamp: int
+    """Unix seconds."""
+    signal: int
 
 
 class KernelLog:
-    """Counts what the kernel log tells of crashes without a dump.
+    """Counts the crashes without a dump that the kernel log reports.
 
     Args:
         directory: the watch directory.
         metrics: where losses are counted.
         observer: is told when the position cannot be saved.
         sees_node: whether the node's programs can be looked at.
-        open_reader: opens the log; None if it is not to be read.
+        open_reader: opens the log; None if it is not wanted.
     """
 
     def __init__(
@@ -65,12 +74,12 @@ class KernelLog:
         sees_node: bool,
         open_reader: Callable[[], Reader] | None = kernellog.open_reader,
     ) -> None:
-        """Begin where the last collector has ended; nothing is read yet."""
+        """Prepare; `follow` opens the log and reads it."""
         self._directory, self._metrics, self._sees_node = directory, metrics, sees_node
         self._open_reader = open_reader
         self._reader: Reader | None = None
         self.obstacle = "KERNEL_LOG=off" if open_reader is None else "it was not opened yet"
-        """Why the log is not read; empty if it is."""
+        """Why the log is not read; empty while it is read."""
         self._reopen_due = self._read_due = 0.0
         self._boot_id = kernellog.boot_id()
         self._ledger = Ledger(GRACE_SECONDS)
@@ -86,7 +95,7 @@ class KernelLog:
         self._saver = position.Saver(directory, observer)
 
     def follow(self, refusals: Iterable[Refusal] = ()) -> None:
-        """Read what is new, and judge it; to be called with every heartbeat.
+        """Read new records and judge them; call this at every heartbeat.
 
         Raises:
             OSError: the log or the position cannot be read or written.
@@ -101,7 +110,8 @@ class KernelLog:
         try:
             batch = self._reader.read()
         except OSError:
-            self._close_reader("it can no longer be read")
+            self._close_reader()
+            self._tell_obstacle("it can no longer be read")
             raise
         if batch.lost:
             self._metrics.lines_lost.inc(batch.lost)
@@ -130,11 +140,11 @@ class KernelLog:
         log.info("the kernel log is watched", by=reader.name)
 
     def _resume(self) -> None:
-        """Begin where the last collector has ended; at the end if there was none, at the start of a new boot."""
+        """Continue at the saved position; without one begin at the end of the log, after a reboot at its start."""
         before = position.load(self._directory)
         now = int(time.monotonic() * _MICRO)
         if before is not None and before.boot_id == self._boot_id and not before.is_possible(now + _SLACK):
-            before = None  # whoever can write to the directory must not hide losses
+            before = None  # users who can write to the directory must not hide losses
         self._read_due = time.monotonic() + (SCRAPED_SECONDS if before is not None else 0)
         if before is None:
             before = Position(self._boot_id, needed=now, read=now, judged=now)
@@ -148,14 +158,13 @@ class KernelLog:
             self.obstacle = why
             log.warning("the kernel log is not watched: losses in the kernel are not counted", why=why)
 
-    def _close_reader(self, why: str) -> None:
+    def _close_reader(self) -> None:
         if self._reader is not None:
             self._reader.close()
         self._reader = None
-        self._tell_obstacle(why)
 
     def _take(self, line: Line, now: float) -> bool:
-        """Take one record; tell whether it says anything of a crash."""
+        """Process one record; tell whether it reports a crash."""
         before = self._before
         is_later = (
             0 <= before.sequence < line.sequence
@@ -174,7 +183,7 @@ class KernelLog:
         return True
 
     def _note_gap(self, line: Line) -> None:
-        """Advance the position; count the records between the last collector's and the first one that is left."""
+        """Advance the position; count the records that were overwritten while no collector ran."""
         place = self._position
         sequence = max(place.sequence, line.sequence)
         if 0 <= place.sequence == self._before.sequence and line.sequence > place.sequence + 1:
@@ -189,8 +198,12 @@ class KernelLog:
             return min(seconds + self._offset, now)
         return min(max(seconds + self._offset, self._last_read), now)
 
+    def _kernel_time(self, seconds: float) -> int:
+        """Return a Unix time in microseconds of the kernel's clock."""
+        return int((seconds - self._offset) * _MICRO)
+
     def _refine(self, event: Event) -> Event:
-        """Tell a helper that is missing from one that cannot be executed, where the node's files are in sight."""
+        """Distinguish a missing helper from one that cannot be executed, if the node's files are visible."""
         if isinstance(event, Dropped) and event.reason is Drop.HELPER_NOT_STARTED and event.program:
             program = event.program.decode("utf-8", "surrogateescape")
             if self._sees_node and program.startswith("/") and not _is_file(program):
@@ -210,7 +223,7 @@ class KernelLog:
             for name in _names(self._directory):
                 self._note_found(name)
         for loss in self._ledger.settle(now):
-            microseconds = int((loss.seconds - self._offset) * _MICRO)
+            microseconds = self._kernel_time(loss.seconds)
             counted = loss.kind is Kind.NO_TRACE and microseconds <= self._before.judged
             self._lose(loss, microseconds, counted=counted)
             if loss.kind is Kind.NO_TRACE:
@@ -236,28 +249,31 @@ class KernelLog:
         self._ledger.explain_by_record(refusal.first, refusal.last, refusal.signal, refusal.number)
 
     def _note_found(self, name: str) -> None:
-        """Note a dump in the directory; thousands of old ones must not push out what explains new faults."""
-        named = _NAME.fullmatch(os.fsencode(name))
-        if named is not None and self._ledger.may_explain(int(named[2])):
-            self.note_dump(name)
+        """Note a dump in the directory; thousands of old ones must not displace explanations of new faults."""
+        crash = _crash_of(name)
+        if crash is not None and self._ledger.may_explain(crash.timestamp):
+            self._note(name, crash)
 
     def note_dump(self, name: str) -> None:
-        """Note a dump that exists, or is stored: its crash is no loss."""
-        named = _NAME.fullmatch(os.fsencode(name))
-        if named is not None and name not in self._noted:
+        """Note a dump that exists or is stored: its crash is no loss."""
+        crash = _crash_of(name)
+        if crash is not None:
+            self._note(name, crash)
+
+    def _note(self, name: str, crash: _Crash) -> None:
+        if name not in self._noted:
             self._noted[name] = None
             while len(self._noted) > _MOST_NAMES:
                 self._noted.popitem(last=False)
-            self._ledger.explain_by_dump(named[1], int(named[2]), int(named[3]))
+            self._ledger.explain_by_dump(*crash)
 
     def lose_partial(self, name: str) -> None:
-        """Count a partial dump that held nothing: its helper was killed before the first byte was on disk."""
-        named = _NAME.fullmatch(os.fsencode(name))
-        if named is not None and self._metrics.is_watching:
-            self.note_dump(name)
-            seconds = float(int(named[2]))
-            loss = Loss(Kind.HELPER, "killed", seconds, named[1], signal=int(named[3]))
-            self._lose(loss, max(0, int((seconds - self._offset) * _MICRO)), counted=False)
+        """Count an empty partial dump: its helper was killed before it had written a byte."""
+        crash = _crash_of(name)
+        if crash is not None and self._metrics.is_watching:
+            self._note(name, crash)
+            loss = Loss(Kind.HELPER, "killed", float(crash.timestamp), crash.comm, signal=crash.signal)
+            self._lose(loss, max(0, self._kernel_time(loss.seconds)), counted=False)
 
     # Records and the position
 
@@ -276,7 +292,7 @@ class KernelLog:
             return
         oldest = [place.read]
         fault, record = self._ledger.oldest_fault, self._documents.oldest_microseconds
-        oldest += [int((fault - self._offset) * _MICRO) - 1] if fault is not None else []
+        oldest += [self._kernel_time(fault) - 1] if fault is not None else []
         oldest += [record - 1] if record is not None else []
         needed = max(0, min(oldest))
         saved = replace(place, needed=needed)
@@ -289,9 +305,14 @@ class KernelLog:
         """Save the position, and close the log."""
         if self._reader is not None:
             self._save(at_once=True)
-            self._reader.close()
-            self._reader = None
+            self._close_reader()
         self._saver.end()
+
+
+def _crash_of(name: str) -> _Crash | None:
+    """Return the crash of a dump; None if the name is not that of a dump."""
+    match = _NAME.fullmatch(os.fsencode(name))
+    return None if match is None else _Crash(match[1], int(match[2]), int(match[3]))
 
 
 def _is_file(path: str) -> bool:
