@@ -1,7 +1,7 @@
 """Owns one pass over `.modules/`, in a process of its own: publishes lists, stores modules, removes what is too old.
 
 Dumps go through the worker pool and wait for nothing here. A module is deleted when the bucket has an object under its
-key, a list when it is published; whatever ends the pass, the next one finds the rest on disk.
+key, a list when it is published. If a pass ends early, the next one finds the rest on disk.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MOST_WAITING_BYTES = 4 << 30
-"""Modules and lists that wait. The helper has a limit of its own; this one holds whatever has filled the directory."""
+"""Most bytes of modules and lists that wait. The helper has its own limit; this one does not rely on it."""
 SETTLED_SECONDS = 60.0
 """A partial file, or a receipt without a list, is left alone for so long."""
 ORPHAN_SECONDS = 3600.0
 """A list whose dump is not in the watch directory is kept for so long."""
 MOST_FAILURES = 3
-"""So many lists, or modules, may fail in a pass before it ends."""
+"""A pass ends after so many lists, or modules, have failed."""
 _OF_THE_STORE = frozenset(RetryReason) - {RetryReason.CHECKSUM, RetryReason.UNPROVEN, RetryReason.SERVER}
-"""Failures that no other object would be spared."""
+"""Failures that every other object would meet too."""
 
 
 class Pass:
@@ -116,10 +116,10 @@ class Pass:
                 raise classify.translate(error) from error
         return self._client
 
-    # What is removed
+    # Removing
 
     def _clean(self, files: ModuleFiles, found: Contents) -> Contents:
-        """Remove what nobody will send, and return the rest."""
+        """Remove the files that nobody will send, and return the rest."""
         now = time.time()
         for file in found.partials:
             if now - file.modified_at > SETTLED_SECONDS:
@@ -129,7 +129,9 @@ class Pass:
         for dump, file in found.receipts.items():
             if now - file.modified_at > SETTLED_SECONDS and not files.expects_list(dump):
                 files.remove(file.name)
-        lists = {dump: file for dump, file in found.lists.items() if not self._is_orphan(files, dump, found)}
+        lists = {
+            dump: file for dump, file in found.lists.items() if not self._is_orphan(files, dump, found, now)
+        }
         return self._make_room(files, Contents(modules, lists, found.receipts))
 
     def _is_withheld(self, files: ModuleFiles, file: File) -> bool:
@@ -141,13 +143,13 @@ class Pass:
     def _is_outdated(self, files: ModuleFiles, file: File, now: float) -> bool:
         return now - file.modified_at > KNOWN_SECONDS and self._drop(files, file, Kind.DROPPED_AGE)
 
-    def _is_orphan(self, files: ModuleFiles, dump: str, found: Contents) -> bool:
+    def _is_orphan(self, files: ModuleFiles, dump: str, found: Contents, now: float) -> bool:
         file = found.lists[dump]
         receipt = found.receipts.get(dump)
         if receipt is not None:
-            is_old = time.time() - receipt.modified_at > KNOWN_SECONDS
+            is_old = now - receipt.modified_at > KNOWN_SECONDS
             return is_old and self._drop(files, file, Kind.LIST_DROPPED)
-        if time.time() - file.modified_at < ORPHAN_SECONDS:
+        if now - file.modified_at < ORPHAN_SECONDS:
             return False
         names = (dump, dump + PARTIAL_SUFFIX)
         if any(os.path.lexists(os.path.join(self._directory, name)) for name in names):
@@ -172,10 +174,10 @@ class Pass:
             self._report(Event(kind, file.name, file.size_bytes))
         return True
 
-    # What is sent
+    # Sending
 
     def _publish(self, files: ModuleFiles, dump: str, found: Contents) -> None:
-        """Publish the list of a dump that is stored; a list that is not one, or of another dump, is removed."""
+        """Publish the list of a stored dump; remove one that is damaged or belongs to another dump."""
         file, receipt = found.lists.get(dump), files.read_receipt(dump)
         if file is None:
             return

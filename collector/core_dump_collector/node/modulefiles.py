@@ -1,7 +1,7 @@
-"""Owns `.modules/` in the watch directory: what lies there, and the receipts that connect a list with its dump's key.
+"""Owns `.modules/` in the watch directory: its files, and the receipts that connect a list with its dump's key.
 
-The helper puts modules and lists there (docs/contracts.md, "The files behind a crash"). Only root, or this user, can
-have written to it: it is not used otherwise. Its files are opened as dumps are, without following a link.
+The helper puts modules and lists there (docs/contracts.md, "The files behind a crash"). The directory is not used
+unless only root and this user can write to it. Its files are opened as dumps are, without following a link.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from core_dump_collector.node.dumpfile import open_regular
+from core_dump_collector.node.ownership import is_private
 from core_dump_format.modules import (
     COLLECTOR_MARK,
     DIRECTORY,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 RECEIPT_SUFFIX = ".key"
 MOST_ENTRIES = 20_000
-"""Looked at in one scan; the next one sees others once some are gone."""
+"""Most entries of one scan; the next one sees others once some are gone."""
 _MOST_RECEIPT_BYTES = 4096
 _KEY = re.compile(r"[\x21-\x7e]{1,1024}")
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -49,11 +51,11 @@ class File(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What one scan has found; names that are not known are left out and left alone."""
+    """The result of one scan; unknown names are left out and left alone."""
 
     modules: list[File] = field(default_factory=list)
     lists: dict[str, File] = field(default_factory=dict)
-    """By name of the dump, as receipts."""
+    """By name of the dump, as `receipts`."""
     receipts: dict[str, File] = field(default_factory=dict)
     partials: list[File] = field(default_factory=list)
 
@@ -80,7 +82,7 @@ class ModuleFiles:
     """
 
     def __init__(self, watch_directory: str, *, create: bool = False) -> None:
-        """Open `.modules/`, and create it if that is wanted."""
+        """Open `.modules/`; create it first if `create` is set."""
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         with contextlib.ExitStack() as stack:
             parent = os.open(watch_directory, flags)
@@ -89,8 +91,7 @@ class ModuleFiles:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(DIRECTORY, 0o700, dir_fd=parent)
             self.fd = os.open(DIRECTORY, flags | os.O_NOFOLLOW, dir_fd=parent)
-        status = os.fstat(self.fd)
-        if status.st_uid not in {0, os.geteuid()} or status.st_mode & 0o077:
+        if not is_private(os.fstat(self.fd)):
             os.close(self.fd)
             raise OSError(
                 errno.EPERM, f"{DIRECTORY}/ is not this user's alone: remove it, or chown root and chmod 0700"
@@ -115,7 +116,7 @@ class ModuleFiles:
             os.close(fd)
 
     def scan(self) -> Contents:
-        """Return what is there."""
+        """Return the files that are there."""
         found = Contents()
         with os.scandir(self.fd) as entries:
             for entry in islice(entries, MOST_ENTRIES):
@@ -161,17 +162,13 @@ class ModuleFiles:
         Raises:
             OSError: it is gone, or no regular file with one name.
         """
-        if self.look(name) is None:
+        opened = open_regular(self.fd, name)
+        if opened is None:
             raise FileNotFoundError(errno.ENOENT, "not there, or no regular file", name)
-        fd = os.open(name, _FLAGS, dir_fd=self.fd)
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-            os.close(fd)
-            raise FileNotFoundError(errno.ENOENT, "not there, or no regular file", name)
-        return fd
+        return opened[0]
 
     def read(self, name: str, most_bytes: int) -> bytes:
-        """Return the content of a small file, at most so many bytes and one."""
+        """Return the content of a small file, cut after `most_bytes` + 1 bytes."""
         fd = self.open(name)
         try:
             content = b""
@@ -189,26 +186,20 @@ class ModuleFiles:
         """Delete a file; return False if its name is gone, or does not belong to the open file any more."""
         with contextlib.suppress(OSError):
             if fd is not None:
-                there, ours = os.stat(name, dir_fd=self.fd, follow_symlinks=False), os.fstat(fd)
-                if (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
+                there = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+                if not os.path.samestat(there, os.fstat(fd)):
                     return False
             os.unlink(name, dir_fd=self.fd)
             return True
         return False
 
-    def remove_abandoned(self, name: str) -> bool:
-        """Delete a partial file if its writer has ended, and so lets go of the lock."""
-        try:
+    def remove_abandoned(self, name: str) -> None:
+        """Delete a partial file if its writer has ended, which releases the lock."""
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             fd = self.open(name)
-        except OSError:
-            return False
-        try:
+            stack.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return self.remove(name, fd)
-        except OSError:
-            return False
-        finally:
-            os.close(fd)
+            self.remove(name, fd)
 
     def write_receipt(self, dump: str, receipt: Receipt) -> None:
         """Remember where a dump was stored; the file appears whole or not at all."""
@@ -225,7 +216,7 @@ class ModuleFiles:
         os.rename(name + PARTIAL_SUFFIX, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
     def read_receipt(self, dump: str) -> Receipt | None:
-        """Return where a dump was stored; None if the receipt does not say so."""
+        """Return where a dump was stored; None if there is no valid receipt."""
         try:
             content = json.loads(self.read(dump + RECEIPT_SUFFIX, _MOST_RECEIPT_BYTES))
             bucket, key = content["bucket"], content["key"]

@@ -17,6 +17,7 @@ from urllib.parse import unquote_to_bytes
 
 from core_dump_collector.jobs import Document
 from core_dump_collector.losses.messages import REFUSALS
+from core_dump_collector.node.ownership import is_private
 from core_dump_format.attributes import ATTRIBUTE_PREFIX, read_attributes
 
 if TYPE_CHECKING:
@@ -168,17 +169,13 @@ def _read_records(directory: str) -> Iterator[Record]:
         stack.callback(os.close, parent)
         state = os.open(STATE, _FLAGS | os.O_DIRECTORY, dir_fd=parent)
         stack.callback(os.close, state)
-        if not _is_private(os.fstat(state)):
+        if not is_private(os.fstat(state)):
             return
         entries = stack.enter_context(os.scandir(state))
         for entry in islice((entry for entry in entries if _NAME.fullmatch(entry.name)), MOST_RECORDS):
             record = _parse(entry.name, _read(state, entry.name))
             if record is not None:
                 yield record
-
-
-def _is_private(status: os.stat_result) -> bool:
-    return status.st_uid in {0, os.geteuid()} and not status.st_mode & 0o077
 
 
 def _read(state: int, name: str) -> bytes:
@@ -189,7 +186,7 @@ def _read(state: int, name: str) -> bytes:
     try:
         status = os.fstat(fd)
         fit = stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size <= MOST_BYTES
-        return os.read(fd, MOST_BYTES) if fit and _is_private(status) else b""
+        return os.read(fd, MOST_BYTES) if fit and is_private(status) else b""
     except OSError:
         return b""
     finally:
