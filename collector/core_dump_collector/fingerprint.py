@@ -63,7 +63,7 @@ class Fingerprint:
 
 
 class _Known(NamedTuple):
-    """What is known besides frames."""
+    """Facts about a crash other than its frames."""
 
     program: str
     build_id: str | None
@@ -119,7 +119,7 @@ def _make(known: _Known, places: list[Place], *, is_deep: bool) -> Fingerprint:
 
 
 class _CoreProcess(Process):
-    """A process of which only headers, notes and some memory are known."""
+    """The process of a core: headers, notes and some of its memory."""
 
     def __init__(self, core: Core, read: Callable[[int, int], bytes]) -> None:
         mappings = [
@@ -131,7 +131,7 @@ class _CoreProcess(Process):
         self._read = read
 
     def read(self, address: int, size: int) -> bytes:
-        """Return the memory at an address, as far as the core gives it."""
+        """Return the memory at an address, as far as the core contains it."""
         return self._read(address, size)
 
 

@@ -1,7 +1,7 @@
-"""Owns the page at `/`: what the daemon does, for people. Pure.
+"""Owns the page at `/`, which shows people the state of the daemon. Pure.
 
-Every name on it was chosen by a crashed process, and everybody who reaches the port can read it: names are escaped, and
-there are no keys, no messages of the store and no settings but the directory.
+Crashed processes choose the names on it, and everybody who reaches the port can read it. Names are therefore escaped,
+and the page has no keys, no messages of the store and no settings except the directory.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """What the daemon knows of itself, as of its last heartbeat."""
+    """State of the daemon at its last heartbeat."""
 
     node: str = ""
     facts: tuple[Fact, ...] = ()

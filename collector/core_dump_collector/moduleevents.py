@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """What a pass reports; bounded, so it can be a metric label."""
+    """Event that a pass reports; bounded, so it can be a metric label."""
 
     SENDING = "sending"
     FAILED = "failed"
@@ -29,10 +29,10 @@ DROPPED = (Kind.DROPPED_AGE, Kind.DROPPED_SPACE, Kind.DROPPED_WRONG, Kind.DROPPE
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that a pass did, or is about to do."""
+    """An action of a pass, finished or about to start."""
 
     kind: Kind
     name: str
-    """The file; the reason, for a failure."""
+    """The file; for a failure, the reason."""
     size_bytes: int = 0
     detail: str = ""

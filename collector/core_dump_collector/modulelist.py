@@ -1,7 +1,7 @@
-"""Owns what becomes of a dump's list of modules when the dump is stored.
+"""Owns the list of modules of a dump that was stored.
 
-The helper's list follows in a pass over `.modules/`, which needs the dump's key. For a core that no helper has seen, a
-list is made here: which files were mapped, none of which was kept.
+The helper's list is published by a pass over `.modules/`, which needs the dump's key. For a raw core, which has no such
+list, this module makes one: it names the mapped files, and none of them was kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SECONDS = 2.0
 
 
 def pass_on(store: Store, dump: DumpFile, directory: str, key: str, sensitive: str) -> None:
-    """Leave a receipt for the helper's list, or publish a list of a raw core. Never fails: no dump waits for it.
+    """Leave a receipt for the helper's list, or publish one for a raw core. Never fails: a dump must not wait for it.
 
     Args:
         store: the bucket.
@@ -77,7 +77,7 @@ def list_raw(descriptor: int, name: str, sensitive: str) -> bytes | None:
 
 
 def _modules(core: Core, build_ids: dict[str, str]) -> Iterable[Module]:
-    """Return each file of which executable pages were mapped."""
+    """Return each file with executable pages in memory."""
     first: dict[str, Module] = {}
     code: set[str] = set()
     for file in core.files:

@@ -1,4 +1,4 @@
-"""Owns the daemon's side of modules: the mark for the helper, when a pass over `.modules/` is due, and its events.
+"""Owns the daemon's part of modules: the mark for the helper, the times of passes over `.modules/`, and their events.
 
 A pass is a process of its own, so that no dump waits for a module. It starts at a random time within
 MODULE_DELAY_SECONDS: after a bad roll-out, thousands of nodes have the same files, and one of them has to send them.
@@ -43,7 +43,7 @@ CLEAN_PAUSE_SECONDS = 3600.0
 FIRST_PAUSE_SECONDS = 30.0
 """After a pass that failed; each further failure doubles it."""
 BUSY_SECONDS = 600.0
-"""Modules that are due wait for so long while dumps are being uploaded."""
+"""Due modules wait for so long while dumps are being uploaded."""
 
 
 def _run(pipe: Connection, directory: str, options: UploadOptions, lists: bool, modules: bool) -> None:  # noqa: FBT001  pickled
@@ -62,16 +62,16 @@ def _end_with(sentinel: int) -> None:
 
 
 class Backoff:
-    """When something that failed is tried again."""
+    """Decides when to try again after failures."""
 
     def __init__(self, most_seconds: float) -> None:
-        """Wait for nothing until the first failure; never longer than `most_seconds`."""
+        """Start without a pause; no pause is longer than `most_seconds`."""
         self._most_seconds = most_seconds
         self._failures = 0
         self.until = 0.0
 
     def apply(self, now: float, *, failed: bool) -> None:
-        """Wait longer after each further failure; for nothing after a success."""
+        """Pause longer after each further failure; end the pause after a success."""
         self._failures = self._failures + 1 if failed else 0
         pause = FIRST_PAUSE_SECONDS * 2.0 ** min(self._failures - 1, 16)
         wait_seconds = min(pause, self._most_seconds) * random.uniform(0.5, 1)  # noqa: S311  spread
@@ -82,7 +82,7 @@ class ModuleUploads:
     """Decides when passes run; one at a time."""
 
     def __init__(self, directory: str, settings: Settings, metrics: Metrics, observer: Observer) -> None:
-        """Prepare; delete what an earlier collector left if modules are not wanted."""
+        """Prepare; delete the files of an earlier collector if modules are not wanted."""
         self._directory = directory
         self._settings = settings
         self._options = settings.upload_options()
@@ -96,7 +96,7 @@ class ModuleUploads:
         # one for each, because a policy may allow the folder of the dumps alone
         self._lists, self._modules = Backoff(settings.retry_seconds), Backoff(settings.retry_seconds)
         self._sent: Backoff | None = None
-        """That of what the last pass sends."""
+        """The backoff of the last pass, for lists or for modules."""
         self._failed = False
         self.due = time.monotonic() if settings.modules else math.inf
         """When `advance` has something to do, on the monotonic clock."""
@@ -137,7 +137,7 @@ class ModuleUploads:
             return files.scan()
 
     def _touch_mark(self, files: ModuleFiles) -> None:
-        """Set the mark; on a full disk there may be none, and what fills the disk must still get away."""
+        """Set the mark; if a full disk prevents that, modules must still be sent."""
         try:
             files.touch_mark()
         except OSError as error:
@@ -230,7 +230,7 @@ class ModuleUploads:
         self.due = now + POLL_SECONDS
 
     def stop(self) -> None:
-        """Kill a pass under way; the next collector finds on disk what is left."""
+        """Kill a pass under way; the next collector finds the rest on disk."""
         if self._process is not None:
             self._process.kill()
             self._process.join(1)

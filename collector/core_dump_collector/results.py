@@ -47,7 +47,7 @@ class Results:
     recent: tuple[Recent, ...] = ()
     """The last attempts at dumps, newest first; one for each dump."""
     helper_version: str = ""
-    """Of the helper that wrote the dump that was stored last."""
+    """Release of the helper that wrote the dump stored last."""
     _refused: OrderedDict[str, int] = field(default_factory=OrderedDict)
     """Sizes of the files that were refused, by name."""
 

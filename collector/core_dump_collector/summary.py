@@ -1,4 +1,4 @@
-"""Owns what the page at `/` says of a daemon: directory, backlog, store, core pattern and kernel log."""
+"""Owns the facts on the page at `/`: directory, backlog, store, core pattern and kernel log."""
 
 from __future__ import annotations
 

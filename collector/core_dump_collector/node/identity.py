@@ -22,8 +22,8 @@ def find(
 ) -> kubernetes.PodIdentity | None:
     """Return the pod of a dump; None if it is not known.
 
-    What the container runtime said at the crash counts first, then the kubelet's directories. A label may come from
-    the author of the image: no key is made of it.
+    The container runtime's answer at the crash takes precedence over the kubelet's directories. A label may come from
+    the author of the image, so it is not used for a key.
     """
     if attributes.get("identity_source") in {"runtime", "logs"} and {"namespace", "pod"} <= attributes.keys():
         container = attributes.get("container")
@@ -36,13 +36,13 @@ def find(
 
 
 def describe(pod: kubernetes.PodIdentity) -> dict[str, str]:
-    """Return the attributes of a pod that the kubelet's directories name."""
+    """Return the attributes for a pod from the kubelet's directories."""
     found = {"namespace": pod.namespace, "pod": pod.pod, "identity_source": "logs"}
     return found | ({"container": pod.container} if pod.container else {})
 
 
 def keep(directory: str, name: str, pod_logs_directory: str) -> None:
-    """Set the attributes of a dump's pod, if they are not there and the kubelet still knows the pod.
+    """Set the attributes of a dump's pod, unless they are set or the kubelet no longer knows the pod.
 
     Raises:
         OSError: the directory or the dump cannot be read; a dump that is gone is no error.

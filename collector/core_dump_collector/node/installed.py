@@ -1,6 +1,6 @@
-"""Owns what can be told of the helper that the core pattern names: its release and its configuration.
+"""Owns the description of the helper that the core pattern names: its release and its configuration.
 
-A container does not see the node's files: nothing is told there.
+In a container, which does not see the node's files, both are unknown.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _MOST_BYTES = 1 << 16
 _RELEASE = re.compile(rb'^RELEASE = "(\d[\w.-]{0,63})"$', re.MULTILINE)
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 VERSION = re.compile(r"\d{1,5}(\.\d{1,5}){1,3}[A-Za-z0-9.+-]{0,20}")
-"""Of a helper, as a dump tells it."""
+"""Release of a helper in the attributes of a dump."""
 
 
 def identify_helper() -> tuple[str, str]:
     """Return the release of the installed helper and 12 hex digits of the SHA-256 of its configuration file.
 
-    Either is empty if it cannot be told.
+    Either is empty if it is unknown.
     """
     call = corepattern.helper_call(corepattern.read())
     if call is None or corepattern.is_contained():
@@ -33,7 +33,7 @@ def identify_helper() -> tuple[str, str]:
 
 
 def _read(path: str) -> bytes:
-    """Return the beginning of a regular file; nothing if there is none."""
+    """Return the beginning of a regular file; nothing if it cannot be read."""
     try:
         descriptor = os.open(path, _FLAGS)
     except (OSError, ValueError):

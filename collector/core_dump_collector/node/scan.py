@@ -37,7 +37,7 @@ class WatchedFile:
     trusted: bool
     """Only root, or this user, can have made or changed it."""
     origin: bytes = b""
-    """Whose crash it is, as the helper has noted; empty if nobody can be trusted to have said so."""
+    """Origin of the crash, from the helper's attribute; empty if another user may have written that."""
 
 
 def look(directory: str, name: str, *, patterns: tuple[str, ...]) -> WatchedFile | None:
@@ -75,7 +75,7 @@ def scan(directory: str, patterns: tuple[str, ...]) -> Iterator[WatchedFile]:
 
 
 def measure_quarantined(directory: str) -> tuple[int, int]:
-    """Return how many files lie in quarantine/, at most MOST_QUARANTINED, and their bytes."""
+    """Return the number of files in quarantine/, at most MOST_QUARANTINED, and their total size."""
     try:
         fd = os.open(
             os.path.join(directory, QUARANTINE),

@@ -45,7 +45,7 @@ class Record:
     kept: int
     suppressed: int
     vital: int
-    """How many of the suppressed ones kept their vital part."""
+    """Number of suppressed dumps whose vital part was kept."""
     first: int
     """Unix seconds, as `last`."""
     last: int
@@ -56,7 +56,7 @@ class Record:
 
     @property
     def lost(self) -> int:
-        """Return how many crashes left no dump: a vital part is a dump, and counts as one."""
+        """Return the number of crashes without a dump; a vital part counts as a dump."""
         return self.suppressed - self.vital
 
     def as_document(self) -> Document:
@@ -98,11 +98,11 @@ class SuppressedCrashes:
         self._due = 0.0
 
     def known(self) -> list[Refusal]:
-        """Return what was refused before this daemon started, as far as records tell."""
+        """Return the refusals before the start of this daemon that are in records."""
         return [_refusal(record, record.lost, record.first) for record in self._seen.values()]
 
     def take_new(self) -> list[Refusal]:
-        """Return what was refused since the last call."""
+        """Return the refusals since the last call."""
         new: list[Refusal] = []
         records = {record.name: record for record in _read_records(self._directory)}
         for name, record in records.items():

@@ -1,7 +1,7 @@
-"""Owns storing one module: once per content, whoever comes first.
+"""Owns storing one module: each content is stored once, by the first node that sends it.
 
-Its key is the SHA-256 of its content, so nothing is lost if another node has stored it. What lies under the key may be
-junk that somebody else has put there; readers verify the SHA-256, and here it is only said whether anything proves it.
+Its key is the SHA-256 of its content, so nothing is lost if another node has stored it. The object under the key may be
+junk from somebody else. Readers verify the SHA-256; this module only reports whether the store proves the content.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _HEADERS = {
 
 
 class Stored(StrEnum):
-    """How the bucket came to have a module; bounded, so it can be a metric label."""
+    """How a module came to be in the bucket; bounded, so it can be a metric label."""
 
     UPLOADED = "uploaded"
     PRESENT = "present"
     """It was there: HEAD shows the same length and checksum."""
     UNPROVEN = "unproven"
-    """Something is under its key, and nothing proves that it is these bytes; another compressor makes other ones."""
+    """An object is under its key, but nothing proves that it has these bytes; another compressor makes others."""
 
 
 def store_module(store: Store, prefix: str, sha256: str, part: Part) -> Stored:
-    """Store a module unless the bucket has one of its name, and return how that ended.
+    """Store a module unless an object is under its key, and return the result.
 
     Args:
         store: the bucket.
