@@ -142,3 +142,12 @@ def test_log_full_of_faults_is_judged_in_pieces_and_each_is_explained(ledger):
     assert [ledger.settle(much_later), ledger.settle(much_later)] == [[], []]
     assert ledger.oldest_fault == T
     assert [loss.pid for loss in ledger.settle(much_later)] == [number + 1]
+
+
+def test_dump_explains_a_fault_after_a_flood_has_displaced_the_line_of_its_helper(ledger):
+    ledger.add(HelperTold(b"app", 12, 11), T)
+    for number in range(5000):
+        ledger.explain_by_dump(b"other%d" % number, int(T), 11)
+    ledger.add(Fault(b"app", 99, 11), T)
+    ledger.explain_by_dump(b"app", int(T), 11)
+    assert ledger.settle(T + GRACE) == []
