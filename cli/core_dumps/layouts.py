@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from core_dump_format.keys import MODULES_FOLDER, literal_folder
@@ -44,14 +45,19 @@ def merge(streams: Sequence[Iterator[list[Dump]]]) -> Iterator[list[Dump]]:
         rest: list[Head] = []
         ended: list[Iterator[list[Dump]]] = []
         for group, stream in heads:
-            count = sum((dump.timestamp, dump.key) >= certain for dump in group)
-            ready += group[:count]
-            if group[count:]:
-                rest.append((group[count:], stream))
+            newest = _until(group, certain)
+            ready += newest
+            if older := group[len(newest) :]:
+                rest.append((older, stream))
             else:
                 ended.append(stream)
         yield [dump for dump in newest_first(ready) if _is_new(dump, seen)]
         heads = rest + _pull(ended)
+
+
+def _until(group: list[Dump], last: tuple[int, str]) -> list[Dump]:
+    """Return the first dumps of a group, up to a time and key; the others, perhaps 100,000, are not looked at."""
+    return list(takewhile(lambda dump: (dump.timestamp, dump.key) >= last, group))
 
 
 def _pull(streams: Sequence[Iterator[list[Dump]]]) -> list[Head]:
