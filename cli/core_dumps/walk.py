@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import string
 from collections import deque
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -171,8 +170,8 @@ class Walk:
                 continue
             owner = key.removesuffix(METADATA_SUFFIX)
             if owner == key:
-                dump = self._dump(key, row.size_bytes, row, has_metadata=f"{key}{METADATA_SUFFIX}" in rows)
-                dump = replace(dump, has_modules=f"{key}{MODULES_LIST_SUFFIX}" in rows)
+                metadata, modules = f"{key}{METADATA_SUFFIX}" in rows, f"{key}{MODULES_LIST_SUFFIX}" in rows
+                dump = self._dump(key, row.size_bytes, row, has_metadata=metadata, has_modules=modules)
             elif owner not in rows and not key.endswith(MODULES_LIST_SUFFIX):
                 dump = self._dump(owner, None, row, has_metadata=True)
             else:
@@ -181,7 +180,9 @@ class Walk:
                 found.append(dump)
         return found
 
-    def _dump(self, key: str, size: int | None, row: Row, *, has_metadata: bool) -> Dump:
+    def _dump(
+        self, key: str, size: int | None, row: Row, *, has_metadata: bool, has_modules: bool = False
+    ) -> Dump:
         match = self._pattern.fullmatch(key, len(self._prefix))
         from_key: dict[str, Value] = (
             {k: v for k, v in match.groupdict().items() if k in _PLACES} if match else {}
@@ -191,10 +192,10 @@ class Walk:
         if core is not None:
             from_key["thread"], from_key["pid"] = core.comm, core.pid
             from_key["signal"], from_key["timestamp"] = core.signal, core.timestamp
-            return Dump(key, size, core.timestamp, has_metadata, from_key)
+            return Dump(key, size, core.timestamp, has_metadata, from_key, has_modules=has_modules)
         record = _RECORD.fullmatch(last)
         timestamp = int(record["timestamp"]) if record else row.modified_seconds
-        return Dump(key, size, timestamp, has_metadata, from_key)
+        return Dump(key, size, timestamp, has_metadata, from_key, has_modules=has_modules)
 
 
 def newest_first(dumps: list[Dump]) -> list[Dump]:
