@@ -47,7 +47,7 @@ class Deletion:
     """What is left and why; None if dump and metadata object are gone."""
 
 
-def _read(body: StreamingBody, most_bytes: int = MOST_METADATA_BYTES) -> bytes:
+def _read(body: StreamingBody, most_bytes: int) -> bytes:
     """Return some bytes, and more than `most_bytes` of a longer body.
 
     A body is compared with its announced length only when read to its end.
@@ -167,15 +167,8 @@ class Bucket:
         if not dump.has_metadata or dump.metadata is not None:
             return dump
         key = dump.key + METADATA_SUFFIX
-        if self._quick is not None:
-            self._count("before-send.s3.GetObject")
-            document = self._quick.object(key, MOST_METADATA_BYTES + 1)
-            if document is not None:
-                return dump.with_metadata(document)
         try:
-            answer = self.client.get_object(Bucket=self.name, Key=key)
-            with contextlib.closing(answer["Body"]) as body:
-                return dump.with_metadata(_read(body))
+            return dump.with_metadata(self._get(key, MOST_METADATA_BYTES))
         except (BotoCoreError, ClientError, *BODY_ERRORS) as error:
             if error_code(error) in _GONE:
                 return dump
@@ -242,31 +235,35 @@ class Bucket:
         return problems
 
     def objects(self, prefix: str) -> Iterator[Row]:
-        """Yield every object whose key begins with a prefix, which is whole: that of the bucket included."""
+        """Yield every object whose key begins with a prefix; that of the bucket is not added."""
         for page in self._pages(prefix):
             yield from page.rows
         self._status.end()
 
     def small_object(self, key: str, most_bytes: int) -> bytes:
-        """Return at most so many bytes and one of an object.
+        """Return an object, or more than `most_bytes` of a longer one.
 
         Raises:
             CliError: it cannot be read.
         """
+        try:
+            return self._get(key, most_bytes)
+        except (BotoCoreError, ClientError, *BODY_ERRORS) as error:
+            raise explain(error, f"reading {printable(key)}") from error
+
+    def _get(self, key: str, most_bytes: int) -> bytes:
+        """Return an object, or more than `most_bytes` of a longer one; raise botocore's errors."""
         if self._quick is not None:
             self._count("before-send.s3.GetObject")
             content = self._quick.object(key, most_bytes + 1)
             if content is not None:
                 return content
-        try:
-            answer = self.client.get_object(Bucket=self.name, Key=key)
-            with contextlib.closing(answer["Body"]) as body:
-                return _read(body, most_bytes)
-        except (BotoCoreError, ClientError, *BODY_ERRORS) as error:
-            raise explain(error, f"reading {printable(key)}") from error
+        answer = self.client.get_object(Bucket=self.name, Key=key)
+        with contextlib.closing(answer["Body"]) as body:
+            return _read(body, most_bytes)
 
     def delete_objects(self, keys: Iterable[str]) -> Iterator[tuple[str, str | None]]:
-        """Delete objects and yield each key with the reason for which it is not gone, or None."""
+        """Delete objects; yield each key, and the reason why it could not be deleted or None."""
         coming = iter(keys)
         while batch := list(itertools.islice(coming, MOST_DELETED)):
             problems = self._delete_keys(batch)
