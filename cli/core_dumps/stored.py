@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from core_dumps.errors import CliError, RefusedError
 from core_dumps.parts import Remote
 from core_dumps.pool import Pool
 from core_dumps.show import size as sized
+from core_dumps.workfile import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -166,17 +166,11 @@ def _fetch_all(
 
 
 def _fetch(bucket: Bucket, module: Module, cache: str, progress: Progress) -> str:
-    """Download one module into the cache; it has its name there once it was verified."""
+    """Download one module into the cache; the file gets its name after the content was verified."""
     path = os.path.join(cache, module.sha256 + SUFFIX)
-    descriptor, name = tempfile.mkstemp(dir=cache, prefix=".module-")
     try:
-        with open(descriptor, "wb") as file:
+        with whole_file(path, ".module-") as file:
             file.writelines(content_of(bucket, module.sha256, module.size_bytes, progress))
-        os.replace(name, path)
     except OSError as error:
-        os.unlink(name)
         raise CliError(f"{cache}: {error.strerror}") from error
-    except BaseException:
-        os.unlink(name)
-        raise
     return path

@@ -7,8 +7,6 @@ that is made of it opens in any debugger; memory that lies further back in the d
 
 from __future__ import annotations
 
-import os
-import tempfile
 import zlib
 from typing import TYPE_CHECKING
 
@@ -16,6 +14,7 @@ from core_dump_format.elf import drop_segments_beyond
 from core_dump_format.text import printable
 from core_dumps.errors import RefusedError
 from core_dumps.parts import Remote, unpack
+from core_dumps.workfile import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +54,8 @@ def fetch_vital(bucket: Bucket, dump: Dump, path: str, progress: Progress) -> No
         drop_segments_beyond(core)
     except ValueError as error:
         raise RefusedError(f"the vital part is not the front of a core: {error}") from None
-    _write(path, core)
+    with whole_file(path, ".vital-") as file:
+        file.write(core)
 
 
 def read_vital(bucket: Bucket, dump: Dump, advance: Callable[[int], None] = lambda _: None) -> bytes:
@@ -76,15 +76,3 @@ def read_vital(bucket: Bucket, dump: Dump, advance: Callable[[int], None] = lamb
     if zlib.crc32(packed) != dump.number("vital_crc32"):
         raise RefusedError("the CRC-32 of the vital part is not the one that was uploaded: not kept")
     return packed
-
-
-def _write(path: str, core: bytearray) -> None:
-    """Put a core in place whole, readable by its owner only."""
-    descriptor, name = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".vital-")
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(core)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

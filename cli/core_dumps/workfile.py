@@ -1,7 +1,8 @@
 """Owns the files of a download in progress: private, locked, resumable, and removed when they are of no use.
 
-They lie beside the target: `.NAME.MARK.download` (the object), `.parts` (the bytes of each part that are there) and
-`.core` (the decompressed content). The mark depends on bucket, key, version and target, so nothing else has it.
+They lie in the target's directory: `.NAME.MARK.download` (the object), `.parts` (the bytes of each part that are there)
+and `.core` (the decompressed content). The mark depends on bucket, key, version and target, so nothing else has it.
+`whole_file` writes files that are fetched in one go.
 """
 
 from __future__ import annotations
@@ -11,21 +12,42 @@ import fcntl
 import os
 import re
 import stat
+import tempfile
 import threading
 from hashlib import sha256
-from typing import TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Self
 
 from core_dump_format.text import printable
 from core_dumps.errors import CliError
 from core_dumps.sparse import write_all
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from core_dumps.parts import Remote
 
 MOST_NOTES_BYTES = 64 * 1024 * 1024
 _TRIES = 10
 _MINE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _NOTE = re.compile(rb"(\d{1,9}) (\d{1,9})")
+
+
+@contextlib.contextmanager
+def whole_file(path: str, prefix: str) -> Iterator[IO[bytes]]:
+    """Open a new file, readable by its owner only, that gets its path when the block ends without an exception.
+
+    Args:
+        path: of the file; another one there is replaced.
+        prefix: of the temporary name in the same directory.
+    """
+    descriptor, name = tempfile.mkstemp(dir=os.path.dirname(path), prefix=prefix)
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 class Work:
