@@ -7,9 +7,9 @@ loader's list may be `/usr/lib/libc-2.31.so` there. Nothing in the list is trust
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from core_dump_format.elf import read_notes
+from core_dump_format.core import read_memory
 
 if TYPE_CHECKING:
     from core_dump_format.core import Core
@@ -19,7 +19,6 @@ MOST_LIBRARIES = 4096
 MOST_NAME_BYTES = 4096
 MOST_HEADERS = 64
 MOST_DYNAMIC_BYTES = 64 * 1024
-_AUXV, _AT_PHDR, _AT_PHNUM = 6, 3, 5
 _PT_DYNAMIC, _PT_PHDR, _DT_DEBUG = 2, 6, 21
 
 
@@ -34,15 +33,14 @@ class Loaded(NamedTuple):
 
 
 class _Memory:
-    """The memory in a core."""
+    """The memory in a core, as words and text."""
 
     def __init__(self, core: Core, source: Forward) -> None:
         self._core, self._source = core, source
 
     def read(self, address: int, size: int) -> bytes:
-        """Return as many of the bytes at an address as lie in its segment."""
-        place = self._core.where(address, size)
-        return self._source.reach(*place) if place else b""
+        """Return as many of the bytes at an address as the core has."""
+        return read_memory(self._core, self._source, address, size)
 
     def words(self, address: int, count: int) -> tuple[int, ...]:
         """Return words; none if they are not there."""
@@ -65,46 +63,29 @@ def read_loaded(core: Core, source: Forward) -> list[Loaded]:
     """
     memory = _Memory(core, source)
     try:
-        address = _find_list(core, source, memory)
-        return _walk(memory, address)
+        return _walk(memory, _find_list(core, memory))
     except (struct.error, OverflowError):
         return []
 
 
-def _find_list(core: Core, source: Forward, memory: _Memory) -> int:
+def _find_list(core: Core, memory: _Memory) -> int:
     """Return the address of the first link_map; 0 for a static program."""
-    auxiliary = _read_auxiliary(core, source)
-    form = core.form
-    count = min(MOST_HEADERS, auxiliary.get(_AT_PHNUM, 0))
-    table = auxiliary.get(_AT_PHDR, 0)
+    form, table = core.form, core.header_table
+    count = min(MOST_HEADERS, core.header_count)
     rows = [form.segment(row) for row in _rows(form.row, memory.read(table, count * form.row.size))]
     base = next((table - address for kind, _, _, address, _ in rows if kind == _PT_PHDR), 0)
     for kind, _, _, address, size in rows:
         if kind == _PT_DYNAMIC:
             pairs = struct.Struct(f"{form.order}2{form.word}")
             content = memory.read(base + address, min(size, MOST_DYNAMIC_BYTES))
-            debug = _pairs(pairs, content).get(_DT_DEBUG, 0)
+            debug = dict(_rows(pairs, content)).get(_DT_DEBUG, 0)
             found = memory.words(debug, 2)  # struct r_debug: version, first link_map
             return found[1] if found else 0
     return 0
 
 
-def _rows(row: struct.Struct, content: bytes) -> list[tuple[int, ...]]:
+def _rows(row: struct.Struct, content: bytes) -> list[tuple[Any, ...]]:
     return list(row.iter_unpack(content[: len(content) // row.size * row.size]))
-
-
-def _pairs(pair: struct.Struct, content: bytes) -> dict[int, int]:
-    return {row[0]: row[1] for row in _rows(pair, content)}
-
-
-def _read_auxiliary(core: Core, source: Forward) -> dict[int, int]:
-    if core.layout.notes is None:
-        return {}
-    pairs = struct.Struct(f"{core.form.order}2{core.form.word}")
-    for kind, content in read_notes(source, core.form, *core.layout.notes):
-        if kind == _AUXV:
-            return _pairs(pairs, content)
-    return {}
 
 
 def _walk(memory: _Memory, address: int) -> list[Loaded]:

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from core_dump_format.core import read_build_ids, read_core
+from core_dump_format.core import read_build_ids, read_core, read_memory
 from core_dump_format.elf import PAGE, NotACoreError, build_id_of
 from core_dump_format.modules import ModuleList
 from core_dump_format.stream import Seekable
@@ -94,8 +94,7 @@ def _add_loaded(core: Core, source: Forward, found: dict[str, Module]) -> None:
         path = file.path if file else loaded.name.decode("utf-8", "backslashreplace")
         module = found.get(path)
         if module is None and not core.files and path.startswith("/"):
-            place = core.where(loaded.base, PAGE)
-            build_id = build_id_of(source.reach(*place)) if place else None
+            build_id = build_id_of(read_memory(core, source, loaded.base, PAGE))
             module = Module(path, build_id, is_unproven=build_id is None)
         if module is not None:
             found[path] = replace(module, names=(*module.names, loaded.name))
@@ -107,9 +106,7 @@ def _build_id_at_entry(core: Core, source: Forward) -> str | None:
         return None
     top = core.entry // PAGE * PAGE
     for address in range(top, max(-1, top - MOST_PAGES_BELOW_ENTRY * PAGE), -PAGE):
-        place = core.where(address, PAGE)
-        if place is not None:
-            page = source.reach(*place)
-            if page.startswith(b"\x7fELF"):
-                return build_id_of(page)
+        page = read_memory(core, source, address, PAGE)
+        if page.startswith(b"\x7fELF"):
+            return build_id_of(page)
     return None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from core_dump_collector.s3 import parts
-from core_dump_format.core import DELETED, read_build_ids, read_core
+from core_dump_format.core import DELETED, read_build_ids, read_core, read_memory
 from core_dump_format.elf import NotACoreError
 from core_dump_format.frames import RECURSION, choose, decode, find_places, own_places
 from core_dump_format.gzip import inflate_until_damage
@@ -147,8 +147,7 @@ def _of_core(source: Forward) -> Fingerprint | None:
 
     def read(address: int, size: int) -> bytes:
         if isinstance(source, Seekable):
-            place = core.where(address, size)
-            return source.reach(*place) if place else b""
+            return read_memory(core, source, address, size)
         stack, at = memory.get(crashed.sp, b""), address - crashed.sp
         return stack[at : at + size] if at >= 0 else b""
 

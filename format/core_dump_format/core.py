@@ -16,6 +16,8 @@ from core_dump_format.reorder import NOTE_KIND, ORDER_VERSION
 from core_dump_format.state import (
     AARCH64,
     AT_ENTRY,
+    AT_PHDR,
+    AT_PHNUM,
     I386,
     MACHINE_NAMES,
     NT_AUXV,
@@ -115,6 +117,10 @@ class Core:
     """Start and end of the ranges of memory that were dropped from a trimmed dump."""
     entry: int | None = None
     """Address of the program's first instruction."""
+    header_table: int = 0
+    """Address of the program's own program headers; 0 if unknown."""
+    header_count: int = 0
+    """Their number."""
 
     @property
     def form(self) -> Form:
@@ -211,6 +217,10 @@ def _read_auxiliary(core: Core, content: bytes) -> None:
         key, value = core.form.words(content, at, 2)
         if key == AT_ENTRY:
             core.entry = value
+        elif key == AT_PHDR:
+            core.header_table = value
+        elif key == AT_PHNUM:
+            core.header_count = value
 
 
 def _read_signal(core: Core, content: bytes) -> None:
@@ -264,6 +274,12 @@ def _mapped(form: Form, content: bytes) -> Iterator[MappedFile]:
 
 def _text(raw: bytes) -> str:
     return raw.partition(b"\0")[0].decode("utf-8", "backslashreplace").rstrip(" ")
+
+
+def read_memory(core: Core, source: Forward, address: int, size: int) -> bytes:
+    """Return as many of the bytes at an address as lie in its segment and as the source reaches."""
+    place = core.where(address, size)
+    return source.reach(*place) if place else b""
 
 
 def take_memory(core: Core, source: Forward, wanted: Iterable[tuple[int, int]]) -> dict[int, bytes]:
