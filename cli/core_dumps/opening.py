@@ -1,11 +1,12 @@
 """Owns the commands about one dump: `info`, `get`, `debug`, `bt`, `share`."""
 
-# ruff: noqa: FBT002, PLR0913, PLR0917  the parameters of a command are its options
+# ruff: noqa: FBT002  the parameters of a command are its options
 # ruff: noqa: PLC0415  each command imports only what it needs: completion and --help must be quick
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -100,105 +101,93 @@ def _warn(selection: Selection, dump: Dump, warning: str | None = None) -> None:
         selection.note(f"the metadata object of this dump is damaged: {dump.damage}")
 
 
-Sysroot = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--sysroot",
-        metavar="DIR",
-        show_default=False,
-        help="Directory with the files of the node or image; repeatable",
-    ),
-]
-Executable = Annotated[
-    str | None, typer.Option("--exe", metavar="FILE", help="The executable, if its build ID is not known")
-]
-Symbols = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--symbols",
-        metavar="FILE",
-        show_default=False,
-        help="File with the symbols of a stripped executable or library; repeatable",
-    ),
-]
-Full = Annotated[
-    bool, typer.Option("--full", help="Download the whole dump, not only the part that backtraces need")
-]
-Debugger = Annotated[
-    str, typer.Option("--debugger", metavar="PROGRAM", help="gdb, lldb, eu-stack or the path of one")
-]
-Extra = Annotated[
-    str,
-    typer.Option(
-        "--debugger-arguments",
-        "-A",
-        metavar="ARGS",
-        show_default=False,
-        help="More arguments for the debugger",
-    ),
-]
+@dataclass(frozen=True, slots=True)
+class Debugging:
+    """The options of the commands that run a debugger."""
+
+    sysroot: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sysroot",
+            metavar="DIR",
+            show_default=False,
+            help="Directory with the files of the node or image; repeatable",
+        ),
+    ] = None
+    program: Annotated[
+        str, typer.Option("--debugger", metavar="PROGRAM", help="gdb, lldb, eu-stack or the path of one")
+    ] = "gdb"
+    arguments: Annotated[
+        str,
+        typer.Option(
+            "--debugger-arguments",
+            "-A",
+            metavar="ARGS",
+            show_default=False,
+            help="More arguments for the debugger",
+        ),
+    ] = ""
+    executable: Annotated[
+        str | None, typer.Option("--exe", metavar="FILE", help="The executable, if its build ID is not known")
+    ] = None
+    symbols: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--symbols",
+            metavar="FILE",
+            show_default=False,
+            help="File with the symbols of a stripped executable or library; repeatable",
+        ),
+    ] = None
+    full: Annotated[
+        bool, typer.Option("--full", help="Download the whole dump, not only the part that backtraces need")
+    ] = False
 
 
 @app.command()
 @with_selection
-def debug(
-    selection: Selection,
-    sysroot: Sysroot = None,
-    debugger_program: Debugger = "gdb",
-    arguments: Extra = "",
-    executable: Executable = None,
-    symbols: Symbols = None,
-    full: Full = False,
-) -> None:
+def debug(selection: Selection, debugging: Debugging) -> None:
     """Open the newest matching dump in a debugger."""
-    from core_dumps import debugger, serving
+    from core_dumps import serving
 
-    files = debugger.Files(debugger_program, sysroot or [], executable, symbols or [])
-    with _session(selection, files, full=full) as session:
-        code = serving.run(session, arguments)
+    with _session(selection, debugging) as session:
+        code = serving.run(session, debugging.arguments)
     raise typer.Exit(code)
 
 
 @app.command()
 @with_selection
-def bt(
-    selection: Selection,
-    sysroot: Sysroot = None,
-    debugger_program: Debugger = "gdb",
-    arguments: Extra = "",
-    executable: Executable = None,
-    symbols: Symbols = None,
-    full: Full = False,
-    no_pager: NoPager = False,
-) -> None:
+def bt(selection: Selection, debugging: Debugging, no_pager: NoPager = False) -> None:
     """Print the backtraces of the newest matching dump."""
     from core_dumps import debugger, serving
 
-    files = debugger.Files(debugger_program, sysroot or [], executable, symbols or [])
-    with _session(selection, files, full=full) as session:
+    with _session(selection, debugging) as session:
 
         def write(line: str) -> None:
             typer.echo(printable(session.shorten(line.expandtabs()), 10_000))
 
         backtrace = debugger.Backtrace(write)
         with paged(off=no_pager):
-            code = serving.trace(session, arguments, backtrace)
+            code = serving.trace(session, debugging.arguments, backtrace)
     if code:
-        raise CliError(f"{debugger_program} failed (exit {code})")
+        raise CliError(f"{debugging.program} failed (exit {code})")
     if not backtrace.resolved:
         raise CliError("no address could be resolved to a function: see the notes above for missing files")
 
 
-def _session(selection: Selection, files: debugger.Files, *, full: bool) -> debugger.Session:
+def _session(selection: Selection, debugging: Debugging) -> debugger.Session:
     """Download a dump into the cache and find the files that belong to it."""
     from core_dumps import cache, debugger, gathering
     from core_dumps.progress import Bars
 
+    files = debugger.Files(
+        debugging.program, debugging.sysroot or [], debugging.executable, debugging.symbols or []
+    )
     debugger.check(files)
     notes: list[str] = []
     with selection.open() as bucket, Bars() as bars:
         dump = selection.newest(bucket)
-        core = cache.load(bucket, dump, bars, full=full)
+        core = cache.load(bucket, dump, bars, full=debugging.full)
         modules = gathering.gather(bucket, dump, core, files.roots, bars, notes.append)
     _warn(selection, dump)
     for line in notes:

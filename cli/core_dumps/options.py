@@ -194,30 +194,36 @@ class Selection:
 
 
 def with_selection(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, whose first parameter is a Selection, the options of Selection and the common ending."""
-    hints = get_type_hints(Selection, include_extras=True)
-    shared = [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
-        for f in dataclasses.fields(Selection)
-    ]
-    own_hints = get_type_hints(command, include_extras=True)
-    own = [
-        p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=own_hints[p.name])
-        for p in list(inspect.signature(command).parameters.values())[1:]
-    ]
+    """Turn the fields of a command's dataclasses, such as Selection, into options, and add the common ending."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    options: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        own = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+        options += _options(groups[name]) if name in groups else [own]
 
     @functools.wraps(command)
     def run(**given: Any) -> None:  # noqa: ANN401  typer's values
-        names = {parameter.name for parameter in shared}
-        selection = Selection(**{name: given.pop(name) for name in names & given.keys()})
+        for name, group in groups.items():
+            fields = {field.name for field in dataclasses.fields(group)} & given.keys()
+            given[name] = group(**{field: given.pop(field) for field in fields})
         with ending():
-            command(selection, **given)
+            command(**given)
             sys.stdout.flush()
 
     del run.__wrapped__  # or typer would see its signature
-    run.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*shared, *own]}
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
     return run
+
+
+def _options(group: type) -> list[inspect.Parameter]:
+    """Return the fields of a dataclass as parameters."""
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in dataclasses.fields(group)
+    ]
 
 
 @contextmanager
