@@ -24,7 +24,7 @@ MACHINE = (
     "tests/kernel/",
     "tests/torture/test_torture.py",
 )
-"""Tests of what the whole machine shares: its core pattern, /usr/libexec, /core_dumps."""
+"""Tests that change state of the whole machine: its core pattern, /usr/libexec, /core_dumps."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -78,7 +78,7 @@ class FileScheduling(LoadScopeScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Distribute whole files, for the servers that their fixtures start."""
+    """Distribute whole files, because their fixtures start servers."""
     return FileScheduling(config, log)
 
 

@@ -1,4 +1,4 @@
-"""Owns finding the files that were mapped in a crashed process on this machine: below a sysroot, or in their places.
+"""Owns finding the files that were mapped in a crashed process on this machine: below a sysroot, or at their own paths.
 
 A file is used only if its build ID is that of the core. Build IDs are hints: strip keeps them and they can be forged.
 """
@@ -34,15 +34,15 @@ class Module:
     entry: int | None = None
     """Address of the first instruction, for a program whose build ID is not known."""
     names: tuple[bytes, ...] = ()
-    """Names under which the loader has it."""
+    """Its names in the loader's list."""
     sha256: str = ""
-    """Of the content, where a list of modules says so."""
+    """Of the content, according to the list of modules; empty if unknown."""
     size_bytes: int = 0
-    """Likewise."""
+    """Length of the content, likewise; 0 if unknown."""
     reason: str = ""
-    """Why the node did not keep it; empty if it did, or nothing is known."""
+    """Why the node did not keep the file; empty if it did, or if that is unknown."""
     is_unproven: bool = False
-    """Nothing is known that could prove a file: one with the right path is used."""
+    """Whether no build ID and no SHA-256 is known: any file with the right path is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Modules:
     has_files: bool = True
     """Whether the core lists its mapped files."""
     left_out: int = 0
-    """Files that a limit kept from the list of modules."""
+    """Number of files that a limit kept out of the list of modules."""
 
     @property
     def every(self) -> list[Module]:
@@ -69,7 +69,7 @@ class Modules:
         return [m for m in self.every if m.found is None and (m.build_id or m.sha256 or m.reason)]
 
     def with_found(self, places: Mapping[str, str]) -> Modules:
-        """Return the modules with places for those that have none, by build ID or SHA-256."""
+        """Return the modules with the places of further files, which are given by build ID or SHA-256."""
 
         def placed(module: Module) -> Module:
             place = places.get(module.sha256) or places.get(module.build_id or "")
@@ -81,7 +81,7 @@ class Modules:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """The places on this machine in which files are searched."""
+    """The directories of this machine in which files are searched."""
 
     roots: Sequence[str]
     """Directories with the files of the node or image, searched before this machine's own files."""
@@ -108,7 +108,7 @@ class Search:
 
 
 def _fits(candidate: str, module: Module, *, named: bool) -> bool:
-    """Tell whether a file is that of a module.
+    """Tell whether a file is the module.
 
     Below a root that the user named, the build ID suffices: strip keeps it, and an unstripped file is better.
     """

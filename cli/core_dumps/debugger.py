@@ -53,7 +53,7 @@ _BEGINNING = re.compile(r"Thread \d|[* ] thread #|TID \d+:")
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The files that a user names, with the debugger that is to read them."""
+    """The files that the user names, and the debugger that reads them."""
 
     program: str
     """Name or path of the debugger."""
@@ -116,7 +116,7 @@ class Session:
         if "lldb" in name:
             return [self.program, *self._for_lldb(batch=batch), *extra, *program, "--core", self.core]
         if "eu-stack" in name:
-            # With a program named, eu-stack asks no server for libraries; one that is served it finds by its build ID.
+            # eu-stack asks the server for libraries only if no program is named; it finds a served one by build ID.
             served = {module.build_id for module in self.modules.every if module.found is not None}
             named = [f"--executable={path}" for path in program if read_build_id(path) not in served - {None}]
             return [self.program, *named, *extra, f"--core={self.core}"]
@@ -129,7 +129,7 @@ class Session:
         return named[:1] or ([self.executable] if self.executable else [])
 
     def shorten(self, line: str) -> str:
-        """Return a line of output with the paths that files had in the process."""
+        """Return a line of output without the path of the tree, so that files have the paths of the process."""
         return line.replace(self.tree.root + "/", "/")
 
     def _for_lldb(self, *, batch: bool) -> list[str]:
@@ -157,7 +157,7 @@ class Session:
 
 
 def prepare(core: str, dump: Dump, modules: Modules, files: Files) -> Session:
-    """Make the tree of a dump's files, and find a debugger that reads it; print what is missing and how to get it."""
+    """Make the tree of a dump's files, and find a debugger that reads it; list the missing files for the user."""
     if files.executable is not None:
         modules = _with_executable(modules, files.executable)
     descriptor = os.open(core, os.O_RDONLY | os.O_CLOEXEC)

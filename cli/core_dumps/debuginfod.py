@@ -1,4 +1,4 @@
-"""Owns asking debuginfod servers for executables by build ID (debuginfod(8)); what they send is checked."""
+"""Owns asking debuginfod servers for executables by build ID (debuginfod(8)); every response is checked."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NOT_FOUND = 404
 
 
 def fetch_all(build_ids: Iterable[str], cache: str) -> dict[str, str]:
-    """Return the files in the cache of all build IDs that a server knows; several are loaded at a time."""
+    """Return the files in the cache of all build IDs that a server knows; several are downloaded at a time."""
     wanted = [build_id for build_id in dict.fromkeys(build_ids) if BUILD_ID.fullmatch(build_id)]
     silent: set[str] = set()
     with Pool(FETCHERS) as pool:
@@ -39,8 +39,8 @@ def debuginfod(build_id: str, cache: str, silent: set[str] | None = None) -> str
 
     Args:
         build_id: of the file.
-        cache: the directory for what is found.
-        silent: servers that do not answer; they are added, and not asked again.
+        cache: the directory for downloaded files.
+        silent: servers that did not answer and are not asked again; the function adds to it.
     """
     silent = set() if silent is None else silent
     target = os.path.join(cache, f"{build_id}.executable")
@@ -83,5 +83,5 @@ def _download(url: str, target: str) -> None:
                 raise ValueError("too long for an executable")
             if time.monotonic() > deadline:
                 raise ValueError(f"the download takes longer than {DOWNLOAD_SECONDS} s")
-        if answer.length:  # what http.client still expects
+        if answer.length:  # bytes that were announced and did not come
             raise ValueError("the answer ended early")

@@ -109,7 +109,7 @@ def _facts(bucket: str, dump: Dump) -> Iterator[tuple[str, Text]]:
 
 
 def trimmed_note(dump: Dump) -> str:
-    """Return what a trimmed dump lacks."""
+    """Describe the memory that is missing from a trimmed dump."""
     if dump.text(TRIMMED) == "metadata":
         return "it has headers and notes, but no memory"
     dropped = dump.number("dropped_bytes")

@@ -89,7 +89,7 @@ class Dump:
 
     @property
     def trimmed(self) -> str | None:
-        """Return why memory was left out of the dump on purpose; None if it was not, or if more is missing."""
+        """Return why memory was left out of the dump on purpose; None if none was, or if the dump was also cut."""
         facts = {name: self.get(name) for name in (TRIMMED, "truncated") if self.get(name) is not None}
         return self.text(TRIMMED) if is_trimmed(facts) else None
 

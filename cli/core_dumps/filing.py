@@ -78,7 +78,7 @@ def _cells(row: dict[str, Any]) -> list[Any]:
 
 
 def _rows(selection: Selection, bucket: Bucket, dump: Dump) -> Iterator[dict[str, Any]]:
-    """Yield what is known of each module; from the core itself if the dump has no list."""
+    """Yield the facts about each module; from the core itself if the dump has no list."""
     from core_dumps import head, stored
     from core_dumps.pool import Pool
 
@@ -135,7 +135,7 @@ def _prune(bucket: Bucket, *, yes: bool) -> None:
 
 
 def _confirm(count: int, *, yes: bool) -> None:
-    """Ask whether modules are to be removed.
+    """Ask before modules are removed.
 
     Raises:
         CliError: the answer is no.

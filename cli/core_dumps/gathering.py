@@ -1,4 +1,4 @@
-"""Owns gathering the files of a dump: what this machine has, then the bucket's modules, then debuginfod."""
+"""Owns gathering the files of a dump: from this machine, then from the bucket, then from debuginfod."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def gather(  # noqa: PLR0913, PLR0917  a dump, its core, and where files come fr
         core: its core on this machine.
         roots: directories that the user named.
         progress: is told about downloads.
-        note: gets a line for each thing that did not work; a debugger can do without it.
+        note: is called with a line about each failure; a debugger can do without the file.
     """
     listed = None
     try:
@@ -62,7 +62,7 @@ def gather(  # noqa: PLR0913, PLR0917  a dump, its core, and where files come fr
 
 
 def _misplaced(modules: Modules, places: Mapping[str, str]) -> list[Module]:
-    """Return the modules, one for each SHA-256, whose file in the bucket has another build ID than the core says."""
+    """Return the modules, one for each SHA-256, whose file from the bucket has not the build ID of the core."""
     wrong = {
         module.sha256: module
         for module in modules.missing

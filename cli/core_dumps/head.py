@@ -1,4 +1,4 @@
-"""Owns reading the front of a core in the bucket without downloading it: its vital part, else ranged GETs that grow."""
+"""Owns reading the front of a core in the bucket without downloading it: its vital part, else growing ranges."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Head:
 
 
 def ranges(bucket: Bucket, dump: Dump, at: int = 0) -> Iterator[bytes]:
-    """Yield blocks of an object from an offset on, each twice as long as the one before."""
+    """Yield blocks of an object from an offset on; each block is twice as long as the previous one."""
     remote = Remote(bucket, dump, dump.size_bytes or 0, None, None)
     size, end = FIRST_BYTES, min(remote.size_bytes, MOST_BYTES)
     while at < end:
@@ -51,8 +51,8 @@ def ranges(bucket: Bucket, dump: Dump, at: int = 0) -> Iterator[bytes]:
 def read_head(bucket: Bucket, dump: Dump) -> Head:
     """Read the front of a core, or its vital part whole and verified; if that fails, the result says why.
 
-    The vital part holds the headers, the notes and the first page of modules. One that the crashed process did not have
-    in memory lies further back: more of the object is read only then.
+    The vital part holds the headers, the notes and the first pages of modules. More of the object is read only for the
+    first page of a module that was not in the memory of the crashed process, because that page lies further back.
     """
     head = Head()
     try:

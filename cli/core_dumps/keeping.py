@@ -1,4 +1,4 @@
-"""Owns the modules of a bucket as a whole: which have wrong content, and which no dump needs any more."""
+"""Owns the modules of a bucket as a whole: finding those with wrong content, and those that no dump needs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 READERS = 24
 VERIFIERS = 4
 BATCH = 1000
-"""Lists whose results are in memory at a time."""
+"""Number of lists whose results are in memory at a time."""
 YOUNG_SECONDS = 8 * 86400
-"""A node sends a file again only after 7 days, so a younger module may be needed by a list that is yet to come."""
+"""A node sends a file again only after 7 days, so a list that is not in the bucket yet may need a younger module."""
 _SHA256 = re.compile(rb"[0-9a-f]{64}")
 
 
@@ -38,7 +38,7 @@ def modules_of(bucket: Bucket) -> Iterator[tuple[str, Row]]:
 
 
 def find_wrong(bucket: Bucket, progress: Progress) -> tuple[int, dict[str, str]]:
-    """Read every module; return their number, and the key and the fault of each that is not what its name says.
+    """Read every module; return their number, and the key and the problem of each with wrong content.
 
     Raises:
         CliError: one of them cannot be read.
@@ -62,18 +62,16 @@ def find_wrong(bucket: Bucket, progress: Progress) -> tuple[int, dict[str, str]]
 
 
 class Lists:
-    """The lists of modules in a bucket, as far as they were read."""
+    """The lists of modules in a bucket that were read so far."""
 
     def __init__(self, bucket: Bucket) -> None:
-        """Read none yet."""
+        """Prepare; no list is read."""
         self._bucket = bucket
         self._known: set[str] = set()
         self._needed: set[bytes] = set()
 
     def read_new(self) -> None:
-        """Read the lists that were not read yet.
-
-        A list need not be well-formed: whatever looks like a SHA-256 in it is needed.
+        """Read the lists that were not read yet; a list need not be well-formed, every SHA-256 in it counts.
 
         Raises:
             CliError: a list cannot be read, so nothing is known to be unneeded.
@@ -87,7 +85,7 @@ class Lists:
         ]
         new = [key for key in keys if key not in self._known]
 
-        def read(key: str) -> set[bytes]:  # not the text: a fleet has gigabytes of it
+        def read(key: str) -> set[bytes]:  # not whole lists: a fleet has gigabytes of them
             return set(_SHA256.findall(bucket.small_object(key, MOST_LIST_BYTES))) - self._needed
 
         for at in range(0, len(new), BATCH):
@@ -102,12 +100,12 @@ class Lists:
 
 
 def find_unneeded(bucket: Bucket, lists: Lists) -> tuple[int, dict[str, str]]:
-    """Return the number of modules, and those that are old enough and in no list: key by SHA-256.
+    """Return the number of modules, and the keys of those that are old enough and in no list, by SHA-256.
 
     Raises:
         CliError: a list cannot be read, so nothing is known to be unneeded.
     """
-    every = list(modules_of(bucket))  # first: what comes later is young
+    every = list(modules_of(bucket))  # before the lists: a module that arrives later is young
     lists.read_new()
     oldest = time.time() - YOUNG_SECONDS
     return len(every), {

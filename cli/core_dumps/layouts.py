@@ -36,7 +36,7 @@ def find(pages: Pages, prefix: str, templates: Sequence[str], query: Query) -> I
 
 
 def merge(streams: Sequence[Iterator[list[Dump]]]) -> Iterator[list[Dump]]:
-    """Merge streams of groups that are each newest first into one; a record that two of them show is one."""
+    """Merge streams of groups, each newest first, into one; a record that is in two of them is yielded once."""
     seen: set[tuple[str | None, str]] = set()
     heads = _pull(streams)
     while heads:
@@ -56,7 +56,7 @@ def merge(streams: Sequence[Iterator[list[Dump]]]) -> Iterator[list[Dump]]:
 
 
 def _until(group: list[Dump], last: tuple[int, str]) -> list[Dump]:
-    """Return the first dumps of a group, up to a time and key; the others, perhaps 100,000, are not looked at."""
+    """Return the first dumps of a group, up to a time and key, without looking at the others, perhaps 100,000."""
     return list(takewhile(lambda dump: (dump.timestamp, dump.key) >= last, group))
 
 
@@ -68,7 +68,7 @@ def _pull(streams: Sequence[Iterator[list[Dump]]]) -> list[Head]:
 
 
 def _is_new(dump: Dump, seen: set[tuple[str | None, str]]) -> bool:
-    """Tell whether a dump was not shown yet; a record without a dump may be stored in the old and the new layout."""
+    """Tell whether a dump was not shown yet; both layouts may hold a record without a dump."""
     if dump.size_bytes is not None:
         return True
     known = (dump.text("node"), dump.key.rpartition("/")[2])

@@ -1,4 +1,4 @@
-"""Owns the loader's list of a core: the names under which a process has loaded its libraries.
+"""Owns the loader's list of a core: the names under which a process loaded its libraries.
 
 A debugger looks for libraries under these names. The kernel lists the files that they led to: `/lib/libc.so.6` in the
 loader's list may be `/usr/lib/libc-2.31.so` there. Nothing in the list is trusted; its form is that of <link.h>.
@@ -27,7 +27,7 @@ class Loaded(NamedTuple):
 
     name: bytes
     base: int
-    """What is added to the addresses in the file."""
+    """Difference between addresses in memory and in the file."""
     dynamic: int
     """Address of the dynamic section."""
 
@@ -43,13 +43,13 @@ class _Memory:
         return read_memory(self._core, self._source, address, size)
 
     def words(self, address: int, count: int) -> tuple[int, ...]:
-        """Return words; none if they are not there."""
+        """Return words; an empty tuple if the core does not have all of them."""
         form = self._core.form
         content = self.read(address, count * form.word_bytes)
         return form.words(content, 0, count) if len(content) == count * form.word_bytes else ()
 
     def text(self, address: int) -> bytes:
-        """Return the bytes up to NUL; none if there is no NUL."""
+        """Return the bytes up to NUL; empty if there is no NUL."""
         content = self.read(address, MOST_NAME_BYTES)
         return content.partition(b"\0")[0] if b"\0" in content else b""
 

@@ -1,4 +1,4 @@
-"""Owns what a user is told about files that were not found, and the command that gets them."""
+"""Owns the messages about files that were not found, and the command that gets them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _reason(module: Module) -> str:
 
 
 def _how(dump: Dump) -> str:
-    """Return what a user can do; with the command, if the image is known."""
+    """Return advice on getting the files; with the command if the image is known."""
     image = image_of(dump)
     if image is None:
         return (

@@ -1,4 +1,4 @@
-"""Owns the pager: what a command prints on a terminal goes through `less`, as with coredumpctl and git."""
+"""Owns the pager: the output of a command on a terminal goes through `less`, as with coredumpctl and git."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NoPager = Annotated[bool, typer.Option("--no-pager", help="Do not send the outpu
 
 
 class _TerminalStream(io.TextIOWrapper):
-    """A text stream into the pager; its writers format for the terminal on which the pager shows it."""
+    """A text stream into the pager; writers format for the terminal, because the pager shows it there."""
 
     def isatty(self) -> bool:
         return True

@@ -1,7 +1,7 @@
 """Owns the modules in the bucket: the list of a dump, and files by their SHA-256, verified before they are used.
 
-Whoever may write to the bucket may have put anything under the name of a module. Content that has another SHA-256 than
-its key is never used.
+Anybody with write access to the bucket can store any bytes under the name of a module. Content whose SHA-256 differs
+from the key is never used.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 FETCHERS = 6
 SUFFIX = ".module"
 _ABSENT = frozenset({"404", "NoSuchKey", "403", "AccessDenied"})
-"""Without s3:ListBucket S3 says 403 of what is not there."""
+"""Without the permission s3:ListBucket, S3 answers 403 for an object that does not exist."""
 
 
 class AbsentError(CliError):
@@ -60,10 +60,10 @@ def read_list(bucket: Bucket, dump: Dump) -> ModuleList | None:
 
 
 def find(bucket: Bucket, sha256: str) -> int | None:
-    """Return the size of a module's object; None if the bucket has none, or does not say.
+    """Return the size of a module's object; None if the bucket has none, or refuses to tell.
 
     Raises:
-        CliError: no response to rely on.
+        CliError: the store cannot be asked.
     """
     key = module_key(bucket.prefix, sha256)
     try:
@@ -79,11 +79,11 @@ def find(bucket: Bucket, sha256: str) -> int | None:
 def content_of(
     bucket: Bucket, sha256: str, most_bytes: int, progress: Progress | None = None
 ) -> Iterator[bytes]:
-    """Yield the content of a module; a store may have decompressed it on the way.
+    """Yield the decompressed content of a module; some stores decompress it themselves.
 
     Raises:
         AbsentError: the bucket does not have it.
-        RefusedError: it has another SHA-256, or more bytes; what was yielded is not to be used.
+        RefusedError: it has another SHA-256, or more bytes; the yielded bytes must not be used.
         CliError: it cannot be read.
     """
     size = find(bucket, sha256)
@@ -117,14 +117,14 @@ def _counted(blocks: Iterator[bytes], progress: Progress | None) -> Iterator[byt
 def fetch_modules(
     bucket: Bucket, wanted: Iterable[Module], cache: str, progress: Progress, note: Callable[[str], None]
 ) -> dict[str, str]:
-    """Return the places of modules in the cache by SHA-256; what the bucket does not have is left out.
+    """Return the places of modules in the cache by SHA-256; those that the bucket does not have are left out.
 
     Args:
         bucket: where they are stored.
         wanted: rows of a list.
         cache: a directory that only this user can write to.
-        progress: is told how far it is.
-        note: gets a line for each module that is refused or cannot be read.
+        progress: is told about the download.
+        note: is called with a line for each module that is refused or cannot be read.
     """
     by_sha = {module.sha256: module for module in wanted if module.sha256}
     found: dict[str, str] = {}
@@ -151,7 +151,7 @@ def fetch_modules(
 def _fetch_all(
     modules: Iterable[Module], fetch: Callable[[Module], str], note: Callable[[str], None]
 ) -> dict[str, str]:
-    """Fetch several modules at a time; return the paths of those that were stored and are what they should be."""
+    """Fetch several modules at a time; return the paths of those that the bucket has and that were verified."""
     found = {}
     with Pool(FETCHERS) as pool:
         loads = [(module, pool.submit(fetch, module)) for module in modules]

@@ -146,7 +146,7 @@ def groups(dumps: Iterable[Dump]) -> list[Group]:
 
 
 def versions(groups: Iterable[Group]) -> set[int]:
-    """Return the versions of the groups' fingerprints. One crash has another fingerprint in each version."""
+    """Return the versions of the groups' fingerprints; the same crash has a different fingerprint in each version."""
     return {group.newest.fingerprint_version for group in groups if group.newest.text("fingerprint")}
 
 

@@ -1,7 +1,7 @@
-"""Owns the directory tree that a debugger gets: each file of the process under the names that it had there.
+"""Owns the directory tree for a debugger: each file of the process under the names that it had in the process.
 
 The names come from a dump, so they are hostile: none leaves the tree, and none replaces another. The tree holds links
-to files that were found elsewhere; it is made for one debugger, and removed with it.
+to files in other directories; it is made for one run of a debugger and removed afterwards.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 PREFIX = "tree-"
 MOST_NAME_BYTES = 255
 MOST_PATH_BYTES = 3000
-"""A path has at most 4,096 bytes; the rest is for the place of the tree."""
+"""A path has at most 4,096 bytes; the rest is for the path of the tree itself."""
 _MERGED = (b"bin", b"sbin", b"lib", b"lib32", b"lib64", b"libx32")
 """Directories that are links into /usr on most systems (hier(7))."""
 
 
 class Tree:
-    """A tree below a directory that only this user can write to; a context manager."""
+    """A tree in a directory that only this user can write to; a context manager."""
 
     def __init__(self, directory: str) -> None:
         """Make an empty one."""
         self.path = tempfile.mkdtemp(prefix=PREFIX, dir=directory)
         self.root = os.path.join(self.path, "root")
-        """Files under the paths that they had; a sysroot."""
+        """Files under their paths in the process; a sysroot."""
         self.flat = os.path.join(self.path, "flat")
         """Files under their last names, for libraries that were loaded by a relative path."""
         self.symbols = os.path.join(self.path, "debug")
-        """Separate files of symbols by build ID; a debug-file-directory."""
+        """Files with separate symbols by build ID; a debug-file-directory."""
         for part in (self.root, self.flat, self.symbols):
             os.mkdir(part, 0o700)
 
@@ -46,7 +46,7 @@ class Tree:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove it; the files that its links lead to stay."""
+        """Remove the tree, but not the files to which its links lead."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def add(self, name: str | bytes, target: str) -> str | None:
@@ -63,12 +63,12 @@ class Tree:
         return self._link(os.path.join(os.fsencode(self.root), place), target)
 
     def add_symbols(self, build_id: str, target: str) -> None:
-        """Link a file of symbols to a build ID."""
+        """Link a build ID to a file with separate symbols."""
         place = os.path.join(self.symbols, ".build-id", build_id[:2], f"{build_id[2:]}.debug")
         self._link(os.fsencode(place), target)
 
     def merge_usr(self) -> None:
-        """Let `/lib` lead to `/usr/lib`, and so on, unless the tree has both; to be called when all files are there."""
+        """Let `/lib` lead to `/usr/lib`, and so on, unless the tree has both; call it after the last file was added."""
         root = os.fsencode(self.root)
         for name in _MERGED:
             if os.path.isdir(os.path.join(root, b"usr", name)):
@@ -76,7 +76,7 @@ class Tree:
                     os.symlink(b"usr/" + name, os.path.join(root, name))
 
     def _link(self, place: bytes, target: str) -> str | None:
-        """Make a link; its directories are ours, because links of the tree lead to files alone."""
+        """Make a link; its directories belong to the tree, because links of the tree lead to files only."""
         try:
             os.makedirs(os.path.dirname(place), 0o700, exist_ok=True)
             os.symlink(os.path.abspath(target), place)
@@ -88,7 +88,7 @@ class Tree:
 
 
 def inside(name: str | bytes) -> bytes | None:
-    """Return the path below a root that a name stands for, without `..`; None if there cannot be a file."""
+    """Turn a name into a relative path without `..`; return None if no file can have it."""
     raw = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
     path = posixpath.normpath(b"/" + raw).lstrip(b"/")
     parts = path.split(b"/")

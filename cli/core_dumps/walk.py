@@ -137,7 +137,7 @@ class Walk:
         return [f for f in found if not dates or self._may_hold(f[len(folder) : -1])]
 
     def _may_hold(self, date: str) -> bool:
-        """Tell whether a folder is that of a date up to the query's end; dates after 9999 are unknown."""
+        """Tell whether a folder is that of a date up to the query's end; `unknown` stands for dates after 9999."""
         return date <= self._last if _DATE.fullmatch(date) else date == UNKNOWN and self._query.until > _EVER
 
     def _leaf(self, folder: tuple[str, int]) -> list[Dump]:

@@ -1,4 +1,4 @@
-"""Owns which files a debugger needs for a core: by its notes, the loader's list, and the list in the bucket."""
+"""Owns the list of files that a debugger needs: from the core's notes, the loader's list and the list in the bucket."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NOTHING = ModuleList("")
 def read_modules(
     core_path: str, executable: str | None, roots: Sequence[str], listed: ModuleList | None = None
 ) -> Modules:
-    """Read which files a process was made of, and find them on this machine.
+    """List the files that a process had mapped, and find them on this machine.
 
     Args:
         core_path: a core on this machine.
@@ -68,7 +68,7 @@ def _read(core: Core, source: Forward, executable: str | None, listed: ModuleLis
 
 
 def _rows(core: Core, listed: ModuleList) -> Iterator[tuple[str, contract.Module]]:
-    """Yield the rows of the list with the paths that the core has for them; the address connects the two."""
+    """Yield the rows of the list with the paths that the core gives for the same addresses."""
     for row in listed.modules:
         file = core.file_at(row.start)
         if file is not None:
@@ -78,7 +78,7 @@ def _rows(core: Core, listed: ModuleList) -> Iterator[tuple[str, contract.Module
 
 
 def _with_row(module: Module, row: contract.Module) -> Module:
-    """Return a module with what the list says of it, unless the core shows that this is another file."""
+    """Return a module with the facts of the list, unless its build ID in the core shows that it is another file."""
     if module.build_id is not None and row.build_id and row.build_id != module.build_id:
         return module
     build_id = module.build_id or row.build_id or None
@@ -88,7 +88,7 @@ def _with_row(module: Module, row: contract.Module) -> Module:
 
 
 def _add_loaded(core: Core, source: Forward, found: dict[str, Module]) -> None:
-    """Give the modules of the loader's list the names that they have there, and add those that are not known."""
+    """Add the names in the loader's list to the modules, and add modules that only that list has."""
     for loaded in read_loaded(core, source):
         file = core.file_at(loaded.dynamic)
         path = file.path if file else loaded.name.decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""Owns WHERE: the program's own frames of a crash, the newest first, as a reader wants to see them. Pure."""
+"""Owns WHERE: the program's own frames of a crash, the newest first, in short words. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def where(frames: str) -> str:
     """Return the program's own frames: `parse (app+0x1235) < main`; all frames if none is the program's own.
 
-    Frames that only carry out the death are left out: raise, abort, panics, sanitizers, C libraries.
+    Frames that only end the process are left out: raise, abort, panics, sanitizers, C libraries.
     """
     places, is_deep = decode(frames)
     shown = [place for place in places if not place.is_runtime] or places

@@ -168,7 +168,7 @@ def test_record_that_both_layouts_hold_is_listed_once(cli):
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.lists(st.lists(st.integers(0, 30), max_size=4), max_size=4), min_size=1, max_size=3))
 def test_merged_streams_are_complete_and_newest_first(streams):
-    """The numbers of a stream are put into order and keep their cuts, which may leave groups empty of all but some."""
+    """The numbers of a stream are sorted and cut into groups of the given lengths."""
     made, every = [], []
     for number, groups in enumerate(streams):
         left = sorted(

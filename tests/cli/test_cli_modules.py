@@ -1,4 +1,4 @@
-"""Backtraces from the bucket alone: the files of the process are gone, and what lies there is not trusted."""
+"""Backtraces from the bucket alone: the files of the process are gone, and objects in the bucket are not trusted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROGRAM = "void die(volatile int *);\nint main() { die(0); }\n"
 
 
 class Crashed:
-    """A core, and the files that its process had, which are not where they were."""
+    """A core, and the files of its process, which were removed from their paths."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         built = folder / "app"
@@ -179,7 +179,7 @@ def test_list_of_another_process_is_not_believed(crashed, cli, tmp_path):
 
 
 def test_file_with_another_build_id_than_the_core_has_is_not_used(crashed, cli):
-    """The list may lack build IDs, and name any file that the bucket has."""
+    """The list can omit build IDs and name any file in the bucket."""
     (first, second, *_) = [row for row in crashed.modules if row.build_id]
     swapped = [
         row._replace(build_id="", sha256=second.sha256, size_bytes=second.size_bytes) if row is first else row
