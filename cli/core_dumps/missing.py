@@ -37,7 +37,7 @@ def _lines(modules: Modules, dump: Dump) -> Iterator[str]:
     if len(missing) > MOST_LISTED:
         yield f"and {len(missing) - MOST_LISTED} more"
     if modules.left_out:
-        yield f"the list of modules lacks {modules.left_out} files of this process, for which it had no room"
+        yield f"{modules.left_out} files of this process are not in the list of modules, which had no room for them"
     if missing or (executable is not None and executable.found is None):
         yield _how(dump)
 
