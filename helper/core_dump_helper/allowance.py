@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 
-from core_dump_helper.system import lock, read_file, write_all
+from core_dump_helper.system import lock, read_file, replace_file
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class Allowance:
         if not 0 <= taken + count <= self._dumps:
             return False
         counts[name] = first, taken + count
-        self._save(counts)
+        text = b"".join(b"%s %d %d\n" % (name, *count) for name, count in counts.items())
+        replace_file(NAME, text, self._records.directory)
         return True
 
     def _load(self, now: int) -> dict[bytes, tuple[int, int]]:
@@ -75,13 +76,3 @@ class Allowance:
         rows = [line.split() for line in lines]
         counts = {name: (int(first), int(taken)) for name, first, taken in rows}
         return {name: count for name, count in counts.items() if 0 <= now - count[0] < self._seconds}
-
-    def _save(self, counts: dict[bytes, tuple[int, int]]) -> None:
-        text = b"".join(b"%s %d %d\n" % (name, *count) for name, count in counts.items())
-        draft = self._records.open_file(NAME + ".new", os.O_TRUNC)
-        try:
-            write_all(draft, text)
-        finally:
-            os.close(draft)
-        state = self._records.directory
-        os.rename(NAME + ".new", NAME, src_dir_fd=state, dst_dir_fd=state)

@@ -20,7 +20,7 @@ from core_dump_format.objectfile import Budget, ObjectFile
 from core_dump_format.state import AT_ENTRY, MACHINE_NAMES, ProcessState
 from core_dump_format.walk import Mapping, Process
 from core_dump_helper.mounts import LOCAL
-from core_dump_helper.system import log
+from core_dump_helper.system import log, read_all
 
 TYPE_CHECKING = False  # `typing` costs 7 ms
 if TYPE_CHECKING:
@@ -142,14 +142,8 @@ def base_name(path: bytes) -> str:
 
 def mount_types(descriptor: int) -> dict[bytes, bytes]:
     """Return the type of file system of each mount, by its id: proc_pid_mountinfo(5)."""
-    content = b""
-    while len(content) < MAX_MOUNTINFO_BYTES:
-        block = os.read(descriptor, 1 << 16)
-        if not block:
-            break
-        content += block
     types = {}
-    for line in content.splitlines():
+    for line in read_all(descriptor, MAX_MOUNTINFO_BYTES).splitlines():
         fields, separator, rest = line.partition(b" - ")
         if separator:
             types[fields.partition(b" ")[0]] = rest.partition(b" ")[0]

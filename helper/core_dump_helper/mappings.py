@@ -12,7 +12,7 @@ import os
 from errno import ENOTTY
 from struct import Struct
 
-from core_dump_helper.system import read_file
+from core_dump_helper.system import read_all, read_file
 
 TYPE_CHECKING = False  # `typing` costs 7 ms
 if TYPE_CHECKING:
@@ -80,11 +80,8 @@ class Mappings:
 
 def _read_files(maps: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
     """Yield start, end and device of each mapping of a file: proc_pid_maps(5)."""
-    data = block = os.read(maps, MAX_MAPS_BYTES)
-    while block and len(data) < MAX_MAPS_BYTES:
-        block = os.read(maps, MAX_MAPS_BYTES)
-        data += block
-    for line in filter(None, data.split(b"\n")):  # the kernel escapes that one alone in a name
+    lines = read_all(maps, MAX_MAPS_BYTES).split(b"\n")  # the kernel escapes no other line end in a name
+    for line in filter(None, lines):
         span, _, _, device, _ = line.split(None, 4)
         if device != b"00:00":
             start, end = span.split(b"-")

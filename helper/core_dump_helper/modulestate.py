@@ -10,7 +10,7 @@ import time
 from hashlib import blake2b
 
 from core_dump_helper.modules import STATE
-from core_dump_helper.system import NEW_FILE, exists, lock, read_file, write_all
+from core_dump_helper.system import NEW_FILE, exists, lock, read_file, replace_file
 
 KNOWN_SECONDS = 7 * 24 * 3600
 MAX_KNOWN = 8192
@@ -105,12 +105,7 @@ class ModuleState:
             for key, f in newest
         ]
         lines += ["used %s %d %d" % (key, hour, used) for key, (hour, used) in self._used.items()]
-        draft = os.open(STATE + ".new", NEW_FILE | os.O_TRUNC, 0o600, dir_fd=self._directory)
-        try:
-            write_all(draft, ("\n".join(lines) + "\n").encode())
-        finally:
-            os.close(draft)
-        os.rename(STATE + ".new", STATE, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        replace_file(STATE, ("\n".join(lines) + "\n").encode(), self._directory)
 
 
 class _Lock:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from core_dump_helper.system import BLOCK, is_private
+from core_dump_helper.system import is_private, read_all
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -86,14 +86,8 @@ def _read(path: str) -> bytes:
         status = os.fstat(descriptor)
         if not is_private(status) or status.st_size > MAX_FILE_BYTES:
             return b""
-        pieces = []
-        size = 0
-        while size <= MAX_FILE_BYTES:
-            pieces.append(os.read(descriptor, BLOCK))
-            size += len(pieces[-1])
-            if not pieces[-1]:
-                return b"".join(pieces)
-        return b""
+        content = read_all(descriptor, MAX_FILE_BYTES + 1)
+        return content if len(content) <= MAX_FILE_BYTES else b""
     finally:
         os.close(descriptor)
 

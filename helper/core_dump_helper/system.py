@@ -73,13 +73,29 @@ def read_file(path: str, limit: int, directory: int | None = None) -> bytes:
     """Read at most `limit` bytes; never wait for a writer, never follow a link."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=directory)
     try:
-        data = block = os.read(descriptor, min(limit, BLOCK))
-        while block and len(data) < limit:
-            block = os.read(descriptor, min(limit - len(data), BLOCK))
-            data += block
-        return data
+        return read_all(descriptor, limit)
     finally:
         os.close(descriptor)
+
+
+def read_all(descriptor: int, limit: int) -> bytes:
+    """Read the rest of a file, at most `limit` bytes."""
+    blocks = [os.read(descriptor, min(limit, BLOCK))]
+    left = limit - len(blocks[0])
+    while blocks[-1] and left:
+        blocks.append(os.read(descriptor, min(left, BLOCK)))
+        left -= len(blocks[-1])
+    return b"".join(blocks)
+
+
+def replace_file(name: str, content: bytes, directory: int) -> None:
+    """Write a private file as NAME.new and rename it, so that nobody reads a part of it; raises OSError."""
+    draft = os.open(name + ".new", NEW_FILE | os.O_TRUNC, 0o600, dir_fd=directory)
+    try:
+        write_all(draft, content)
+    finally:
+        os.close(draft)
+    os.rename(name + ".new", name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
 def read_fields(path: str, directory: int | None = None) -> dict[bytes, list[bytes]]:

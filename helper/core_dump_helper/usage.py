@@ -10,7 +10,7 @@ import os
 import time
 from stat import S_ISREG
 
-from core_dump_helper.system import lock, read_file, write_all
+from core_dump_helper.system import lock, read_file, replace_file
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -132,13 +132,7 @@ class Usage:
         largest = sorted(self.origins.items(), key=lambda item: item[1], reverse=True)[:MAX_ORIGINS]
         lines = [b"%d %s" % (held, origin) for origin, held in largest if b"\n" not in origin]
         text = b"%f %f %d\n" % (self._counted, self._cost, self.total) + b"\n".join(lines) + b"\n"
-        draft = records.open_file("usage.new", os.O_TRUNC)
-        try:
-            write_all(draft, text)
-        finally:
-            os.close(draft)
-        state = records.directory
-        os.rename("usage.new", "usage", src_dir_fd=state, dst_dir_fd=state)
+        replace_file("usage", text, records.directory)
 
     def _open(self, name: str) -> int:
         """Return the descriptor of a file of the state, or -1."""
