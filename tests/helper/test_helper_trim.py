@@ -6,6 +6,7 @@ import gzip
 import os
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -188,8 +189,8 @@ def test_slot_that_becomes_free_is_taken_before_a_reserved_one(station):
     slots = take_slots(station, 1)
     station.run(CORE)
     process = station.start()
-    opened = f"/proc/{process.pid}/fd"
-    wait_until(lambda: any("slot-0" in os.readlink(f"{opened}/{fd}") for fd in os.listdir(opened)), 20)
+    opened = Path(f"/proc/{process.pid}/fd")
+    wait_until(lambda: any("slot-0" in str(fd.resolve()) for fd in opened.iterdir()), 20)
     for slot in slots:
         os.close(slot)
     process.communicate(CORE, timeout=30)
