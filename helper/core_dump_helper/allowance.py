@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 
+from core_dump_helper.settings import parse_rate
 from core_dump_helper.system import lock, read_file, replace_file
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
@@ -28,8 +29,7 @@ class Allowance:
     def __init__(self, records: Records, rate: str) -> None:
         """Store the state and `rate`, the setting VITAL_LIMIT: dumps/seconds, or 0."""
         self._records = records
-        dumps, _, seconds = rate.partition("/")
-        self._dumps, self._seconds = int(dumps), int(seconds or "0")
+        self._dumps, self._seconds = parse_rate(rate)
 
     def take(self, origin: bytes) -> bool:
         """Count one for an origin; return False if its window has had all, or nothing can be counted."""

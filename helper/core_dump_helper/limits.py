@@ -10,6 +10,7 @@ import time
 from core_dump_helper.core import Memory
 from core_dump_helper.disk import DiskLimits
 from core_dump_helper.records import Record, Records, open_state
+from core_dump_helper.settings import parse_rate
 from core_dump_helper.slots import Slots
 from core_dump_helper.system import Refused, log
 
@@ -35,8 +36,7 @@ class RateLimiter:
     def __init__(self, records: Records, rate: str) -> None:
         """Store `rate`, the setting RATE_LIMIT: dumps/seconds."""
         self._records = records
-        dumps, _, seconds = rate.partition("/")
-        self._dumps, self._seconds = int(dumps), int(seconds or "0")
+        self._dumps, self._seconds = parse_rate(rate)
         self.record: Record | None = None
 
     def check(self, metadata: dict[str, bytes]) -> None:

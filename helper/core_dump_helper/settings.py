@@ -33,8 +33,19 @@ def are_numbers(texts: list[str], digits: int = 9) -> bool:
 
 def is_rate(text: str) -> bool:
     """Accept `dumps/seconds`, or 0 for no limit."""
-    parts = text.replace("/", " ").split()
-    return text == "0" or (len(parts) == 2 and are_numbers(parts))
+    try:
+        parse_rate(text)
+    except ValueError:
+        return False
+    return True
+
+
+def parse_rate(text: str) -> tuple[int, int]:
+    """Return dumps and seconds of `dumps/seconds`, or zeros for 0; raises ValueError."""
+    parts = ["0", "0"] if text == "0" else [part.strip() for part in text.split("/")]
+    if len(parts) != 2 or not are_numbers(parts):
+        raise ValueError(text)
+    return int(parts[0]), int(parts[1])
 
 
 YES_OR_NO = (lambda text: text in ("yes", "no"), "yes or no")
