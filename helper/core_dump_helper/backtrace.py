@@ -19,7 +19,7 @@ from core_dump_format.machine import MACHINES
 from core_dump_format.objectfile import Budget, ObjectFile
 from core_dump_format.state import AT_ENTRY, MACHINE_NAMES, ProcessState
 from core_dump_format.walk import Mapping, Process
-from core_dump_helper.mounts import LOCAL
+from core_dump_helper.mounts import LOCAL, parse_mounts
 from core_dump_helper.system import log, read_all
 
 TYPE_CHECKING = False  # `typing` costs 7 ms
@@ -141,13 +141,9 @@ def base_name(path: bytes) -> str:
 
 
 def mount_types(descriptor: int) -> dict[bytes, bytes]:
-    """Return the type of file system of each mount, by its id: proc_pid_mountinfo(5)."""
-    types = {}
-    for line in read_all(descriptor, MAX_MOUNTINFO_BYTES).splitlines():
-        fields, separator, rest = line.partition(b" - ")
-        if separator:
-            types[fields.partition(b" ")[0]] = rest.partition(b" ")[0]
-    return types
+    """Return the type of file system of each mount, by its id."""
+    mounts = parse_mounts(read_all(descriptor, MAX_MOUNTINFO_BYTES))
+    return {number: kind for number, _, kind in mounts}
 
 
 def frames_of(front: Front, state: ProcessState, memory: CoreMemory, opened: OpenedFiles) -> dict[str, bytes]:

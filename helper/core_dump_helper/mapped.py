@@ -6,14 +6,13 @@ import os
 from stat import S_IROTH, S_ISREG
 
 from core_dump_helper.mappings import unnamed_memory
-from core_dump_helper.mounts import Mounts
+from core_dump_helper.mounts import MAX_MOUNTS_BYTES, Mounts, device_numbers
 from core_dump_helper.system import CHUNK, read_fields, read_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MAX_OWN_MOUNTS_BYTES = 16 << 20
 ESCAPED_NEWLINE = b"\\012"
 
 
@@ -121,9 +120,8 @@ class Judge:
         local = self._mounts.is_local_mount(number)
         if local is None:
             if self._own is None:
-                self._own = Mounts(read_file("/proc/self/mountinfo", MAX_OWN_MOUNTS_BYTES))
+                self._own = Mounts(read_file("/proc/self/mountinfo", MAX_MOUNTS_BYTES))
             local = self._own.is_local_device(device)
         if local is None:
-            major, _, minor = device.partition(b":")
-            local = (int(major, 16), int(minor, 16)) in unnamed_memory()
+            local = device_numbers(device) in unnamed_memory()
         return local

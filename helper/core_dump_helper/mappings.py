@@ -12,6 +12,7 @@ import os
 from errno import ENOTTY
 from struct import Struct
 
+from core_dump_helper.mounts import MAX_MOUNTS_BYTES, device_numbers, parse_mounts
 from core_dump_helper.system import read_all, read_file
 
 TYPE_CHECKING = False  # `typing` costs 7 ms
@@ -23,7 +24,6 @@ PROCMAP_QUERY = 0xC0686611
 QUERY = Struct("=9Q4I2Q")
 """struct procmap_query of <linux/fs.h>. Words 0 and 2 are its size and the address; 4, 9 and 10 end and device."""
 MAX_MAPS_BYTES = 64 << 20
-MAX_MOUNTS_BYTES = 16 << 20
 NO_FILE = 0, 0
 
 
@@ -85,19 +85,13 @@ def _read_files(maps: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
         span, _, _, device, _ = line.split(None, 4)
         if device != b"00:00":
             start, end = span.split(b"-")
-            major, minor = device.split(b":")
-            yield int(start, 16), int(end, 16), (int(major, 16), int(minor, 16))
+            yield int(start, 16), int(end, 16), device_numbers(device)
 
 
 def mounted_devices(path: str = "/proc/self/mountinfo", directory: int | None = None) -> set[tuple[int, int]]:
-    """Return the devices of all mounts in a namespace but those of FUSE: proc_pid_mountinfo(5)."""
-    found = set()
-    for line in read_file(path, MAX_MOUNTS_BYTES, directory).split(b"\n"):
-        mount, _, kind = line.partition(b" - ")
-        if kind and not kind.startswith(b"fuse"):
-            major, minor = mount.split(None, 3)[2].split(b":")
-            found.add((int(major), int(minor)))
-    return found
+    """Return the devices of all mounts in a namespace except those of FUSE."""
+    mounts = parse_mounts(read_file(path, MAX_MOUNTS_BYTES, directory))
+    return {device_numbers(device, 10) for _, device, kind in mounts if not kind.startswith(b"fuse")}
 
 
 def unnamed_memory() -> set[tuple[int, int]]:

@@ -75,6 +75,14 @@ def test_file_on_an_unknown_mount_is_not_read(tmp_path, content):
     assert not is_read(files, content)
 
 
+def test_path_of_a_mount_cannot_name_another_mount(tmp_path, content):
+    files = opened(tmp_path, "fuse")
+    with (tmp_path / "mountinfo").open("a", newline="") as file:
+        number = (tmp_path / "mountinfo").read_text().split()[0]
+        file.write(f"1 1 0:50 / /tmp/a\r{number} rw - tmpfs none rw\n")
+    assert not is_read(files, content)
+
+
 def test_file_that_is_not_the_one_in_memory_is_not_read(tmp_path):
     assert not is_read(opened(tmp_path, "ext4"), core(head=b"\x7fELF" + bytes(60)))
 
