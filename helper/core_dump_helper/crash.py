@@ -175,6 +175,15 @@ def read_metadata(crash: Crash) -> tuple[dict[str, bytes], str]:
     return {name: metadata[name] for name in names if metadata.get(name)}, warning
 
 
+def shares_user_namespace(process: int) -> bool:
+    """Return whether a process, given by its directory in /proc, has the helper's user namespace; raises OSError."""
+    try:
+        own = os.readlink("/proc/self/ns/user")
+    except FileNotFoundError:  # a kernel without user namespaces
+        return True
+    return os.readlink("ns/user", dir_fd=process) == own
+
+
 class OpenedFiles:
     """The files behind the code of the crashed process, opened while the kernel holds it, but not for reading."""
 
@@ -203,7 +212,7 @@ def open_files(crash: Crash, spans: list[tuple[int, int]]) -> OpenedFiles:
     directory = os.open("/proc/%d" % int(crash.pid), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         opened.mounts = os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-        opened.is_ours = os.readlink("ns/user", dir_fd=directory) == os.readlink("/proc/self/ns/user")
+        opened.is_ours = shares_user_namespace(directory)
         for start, end in spans:
             try:
                 path = "map_files/%x-%x" % (start, end)

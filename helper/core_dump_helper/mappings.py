@@ -12,6 +12,7 @@ import os
 from errno import ENOTTY
 from struct import Struct
 
+from core_dump_helper.crash import shares_user_namespace
 from core_dump_helper.mounts import MAX_MOUNTS_BYTES, device_numbers, parse_mounts
 from core_dump_helper.system import read_all, read_file
 
@@ -56,8 +57,7 @@ class Mappings:
 
     def _own_devices(self) -> set[tuple[int, int]]:
         """Return the devices of the process's own mounts, unless it is in another user namespace than the helper."""
-        name = "ns/user"
-        if os.readlink(name, dir_fd=self._directory) != os.readlink("/proc/self/" + name):
+        if not shares_user_namespace(self._directory):
             return set()
         return mounted_devices("mountinfo", self._directory)
 

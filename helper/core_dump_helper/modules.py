@@ -13,7 +13,7 @@ import time
 from _queue import Empty, SimpleQueue
 from _thread import start_new_thread
 
-from core_dump_helper.crash import start_time
+from core_dump_helper.crash import shares_user_namespace, start_time
 from core_dump_helper.mounts import Mounts
 from core_dump_helper.system import BLOCK, DIRECTORY, NEW_FILE, exists, is_private, log, read_file, write_all
 
@@ -100,12 +100,8 @@ def read_mounts(process: int) -> bytes:
 
     In a user namespace of its own, a process can mount FUSE, and an overlay above it. Then the host's mounts count.
     """
-    user = "ns/user"
-    try:
-        is_own = os.readlink(user, dir_fd=process) == os.readlink("/proc/self/" + user)
-    except FileNotFoundError:  # a kernel without user namespaces
-        is_own = True
-    return read_file("mountinfo" if is_own else "/proc/self/mountinfo", MAX_MOUNTS_BYTES, process)
+    path = "mountinfo" if shares_user_namespace(process) else "/proc/self/mountinfo"
+    return read_file(path, MAX_MOUNTS_BYTES, process)
 
 
 def open_mapping(span: bytes, files: int) -> int:
