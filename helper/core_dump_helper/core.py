@@ -198,7 +198,7 @@ class Reader:
         """Read the first piece, and prepare the vital part of a large core; return False at the end of the core."""
         buffer = self._buffer()
         size, more = self._fill(buffer, sys.maxsize)
-        needed, length = elf_length(bytes(buffer[:size]))
+        needed, length = elf_length(buffer[:size])
         self.is_large = length >= LARGE_BYTES or needed > size == CHUNK
         is_longer = self._limit < length > size
         if self._prepare and (self.is_large or is_longer or (length and length >= self.prepare_from)):

@@ -12,7 +12,7 @@ from core_dump_helper.core import LARGE_BYTES, Memory, Reader
 from core_dump_helper.crash import open_files
 from core_dump_helper.dumpfile import FRAMES_SPACE, RESULT_SPACE, set_attributes
 from core_dump_helper.keep import Keep
-from core_dump_helper.length import IDENT_BYTES, ElfHeader, LengthCheck, elf_length
+from core_dump_helper.length import ElfHeader, LengthCheck, elf_length
 from core_dump_helper.settings import CONFIG
 from core_dump_helper.system import Refused, log
 
@@ -33,8 +33,6 @@ ALARM_SECONDS = 30
 NICE = 9
 MIN_VITAL_BYTES = 4 << 20
 """Allowed for the vital part, however little memory is available."""
-
-
 MAX_FILES = 96
 """Opened behind the code of a process; each takes about 10 us of the time for which it is held."""
 PF_X = 1
@@ -132,7 +130,7 @@ class CoreCopy:
 
     def _look(self, head: memoryview) -> None:
         """Open the files behind the code of a process whose core is small; a large one has `_prepare`."""
-        needed, length = elf_length(bytes(head))
+        needed, length = elf_length(head)
         if length and length < LARGE_BYTES and needed <= len(head):
             self._open_files(lambda: code_spans(head))
 
@@ -241,7 +239,7 @@ class CoreCopy:
 
 def code_spans(head: memoryview) -> list[tuple[int, int]]:
     """Return start and end of each executable segment whose program header is in the first bytes of a core."""
-    header = ElfHeader(bytes(head[:IDENT_BYTES]))
+    header = ElfHeader(head)
     end = header.table + min(header.rows, (len(head) - header.table) // header.row_bytes) * header.row_bytes
     rows = iter_unpack("=4xI8xQ16xQ8x" if header.row_bytes == 56 else "=8xI8xII4x", head[header.table : end])
     if header.row_bytes == 56:

@@ -15,7 +15,7 @@ PN_XNUM = 0xFFFF
 class ElfHeader:
     """The fields of an ELF header, of either class and byte order, that tell how long a core is."""
 
-    def __init__(self, head: bytes | bytearray) -> None:
+    def __init__(self, head: bytes | bytearray | memoryview) -> None:
         """Read the first IDENT_BYTES of an ELF file."""
         order = "<" if head[5] == 1 else ">"
         wide = head[4] == 2
@@ -29,7 +29,7 @@ class ElfHeader:
         """Return whether the table has the usual layout and starts within the limit."""
         return bool(self.row_bytes == calcsize(self.row) and self.table <= HEADER_LIMIT)
 
-    def table_end(self, head: bytes | bytearray) -> int:
+    def table_end(self, head: bytes | bytearray | memoryview) -> int:
         """Return where the program headers end, as far as `head` tells.
 
         From 65,535 segments on, the first segment tells their number, because it lies right behind the table.
@@ -46,7 +46,7 @@ class ElfHeader:
         return self._sections + self._section_bytes * self._section_count if self._sections else 0
 
 
-def elf_length(head: bytes | bytearray) -> tuple[int, int]:
+def elf_length(head: bytes | bytearray | memoryview) -> tuple[int, int]:
     """Return how many leading bytes must be known, and the length that the headers in `head` promise.
 
     The length is 0 as long as `head` is too short; both are 0 if it is not an ELF file. Only this length reveals a

@@ -36,6 +36,8 @@ class Slots:
         self._origin = origin[:ORIGIN_BYTES].ljust(ORIGIN_BYTES)
         self._name = name
         self._slots: list[int] = []
+        self.is_held = False
+        """Whether one of these slots was taken instead of another one."""
 
     def acquire(self, deadline: float, reserved: Slots | None = None) -> bool:
         """Wait for a slot until `deadline` (monotonic); hold it until this process ends.
@@ -61,9 +63,6 @@ class Slots:
                 return False
             time.sleep(POLL_SECONDS if time.monotonic() < later else LATER_POLL_SECONDS)
         return False
-
-    is_held = False
-    """Whether one of these slots was taken instead of another one."""
 
     def take(self) -> bool:
         """Take a slot; return True as well if there is no limit, or if it cannot be kept."""
