@@ -89,7 +89,7 @@ def start_time(directory: int | None, path: str) -> int:
 
 def read_process(crash: Crash) -> dict[str, bytes]:
     """Read /proc/PID through one directory descriptor; return only `sensitive` if it belongs to another process."""
-    process = os.open("/proc/%d" % int(crash.pid), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    process = _open_directory(crash.pid)
     try:
         found = read_files(process)
         thread = read_fields("task/%s/status" % crash.tid if crash.tid else "status", process)
@@ -184,6 +184,27 @@ def shares_user_namespace(process: int) -> bool:
     return os.readlink("ns/user", dir_fd=process) == own
 
 
+def memory_directory(crash: Crash) -> int:
+    """Return the directory in /proc that has the memory: the thread's if the main thread has ended; it stays open.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it belongs to another process by now.
+    """
+    if crash.process < 0:
+        return _open_directory(crash.pid)
+    if not crash.tid or crash.tid == crash.pid or read_file("maps", 1, crash.process):
+        return crash.process
+    own = _open_directory(crash.tid)
+    if start_time(own, "stat") != start_time(crash.process, "task/%d/stat" % int(crash.tid)):
+        raise ValueError("/proc/%s belongs to another process" % crash.tid)
+    return own
+
+
+def _open_directory(number: str) -> int:
+    return os.open("/proc/%d" % int(number), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
 class OpenedFiles:
     """The files behind the code of the crashed process, opened while the kernel holds it, but not for reading."""
 
@@ -209,7 +230,7 @@ def open_files(crash: Crash, spans: list[tuple[int, int]]) -> OpenedFiles:
     O_PATH waits for no file system and no lease. Costs about 10 us a file.
     """
     opened = OpenedFiles()
-    directory = os.open("/proc/%d" % int(crash.pid), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    directory = memory_directory(crash)
     try:
         opened.mounts = os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
         opened.is_ours = shares_user_namespace(directory)
@@ -222,6 +243,4 @@ def open_files(crash: Crash, spans: list[tuple[int, int]]) -> OpenedFiles:
     except OSError:
         opened.close()
         raise
-    finally:
-        os.close(directory)
     return opened

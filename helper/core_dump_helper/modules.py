@@ -13,7 +13,7 @@ import time
 from _queue import Empty, SimpleQueue
 from _thread import start_new_thread
 
-from core_dump_helper.crash import shares_user_namespace, start_time
+from core_dump_helper.crash import memory_directory, shares_user_namespace
 from core_dump_helper.mounts import Mounts
 from core_dump_helper.system import BLOCK, DIRECTORY, NEW_FILE, exists, is_private, log, read_file, write_all
 
@@ -133,7 +133,7 @@ class Capture:
         CPU on a busy host. Others might be of a file server that never answers.
         """
         end = time.monotonic() + OPEN_SECONDS
-        process = self._find_memory()
+        process = memory_directory(self._crash)
         self._mounts = read_mounts(process)
         mounts = Mounts(self._mounts)
         files = os.open("map_files", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=process)
@@ -190,20 +190,6 @@ class Capture:
             if not key:
                 break
             self._descriptors[key] = descriptor
-
-    def _find_memory(self) -> int:
-        """Return the directory in /proc that has the memory: the thread's if the main thread has ended.
-
-        Raises:
-            ValueError: it belongs to another process by now.
-        """
-        process, thread = self._crash.process, self._crash.tid
-        if not thread or thread == self._crash.pid or read_file("maps", 1, process):
-            return process
-        own = os.open("/proc/%d" % int(thread), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        if start_time(own, "stat") != start_time(process, "task/%d/stat" % int(thread)):
-            raise ValueError("/proc/%s belongs to another process" % thread)
-        return own
 
     def announce(self, dump: str, metadata: dict[str, bytes]) -> None:
         """Create `DUMP.json.partial`, by which the collector knows that a list is coming; raises OSError."""

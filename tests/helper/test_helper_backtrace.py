@@ -1,10 +1,14 @@
 """The frames of a crash: read only from files that cannot make the helper wait, and never at the dump's cost."""
 
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from tests.support import cores
+from tests.support.collector import wait_until
 
 from core_dump_format.state import X86_64
 from core_dump_format.walk import Mapping
@@ -142,3 +146,30 @@ def test_files_of_a_live_process_are_opened_and_other_memory_is_left_out():
         assert files.mounts > 0
     finally:
         files.close()
+
+
+MAIN_THREAD_ENDS = """
+import ctypes, sys, threading
+def wait():
+    print(threading.get_native_id(), flush=True)
+    sys.stdin.read()
+threading.Thread(target=wait).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_files_are_opened_of_a_process_whose_main_thread_has_ended():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", MAIN_THREAD_ENDS], **pipes) as other:
+        thread, maps = int(other.stdout.readline()), Path(f"/proc/{other.pid}/maps")
+        wait_until(lambda: not maps.read_bytes(), 20)
+        crash = parse_arguments([f"-P{other.pid}", f"-i{thread}", "-s11", "--", "app"])
+        crash.process = os.open(f"/proc/{other.pid}", os.O_PATH)
+        lines = [line.split() for line in Path(f"/proc/{thread}/maps").read_text().splitlines()]
+        spans = [tuple(int(end, 16) for end in words[0].split("-")) for words in lines if "x" in words[1]]
+        files = open_files(crash, spans)
+        assert files.files
+        assert files.mounts > 0
+        files.close()
+        os.close(crash.process)
+        other.kill()
