@@ -32,7 +32,7 @@ class Allowance:
         self._dumps, self._seconds = parse_rate(rate)
 
     def take(self, origin: bytes) -> bool:
-        """Count one for an origin; return False if its window has had all, or nothing can be counted."""
+        """Count one for an origin; return False if its window is used up, or the count cannot be stored."""
         return self._change(origin, 1)
 
     def give_back(self, origin: bytes) -> None:

@@ -1,6 +1,6 @@
 """Owns computing the frames of the crashing thread, after its process was released. A failure costs the frames only.
 
-The stack comes from the core, which is in memory anyhow; code, unwind information and symbols come from the files that
+The stack comes from the core, which is in memory; code, unwind information and symbols come from the files that
 were opened while the process was held. They are read only on file systems of the kernel itself: one that a process
 serves (FUSE) or a network serves may never answer.
 """
@@ -41,7 +41,7 @@ STACKED = frozenset([b"overlay", b"aufs"])
 
 
 class CoreMemory:
-    """The memory of the crashed process, as far as it is at hand."""
+    """The memory of the crashed process, as far as it was copied."""
 
     def __init__(self, pieces: list[tuple[int, bytes]]) -> None:
         """Take addresses and contents."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Prepare = Callable[[bytearray, Callable[[int], bool]], VitalPart | None]
 
 MIN_BUFFERS, GROWTH_BUFFERS = 4, 64
-"""Buffers that every dump may use, however little memory there is, and by how many they become more."""
+"""Buffers that every dump may use, however little memory is available, and how many are added at once."""
 CACHED = (b"inactive_file ", b"active_file ")
 HEAD_BYTES = 32 << 10  # read before the pipe is enlarged; the program headers of 580 mappings
 LARGE_BYTES = 8 << 20  # from this length on, the vital part of a core comes first
@@ -143,7 +143,7 @@ class Reader:
         self._free: SimpleQueue[memoryview] = SimpleQueue()
 
     def start(self) -> VitalPart | None:
-        """Start reading; return what comes before the chunks, or None if the core comes in the kernel's order."""
+        """Start reading; return the part before the chunks, or None if the core comes in the kernel's order."""
         head, size = bytearray(HEAD_BYTES), 0
         try:
             size, _ = self._fill(memoryview(head), sys.maxsize)
@@ -211,7 +211,7 @@ class Reader:
         return more
 
     def _begin_prepared(self, prepare: Prepare, head: bytearray, buffer: memoryview) -> bool:
-        """Hand over the vital part, then all that a trimmed dump holds; return whether the rest of the core follows."""
+        """Hand over the vital part, then the rest of a trimmed dump; return whether the rest of the core follows."""
         vital = prepare(head, lambda count: self._extend(head, count))
         if vital and vital.end > self._limit:
             self.stop("max_dump_bytes")

@@ -61,7 +61,7 @@ class CoreCopy:
         self._failure = ""
         self._opened: OpenedFiles | None = None
         self._small = bytearray()
-        """The core as far as it was read, if it is small."""
+        """The bytes of a small core that were read."""
 
     def run(self, watch: DiskWatch, may_read_memory: bool, announce: Callable[[], None]) -> str:
         """Copy the core; return why the dump is truncated, or an empty string.
@@ -100,7 +100,7 @@ class CoreCopy:
         return cut or ("max_dump_bytes" if self.trimmed else "")
 
     def _make_reader(self, may_read_memory: bool) -> Reader:
-        """Return the reader of the core, which may read the memory of the process as well, or not."""
+        """Return the reader of the core, and note whether it may read the memory of the process."""
         deadline, keep = time.monotonic() + self.settings.DEADLINE_SECONDS, self._keep
         self._may_read_memory = may_read_memory and self.settings.VITAL_BYTES > 0
         prepare = self._prepare if self._may_read_memory or keep.required else None
@@ -111,7 +111,7 @@ class CoreCopy:
         return reader
 
     def _copy(self, reader: Reader, watch: DiskWatch, length: LengthCheck, vital: VitalPart | None) -> None:
-        """Copy what comes from the reader, until a failure."""
+        """Copy the pieces of the reader, until a failure."""
         writer, released = self.writer, False
         for piece in reader.chunks():
             if reader.ended and not released:  # the crashed process waits for nothing more
@@ -143,7 +143,7 @@ class CoreCopy:
             log("%s: the files behind its code cannot be opened: %s" % (self.crash, error), 6)
 
     def _find_frames(self, vital: VitalPart | None, small: bytearray | None) -> None:
-        """Set the attributes that tell where the thread was, once its memory is at hand; a failure costs them only."""
+        """Set the attributes that tell where the thread was, once its memory is known; a failure costs only them."""
         opened = self._opened
         if opened is None or (vital is None and small is None):
             return
@@ -177,7 +177,7 @@ class CoreCopy:
     def _write_vital(self, vital: VitalPart) -> None:
         """Write the vital part as a gzip member of its own, and start the writer of everything else.
 
-        pigz writes what comes later: it cannot tell when a member has ended.
+        pigz writes only the rest: it cannot tell when a member has ended.
         """
         for piece in vital.pieces:
             self._failure = self._write(piece)

@@ -41,7 +41,7 @@ class Handler:
         self.capture: Capture | None = None
         """The files behind the crash, which are copied after the dump."""
         self.runtime: RuntimeFile | None = None
-        """What the container runtime says of the container."""
+        """The container runtime's file about the container."""
         self.warnings: list[str] = []
         """Logged with the crash, so that a refusal which is only counted logs none of them."""
 
@@ -162,7 +162,7 @@ class Handler:
             log("%s: its files are not copied: %s" % (self.crash, error))
 
     def read_runtime_file(self) -> None:
-        """Read what the container runtime says of the container; `record_result` parses it."""
+        """Read the container runtime's file about the container; `record_result` parses it."""
         container = self.metadata.get("container_id")
         if not container or self.runtime:
             return
@@ -191,7 +191,7 @@ class Handler:
             log("%s: its files are not copied: %s" % (self.crash, error))
 
     def choose(self) -> str:
-        """Return what RULES choose for this crash, or an empty string; raises Refused if that is nothing."""
+        """Return the action that RULES choose for this crash, or an empty string; raises Refused if it is `nothing`."""
         if not self.settings.RULES:
             return ""
         from core_dump_helper.rules import choose, needs_runtime
@@ -239,7 +239,7 @@ class Handler:
             os.fchmod(dump, 0o1600)  # the collector reads the sticky bit as "truncated"
 
     def identify(self, file: RuntimeFile) -> dict[str, bytes]:
-        """Return the attributes that say whose container crashed, or none."""
+        """Return the attributes that identify the container, or none."""
         try:
             from core_dump_helper.runtime import identify
 
@@ -250,7 +250,7 @@ class Handler:
 
 
 def describe(trimmed: str, truncated: str) -> str:
-    """Return what the log says of a dump's state."""
+    """Return the state of a dump for the log."""
     if trimmed and truncated == "max_dump_bytes":
         return "trimmed (%s)" % trimmed
     return "truncated (%s)" % truncated if truncated else "complete"

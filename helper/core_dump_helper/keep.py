@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from core_dump_helper.settings import Settings
 
 WHOLE, TRIM, METADATA, NOTHING = "whole", "trim", "metadata", "nothing"
-"""What a rule may choose (`rules`)."""
+"""The actions of a rule (`rules`)."""
 
 
 class Trim:
@@ -35,7 +35,7 @@ class Keep:
     """Decides how much of one core is kept, once its length is known."""
 
     def __init__(self, settings: Settings, action: str = "", limit: str = "") -> None:
-        """Store what a rule chose, and the limit that leaves only the vital part; both may be empty."""
+        """Store the action of a rule, and the limit that leaves only the vital part; both may be empty."""
         self._settings, self._action, self._limit = settings, action, limit
         self.memory_bytes = 0
         """Memory that this process may use."""
@@ -46,7 +46,7 @@ class Keep:
 
     @property
     def from_bytes(self) -> int:
-        """Return the length from which on a core is more than copied."""
+        """Return the length from which on a core is reordered or trimmed."""
         return 0 if self._action == METADATA else LARGE_BYTES
 
     @property

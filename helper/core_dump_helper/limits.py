@@ -83,7 +83,7 @@ class Limits:
         settings: Settings,
         may_read_memory: bool = False,
     ) -> None:
-        """Store the crash, the watch directory, the settings, and whether a vital part can be had."""
+        """Store the crash, the watch directory, the settings, and whether a vital part can be read."""
         self._crash, self._metadata, self._settings = crash, metadata, settings
         self._directory, self._may_read_memory = directory, may_read_memory
         self._memory = Memory(settings.CGROUP)
@@ -193,7 +193,7 @@ class Limits:
         return disk
 
     def _give_back(self, records: Records) -> None:
-        """Leave the allowance that `_vital_disk` has taken to another crash: no vital part is kept for it."""
+        """Return the allowance that `_vital_disk` took: this crash leaves no vital part."""
         from core_dump_helper.allowance import Allowance
 
         Allowance(records, self._settings.VITAL_LIMIT).give_back(self._origin)

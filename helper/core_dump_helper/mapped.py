@@ -21,7 +21,7 @@ class Missing(Exception):  # noqa: N818 - an outcome, not an error
 
 
 class Mapped:
-    """One file of the crashed process: what maps says of it, and its descriptor."""
+    """One file of the crashed process: its lines in maps, and its descriptor."""
 
     def __init__(self, path: bytes, start: int, offset: int, device: bytes) -> None:
         """Store the first mapping."""
@@ -38,7 +38,7 @@ class Mapped:
 
 
 class HandOver:
-    """What the helper wrote into `DUMP.json.partial` before it became this program."""
+    """The text that the helper wrote into `DUMP.json.partial` before it became this program."""
 
     def __init__(self, descriptor: int) -> None:
         """Read it; raises ValueError if it is damaged."""
@@ -111,7 +111,7 @@ class Judge:
         return status
 
     def _is_local(self, device: bytes, descriptor: int) -> bool:
-        """Return whether a file is local whose device is none of the process's mounts.
+        """Return whether a file is local if its device is not among the process's mounts.
 
         Btrfs gives each subvolume a device of its own, and old kernels show the file below an overlay. A file system
         that was unmounted while the file was open is not known any more.

@@ -27,7 +27,7 @@ KINDS = bytes(ABSENT if flag < 0x40 else OF_FILE if flag & 0x20 else PRESENT for
 
 
 class ProcessMemory(Pages):
-    """Reads /proc/PID/mem where /proc/PID/pagemap shows that a page is there, and cannot be withdrawn for ever.
+    """Reads /proc/PID/mem where /proc/PID/pagemap shows that a page is there, unless a read could wait for ever.
 
     Any other page may have to be fetched from a file, and a file system that the crashed process serves may never
     answer: no signal ends the wait of a thread in such a read.

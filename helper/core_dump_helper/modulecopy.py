@@ -1,7 +1,7 @@
 """Owns copying the files behind a crash into `.modules`, after the dump, in a program of its own (docs/contracts.md).
 
-Whatever the files are, and whoever serves them, the crashed process is gone, the slot is free, and an alarm ends this
-program: what hangs costs the list of one dump.
+The crashed process is gone, the slot is free, and an alarm ends this program: a file whose read never ends costs the
+list of one dump.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 """Numbers of the system call: ioprio_set(2)."""
 IOPRIO_PROCESS, IOPRIO_IDLE = 1, 3 << 13
 MAX_DIRECTORY_BYTES = 2 << 30
-"""Of all that is in `.modules`."""
+"""Of all files in `.modules`."""
 HEAD_BYTES = 64 << 10
 """Of a file, in which its build ID is looked for."""
 
@@ -58,7 +58,7 @@ def copy(config: str, handed_over: int, watch: int) -> int:
     """
     _signal.alarm(COPY_SECONDS + ALARM_SECONDS)
     settings = Settings()
-    settings.load(config, lambda _: None)  # what is wrong was logged for the dump
+    settings.load(config, lambda _: None)  # wrong lines were logged for the dump
     give_way(settings)
     try:
         hand_over = HandOver(handed_over)
@@ -93,7 +93,7 @@ class Copier:
     """Copies the files of one crash."""
 
     def __init__(self, hand_over: HandOver, watch: int, settings: Settings) -> None:
-        """Store what the helper handed over, the watch directory and the settings; raises OSError."""
+        """Store the text from the helper, the watch directory and the settings; raises OSError."""
         self._hand_over, self._settings = hand_over, settings
         self._end = time.monotonic() + COPY_SECONDS
         self._directory = os.open(DIRECTORY_NAME, DIRECTORY, dir_fd=watch)
@@ -283,7 +283,7 @@ class Copier:
         return os.path.samestat(there, os.fstat(descriptor))
 
     def publish(self, descriptor: int, listed: ModuleList) -> None:
-        """Turn what was handed over into the list, and rename it; remember what was copied; raises OSError."""
+        """Replace the text from the helper by the list, and rename it; remember the copied files; raises OSError."""
         os.ftruncate(descriptor, 0)
         write_all(descriptor, render_list(listed))
         os.fsync(descriptor)

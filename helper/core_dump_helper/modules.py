@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from core_dump_helper.crash import Crash
 
 OPEN_SECONDS = 0.5
-"""For reading the mappings and opening the files; what is not open by then is left out."""
+"""For reading the mappings and opening the files; files that are not open by then are left out."""
 MAX_FILES = 900
 """The kernel starts helpers with a limit of 1,024 descriptors."""
 SPARE_DESCRIPTORS = 100
@@ -33,7 +33,7 @@ MAX_MAPS_BYTES = 16 << 20
 MAX_MOUNTS_BYTES = 4 << 20
 DIRECTORY_NAME = ".modules"
 STATE = "modules"
-"""In `.helper`: what modulestate remembers."""
+"""In `.helper`: the file of modulestate."""
 MARK = "collector"
 MARK_SECONDS = 24 * 3600
 EXECUTABLE = ord("x")
@@ -43,7 +43,7 @@ def start(crash: Crash, watch: int) -> Capture:
     """Open the files behind a crash.
 
     Raises:
-        FileNotFoundError: nobody takes modules.
+        FileNotFoundError: no collector takes modules.
         OSError, ValueError: `.modules` is not private, or the files cannot be opened.
     """
     directory = os.open(DIRECTORY_NAME, DIRECTORY, dir_fd=watch)
@@ -58,7 +58,7 @@ def start(crash: Crash, watch: int) -> Capture:
 
 
 def check_directory(directory: int) -> None:
-    """Raise OSError unless `.modules` belongs to this user and a collector takes what is in it."""
+    """Raise OSError unless `.modules` belongs to this user and a collector takes its files."""
     status = os.fstat(directory)
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise PermissionError(1, ".modules belongs to another user, or others may use it")

@@ -1,4 +1,4 @@
-"""Owns what the helper remembers of modules: files that it has copied, and how much each origin has used of its budget.
+"""Owns the state of modules: the files that were copied, and how much each origin has used of its budget.
 
 Both are hints: losing them costs copies, not modules. They are kept in `.helper/modules`.
 """
@@ -64,7 +64,7 @@ class ModuleState:
             return count
 
     def load(self) -> None:
-        """Read what is known; raises OSError."""
+        """Read the known files and the budgets; raises OSError."""
         with _Lock(self._directory):
             self._load()
 
@@ -95,7 +95,7 @@ class ModuleState:
                     self.files[key] = Known(sha256, build_id.strip("-"), sensitive == "1", int(seen))
                 elif words[0] == "used":
                     self._used[words[1]] = int(words[2]), int(words[3])
-            except (ValueError, IndexError):  # a damaged line costs what it says
+            except (ValueError, IndexError):  # a damaged line costs one entry
                 continue
 
     def _save(self) -> None:
@@ -124,7 +124,7 @@ class _Lock:
 
 
 def identity(status: os.stat_result) -> str:
-    """Return what a file's content cannot change without: nobody can set `st_ctime`."""
+    """Return a text that changes with a file's content: nobody can set `st_ctime`."""
     times = (status.st_mtime_ns, status.st_ctime_ns)
     return "%d:%d:%d:%d:%d" % (status.st_dev, status.st_ino, status.st_size, *times)
 

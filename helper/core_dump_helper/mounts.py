@@ -1,4 +1,4 @@
-"""Owns which file systems a crash's files may be read from: local ones, of which none can make the helper wait."""
+"""Owns which file systems a crash's files may be read from: local ones, which need no other process or host."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ CONDITIONS = {
 }
 """Attribute of the crash that each condition is compared with."""
 FROM_RUNTIME = ("image", "namespace")
-"""Attributes that only the container runtime's file tells."""
+"""Attributes that only the container runtime's file has."""
 FORM = "rules, separated by semicolons, of an action (%s) and conditions (%s=VALUE)" % (
     ", ".join(ACTIONS),
     "=, ".join(CONDITIONS),
@@ -46,7 +46,7 @@ class Rule:
 
 
 def needs_runtime(text: str) -> bool:
-    """Return whether a rule asks for what the container runtime says; raises ValueError."""
+    """Return whether a rule needs the container runtime's file; raises ValueError."""
     return any(name in FROM_RUNTIME for rule in parse_rules(text) for name, _ in rule.conditions)
 
 

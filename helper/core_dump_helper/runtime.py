@@ -1,4 +1,4 @@
-"""Owns whose container crashed, in the container runtime's own words: pod, container and image.
+"""Owns the identity of the container that crashed, from the container runtime's file: pod, container and image.
 
 The runtime's file is found by the container's ID alone, which the cgroup proves. It is read while the process is held,
 because a runtime removes it with the container, and parsed once the process is released.
@@ -27,7 +27,7 @@ FILES = (
     (CRIO, "/var/lib/containers/storage/overlay-containers/%s/userdata/config.json"),
     (DOCKER, "/var/lib/docker/containers/%s/config.v2.json"),
 )
-"""Where runtimes keep what they know of a container, by default."""
+"""The runtimes' files about a container, at their default paths."""
 ANNOTATIONS = {
     CONTAINERD: {
         "namespace": "io.kubernetes.cri.sandbox-namespace",
@@ -60,7 +60,7 @@ PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012345678
 
 
 class RuntimeFile:
-    """What a container runtime has written about one container."""
+    """The file of a container runtime about one container."""
 
     def __init__(self, kind: str, content: bytes) -> None:
         """Store the runtime and its file."""
@@ -93,7 +93,7 @@ def _read(path: str) -> bytes:
 
 
 def identify(file: RuntimeFile) -> dict[str, bytes]:
-    """Return the attributes that say whose container it is; raises ValueError for a file that is not JSON."""
+    """Return the attributes that identify the container; raises ValueError if the file is not JSON."""
     import json
 
     try:
@@ -107,7 +107,7 @@ def identify(file: RuntimeFile) -> dict[str, bytes]:
 
 
 def _of_annotations(kind: str, document: dict[str, Any]) -> dict[str, str]:
-    """Return what annotations of an OCI runtime configuration say (opencontainers/runtime-spec, config.md)."""
+    """Return the attributes in the annotations of an OCI configuration (opencontainers/runtime-spec, config.md)."""
     names = ANNOTATIONS[kind]
     annotations = document.get("annotations")
     found = _pick(annotations, names)
@@ -118,7 +118,7 @@ def _of_annotations(kind: str, document: dict[str, Any]) -> dict[str, str]:
 
 
 def _of_docker(document: dict[str, Any]) -> dict[str, str]:
-    """Return what Docker says; a label may come from the image, so it is a claim of whoever built that."""
+    """Return the attributes in Docker's file; a label may come from the image: it is a claim of the image's author."""
     config = document.get("Config")
     labels = config.get("Labels") if isinstance(config, dict) else None
     found = _pick(labels, ECS_LABELS) or _pick(labels, KUBERNETES_LABELS)
@@ -135,7 +135,7 @@ def _with_source(found: dict[str, str], source: str) -> dict[str, str]:
 
 
 def _pick(values: object, names: dict[str, str]) -> dict[str, str]:
-    """Return namespace, pod and container as far as they are there and have the form of a name."""
+    """Return namespace, pod and container if they are there and have the form of a name."""
     found = {}
     for name in ("namespace", "pod", "container"):
         value = _text(values, names.get(name, "")).rpartition("/")[2]

@@ -46,7 +46,7 @@ FRONT_FACTOR = 6
 
 
 class VitalPart:
-    """The new front of a dump, and what follows it: of the kernel's stream, or, if it is trimmed, of memory."""
+    """The new front of a dump, and the rest: from the kernel's stream, or from memory if the dump is trimmed."""
 
     def __init__(self, order: Reordered | Trimmed, pieces: list[memoryview], state: str) -> None:
         """Store the layout, the front in chunks, and `whole`, `partial` or `none`."""
@@ -55,11 +55,11 @@ class VitalPart:
         self.runs: list[list[int]] = []
         """[length, is kept] of successive ranges of the kernel's stream."""
         self.trimmed, self.dropped_bytes = "", 0
-        """Why the dump is trimmed, and how much memory it lacks."""
+        """Why the dump is trimmed, and how many bytes of memory are missing."""
         self.was_killed = False
-        """Whether a trimmed dump may lack memory because the process was killed while it was read."""
+        """Whether memory may be missing in a trimmed dump because the process was killed while it was read."""
         self.rest: list[memoryview] = []
-        """What follows the front of a trimmed dump."""
+        """The memory after the front of a trimmed dump."""
         self.origin: Origin | None = None
         """Front, state and memory of the process, from which its frames are computed."""
 
@@ -197,7 +197,7 @@ class Selected:
     """A selection as it was when the time for it was over."""
 
     def __init__(self, selection: Selection, nearby: Nearby | None) -> None:
-        """Copy what was selected until now; the thread that selects may still run."""
+        """Copy the selection as it is now; the thread that selects may still run."""
         self.is_whole, ended = selection.is_whole, selection.vital_pieces
         self.pieces, self.page = list(selection.pieces), selection.memory.page
         self.vital_pieces = len(self.pieces) if ended is None else ended
@@ -206,7 +206,7 @@ class Selected:
 
 
 def _select(front: Front, state: ProcessState, crash: Crash, limit: int, trim: Trim | None) -> Selected:
-    """Copy memory in a thread of its own; return what it has after PREPARE_SECONDS at the latest."""
+    """Copy memory in a thread of its own; return the selection after PREPARE_SECONDS at the latest."""
     selection = Selection(front, open_memory(crash, state.raw_auxv), limit)
     nearby = None
     if trim:
@@ -236,7 +236,7 @@ def _run(selection: Selection, state: ProcessState, nearby: Nearby | None, done:
         done.put("")
     except AbandonedError:
         pass
-    except Exception as error:  # noqa: BLE001 - whatever was copied is of use
+    except Exception as error:  # noqa: BLE001 - the memory copied before is of use
         done.put("%s: %s" % (type(error).__name__, error))
 
 

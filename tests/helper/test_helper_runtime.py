@@ -1,4 +1,4 @@
-"""Whose container crashed, in the words of containerd, CRI-O and Docker; nothing else in their files is believed."""
+"""The container that crashed, as containerd, CRI-O and Docker name it; nothing else in their files is believed."""
 
 import json
 import os

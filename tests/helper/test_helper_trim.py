@@ -1,4 +1,4 @@
-"""What a limit leaves of a crash, how often, and where; and what RULES choose."""
+"""The vital part that a limit leaves of a crash, how often, and where; and the choices of RULES."""
 
 import contextlib
 import fcntl

@@ -39,7 +39,7 @@ def prepared(core, pages, monkeypatch, limit=32 << 20):
 
 
 def keep(memory, **given):
-    """Return what decides how much is kept, with so much memory to use."""
+    """Return the decision on how much is kept, with so much memory to use."""
     settings = Settings()
     vars(settings).update(given)
     decides = Keep(settings)
