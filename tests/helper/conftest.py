@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from tests.support import kernel
 
+from core_dump_helper.records import Records, open_state
+
 
 @dataclass
 class Station:
@@ -89,3 +91,19 @@ class Station:
 def station(tmp_path, watch_dir):
     """A helper with an empty watch directory."""
     return Station(tmp_path, watch_dir)
+
+
+@pytest.fixture
+def directory(watch_dir):
+    """The descriptor of an empty watch directory."""
+    descriptor = os.open(watch_dir, os.O_RDONLY)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
+def records(directory):
+    """The helper's state in an empty watch directory."""
+    found = Records(open_state(directory))
+    yield found
+    os.close(found.directory)

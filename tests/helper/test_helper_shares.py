@@ -22,16 +22,6 @@ needs_root = pytest.mark.skipif(
 CORE = elf(b"core")
 
 
-@pytest.fixture
-def records(watch_dir):
-    """The state of an empty watch directory."""
-    directory = os.open(watch_dir, os.O_RDONLY)
-    found = Records(open_state(directory))
-    yield found
-    os.close(found.directory)
-    os.close(directory)
-
-
 def hold(records, count, origin, wanted):
     """Take as many of `wanted` slots as one origin gets, each in an object of its own; return them."""
     attempts = [Slots(records, count, origin, Memory("")) for _ in range(wanted)]

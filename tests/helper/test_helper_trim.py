@@ -22,21 +22,11 @@ from core_dump_helper.crash import parse_arguments
 from core_dump_helper.handler import Handler
 from core_dump_helper.keep import Keep
 from core_dump_helper.limits import VITAL_SLOTS
-from core_dump_helper.records import Records, open_state
 from core_dump_helper.rules import choose, matches, parse_rules
 from core_dump_helper.settings import Settings
 
 CORE = elf(b"core")
 GIB = 1 << 30
-
-
-@pytest.fixture
-def records(watch_dir):
-    directory = os.open(watch_dir, os.O_RDONLY)
-    found = Records(open_state(directory))
-    yield found
-    os.close(found.directory)
-    os.close(directory)
 
 
 def keep(action="", limit="", **given):

@@ -8,27 +8,11 @@ from tests.support.collector import wait_until
 from tests.support.cores import simple as elf
 
 from core_dump_helper.disk import CHECK_BYTES, DiskLimits, DiskWatch
-from core_dump_helper.records import Records, open_state
 from core_dump_helper.settings import Settings
 from core_dump_helper.usage import Usage
 
 MIB = 1 << 20
 ME = b"unit:me.service"
-
-
-@pytest.fixture
-def directory(watch_dir):
-    """The descriptor of an empty watch directory."""
-    descriptor = os.open(watch_dir, os.O_RDONLY)
-    yield descriptor
-    os.close(descriptor)
-
-
-@pytest.fixture
-def records(directory):
-    found = Records(open_state(directory))
-    yield found
-    os.close(found.directory)
 
 
 @pytest.fixture
