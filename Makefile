@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 DEMO_READY := $(VENV)/.demo-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: dist mutants deploy-tools help demo picture run test test-swift test-programs test-fingerprints test-large test-coverage-count check format torture bench docs wheel clean packages
+.PHONY: dist mutants deploy-tools help demo picture run test test-swift test-programs test-fingerprints test-socket test-large test-coverage-count check format torture bench docs wheel clean packages
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,10 @@ test-programs: $(READY) packages ## crash PostgreSQL, Redis, Java, Chromium and 
 test-fingerprints: $(READY) packages ## ONLY=redis-server,go: crash 94 bugs in many languages, compare fingerprints; minutes
 	@sh tests/support/packages.sh programs
 	FINGERPRINTS=$(or $(ONLY),1) $(BIN)/python -m pytest -n 0 -s tests/kernel/test_fingerprints.py $(PYTEST_FLAGS)
+
+test-socket: $(READY) packages ## Linux 6.16: the kernel tier over a socket, 1,000 swaps, 500 crashes at once; minutes
+	TRANSPORT=@@ $(BIN)/python -m pytest tests/kernel $(PYTEST_FLAGS)
+	SOCKET=1 $(BIN)/python -m pytest tests/kernel/test_socket.py $(PYTEST_FLAGS)
 
 test-large: $(READY) packages ## LARGE_GIB=10: dumps of that size; minutes, and twice the disk
 	LARGE_GIB=$(LARGE_GIB) $(BIN)/python -m pytest --timeout 1800 tests/integration/test_large_dumps.py $(PYTEST_FLAGS)

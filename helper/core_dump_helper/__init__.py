@@ -12,13 +12,14 @@ import sys
 from core_dump_helper.crash import parse_arguments
 from core_dump_helper.handler import Handler
 from core_dump_helper.settings import CONFIG, Settings
-from core_dump_helper.system import Refused, log, secure_process
+from core_dump_helper.system import log, secure_process
 
 VERSION = "0.1.0"
 """Of the whole project: pyproject.toml reads it here."""
 HELP = """core-dump-helper: the kernel starts it through kernel.core_pattern, once for each crash.
 
   core-dump-helper [-C<path>] -P%P -p%p -i%I -u%u -g%g -s%s -t%t -c%c -d%d -F%F -h%h -- %e   < core
+  core-dump-helper --listen PATH [-C<path>]  receive the cores over a socket, from Linux 6.16 on
   core-dump-helper --calibrate [-C<path>]   measure the compressors of this host and remember the fastest
   core-dump-helper --check [-C<path>]       tell whether a crash on this host would leave a dump
   core-dump-helper --help | --version       print this text or the version
@@ -53,17 +54,15 @@ def main() -> int:
         print("core-dump-helper", VERSION)
         return 0
     crash = parse_arguments(argv)
+    if argv[0] == "--listen":
+        from core_dump_helper.listen import listen
+
+        return listen(argv[1] if len(argv) > 1 else "", crash.config)
     if argv[0] in ("--calibrate", "--check", "--copy-modules"):
         return run_tool(argv, crash.config or CONFIG)
     try:
-        handler = Handler(crash, secure_process())
-        handler.run()
-    except Refused as refused:
-        if not refused.repeated:
-            log("%s; no dump: %s" % (crash.sentence(), refused))
+        core = secure_process()
+    except OSError as error:
+        log("%s; no dump: %s" % (crash.sentence(), error), 3)
         return 1
-    except Exception as error:  # noqa: BLE001 - nobody reads a traceback here; exiting releases the process
-        log("%s; no dump: %s: %s" % (crash.sentence(), type(error).__name__, error), 3)
-        return 1
-    handler.copy_modules()
-    return 0
+    return Handler(crash, core).handle()

@@ -36,9 +36,9 @@ class Memory:
     so a helper joins only before it waits for a slot or needs memory.
     """
 
-    def __init__(self, cgroup: str) -> None:
-        """Store the cgroup's directory; an empty one stands for the root cgroup."""
-        self._cgroup = cgroup
+    def __init__(self, settings: Settings) -> None:
+        """Store the prepared cgroup's directory, and the limit of a listener's own cgroup, as far as there are any."""
+        self._cgroup, self._own = settings.CGROUP, settings.own_memory
 
     def join(self) -> None:
         """Move this process from the root cgroup to the prepared one."""
@@ -52,22 +52,35 @@ class Memory:
         """Return how many bytes are available now; page cache counts, because the kernel gives it back."""
         available = int(read_fields("/proc/meminfo")[b"MemAvailable"][0]) * 1024
         if self._cgroup:
-            for limit, usage in (
-                ("memory.max", "memory.current"),
-                ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-            ):
-                try:
-                    most, used = self._read(limit), self._read(usage)
-                    lines = self._read("memory.stat").split(b"\n")
-                except OSError:
-                    continue
-                if most.isdigit():
-                    cached = sum(int(line.split()[1]) for line in lines if line.startswith(CACHED))
-                    available = min(available, int(most) - int(used) + cached)
+            available = min(available, _room(self._cgroup))
+        elif self._own and self._own.limit_bytes:
+            available = min(available, _room(self._own.directory) - self._own.limit_bytes // 2)
         return max(0, available)
 
-    def _read(self, name: str) -> bytes:
-        return read_file(self._cgroup + "/" + name, 16384).strip()
+    def vital_bytes(self) -> int:
+        """Return how many bytes of the vital part may be read now."""
+        quarter = self.available() // 4
+        return min(quarter, self._own.vital_bytes()) if self._own and not self._cgroup else quarter
+
+
+def _room(cgroup: str) -> int:
+    """Return how many bytes a cgroup's limit leaves, of either version; page cache counts as free."""
+    room = sys.maxsize
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            most, used, stat = (
+                read_file(cgroup + "/" + name, 16384).strip() for name in (limit, usage, "memory.stat")
+            )
+        except OSError:
+            continue
+        if most.isdigit():
+            lines = stat.split(b"\n")
+            cached = sum(int(line.split()[1]) for line in lines if line.startswith(CACHED))
+            room = min(room, int(most) - int(used) + cached)
+    return room
 
 
 class Source:

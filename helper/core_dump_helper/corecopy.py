@@ -104,7 +104,7 @@ class CoreCopy:
         deadline, keep = time.monotonic() + self.settings.DEADLINE_SECONDS, self._keep
         self._may_read_memory = may_read_memory and self.settings.VITAL_BYTES > 0
         prepare = self._prepare if self._may_read_memory or keep.required else None
-        reader = Reader(self.core, self.settings, Memory(self.settings.CGROUP), deadline, prepare)
+        reader = Reader(self.core, self.settings, Memory(self.settings), deadline, prepare)
         reader.prepare_from = keep.from_bytes
         if may_read_memory:
             reader.look = self._look
@@ -166,7 +166,7 @@ class CoreCopy:
         except ImportError as error:
             log("%s: its vital part does not come first: %s" % (self.crash, error))
             return None
-        share = max(MIN_VITAL_BYTES, Memory(self.settings.CGROUP).available() // 4)
+        share = max(MIN_VITAL_BYTES, Memory(self.settings).vital_bytes())
         limit = min(self.settings.VITAL_BYTES, share) if self._may_read_memory else 0
         self._keep.memory_bytes = share
         vital = prepare(head, read, self.crash, limit, self._keep)

@@ -45,6 +45,21 @@ class Handler:
         self.warnings: list[str] = []
         """Logged with the crash, so that a refusal which is only counted logs none of them."""
 
+    def handle(self) -> int:
+        """Handle the crash and log its end; return an exit code."""
+        crash = self.crash
+        try:
+            self.run()
+        except Refused as refused:
+            if not refused.repeated:
+                log("%s; no dump: %s" % (crash.sentence(), refused))
+            return 1
+        except Exception as error:  # noqa: BLE001 - nobody reads a traceback here; exiting releases the process
+            log("%s; no dump: %s: %s" % (crash.sentence(), type(error).__name__, error), 3)
+            return 1
+        self.copy_modules()
+        return 0
+
     def run(self) -> None:
         """Handle the crash; raises Refused or OSError if no dump is kept."""
         try:

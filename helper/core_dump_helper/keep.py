@@ -42,7 +42,7 @@ class Keep:
 
     def join_cgroup(self) -> None:
         """Move this process to CGROUP, because it needs memory; that takes 5 ms and more."""
-        Memory(self._settings.CGROUP).join()
+        Memory(self._settings).join()
 
     @property
     def from_bytes(self) -> int:

@@ -86,7 +86,7 @@ class Limits:
         """Store the crash, the watch directory, the settings, and whether a vital part can be read."""
         self._crash, self._metadata, self._settings = crash, metadata, settings
         self._directory, self._may_read_memory = directory, may_read_memory
-        self._memory = Memory(settings.CGROUP)
+        self._memory = Memory(settings)
         self._vital = ""
         """The limit that leaves only the vital part."""
         self._rate: RateLimiter | None = None
@@ -153,7 +153,8 @@ class Limits:
         """Wait for a slot; return `no_slot` if it is one that is reserved for vital parts, else an empty string."""
         slots = Slots(records, self._settings.MAX_CONCURRENT, self._origin, self._memory)
         self._slots = [slots]
-        if slots.acquire(min(deadline, time.monotonic() + SLOT_SECONDS)):
+        waited_until = deadline - self._settings.DEADLINE_SECONDS + SLOT_SECONDS
+        if slots.acquire(min(deadline, waited_until)):
             return ""
         disk = self._vital_disk("no_slot", records)
         reserved = self._reserved(records) if disk else None

@@ -78,7 +78,7 @@ def copy(config: str, handed_over: int, watch: int) -> int:
 
 def give_way(settings: Settings) -> None:
     """Let everything else on this host come first."""
-    Memory(settings.CGROUP).join()
+    Memory(settings).join()
     os.setpriority(os.PRIO_PROCESS, 0, NICE)
     try:
         write_file("/proc/self/oom_score_adj", OOM_SCORE)
@@ -99,9 +99,7 @@ class Copier:
         self._directory = os.open(DIRECTORY_NAME, DIRECTORY, dir_fd=watch)
         state = open_state(watch)
         self._state = ModuleState(state)
-        self._slots = Slots(
-            Records(state), MAX_CONCURRENT, hand_over.origin, Memory(settings.CGROUP), "copy-slot"
-        )
+        self._slots = Slots(Records(state), MAX_CONCURRENT, hand_over.origin, Memory(settings), "copy-slot")
         self._disk = DiskLimits(watch, settings)
         self._is_sensitive = bool(hand_over.sensitive)
         self._held: int | None = None

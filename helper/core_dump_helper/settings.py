@@ -10,6 +10,8 @@ TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from core_dump_helper.ownmemory import OwnMemory
+
 CONFIG = "/etc/core-dump-handler/helper.conf"
 CALIBRATION = "/var/lib/core-dump-handler/compressor"
 HALF = "half"
@@ -92,6 +94,9 @@ class Settings:
     CGROUP = ""
     PYTHON_PATH = ""
     REASSERT = "no"
+
+    own_memory: OwnMemory | None = None
+    """Of a listener, which is in a cgroup of its own already."""
 
     def load(self, path: str, report: Callable[[str], None] = log) -> None:
         """Read the configuration file; report each line that is wrong and keep that setting's default."""

@@ -14,6 +14,7 @@ from core_dump_collector.node import suppressed
 from core_dump_helper.core import Memory
 from core_dump_helper.crash import read_files
 from core_dump_helper.records import MAX_FILES, MAX_RECORDS, Record, Records, open_state
+from core_dump_helper.settings import Settings
 from core_dump_helper.slots import Slots
 
 needs_root = pytest.mark.skipif(
@@ -24,7 +25,7 @@ CORE = elf(b"core")
 
 def hold(records, count, origin, wanted):
     """Take as many of `wanted` slots as one origin gets, each in an object of its own; return them."""
-    attempts = [Slots(records, count, origin, Memory("")) for _ in range(wanted)]
+    attempts = [Slots(records, count, origin, Memory(Settings())) for _ in range(wanted)]
     return [slots for slots in attempts if slots.acquire(time.monotonic())]
 
 

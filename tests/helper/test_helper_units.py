@@ -103,7 +103,7 @@ def test_read_that_fails_ends_the_dump_and_says_so(monkeypatch):
         return readv(descriptor, buffers)
 
     monkeypatch.setattr(os, "readv", read)
-    reader = Reader(source, Settings(), Memory(""), time.monotonic() + 10)
+    reader = Reader(source, Settings(), Memory(Settings()), time.monotonic() + 10)
     assert reader.start() is None
     pieces = [bytes(piece) for piece in reader.chunks()]
     assert (reader.reason, pieces) == ("read_error", [])

@@ -179,7 +179,7 @@ def test_core_that_is_not_reordered_passes_byte_for_byte(failure):
     def prepare(head, read):
         assert read(4 << 20) == (not failure)
 
-    reader = Reader(source, Settings(), Memory(""), time.monotonic() + 30, prepare)
+    reader = Reader(source, Settings(), Memory(Settings()), time.monotonic() + 30, prepare)
     assert reader.start() is None
     assert b"".join(bytes(piece) for piece in reader.chunks()) == core
     assert reader.is_large

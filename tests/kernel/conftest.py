@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tests.support import kernel
+from tests.support import kernel, listener
 from tests.support.cleanup import temporary_directory
 from tests.support.collector import wait_until
 
+TRANSPORT = os.environ.get("TRANSPORT", "pipe")
+"""How the kernel hands dumps over: `pipe`, `@` or `@@`."""
 DUMP = re.compile(r"core-(.*)-\d+-(\d+)-\d+(-\d+)?(\.gz)?(\.partial)?")
 
 
@@ -40,21 +42,53 @@ class Node:
     """Name, as a file's name holds it, and pid, in its own namespace, of each crash of this test."""
     started: list[subprocess.Popen] = field(default_factory=list)
     """Processes that will crash, or have."""
+    listener: subprocess.Popen | None = None
+    """Receives the dumps, where the kernel sends them to a socket."""
 
     @contextlib.contextmanager
-    def installed(self, python=sys.executable, *, pipe_limit=None, sort_vma=None, **settings):
-        """Let the kernel start the helper with these settings."""
+    def installed(
+        self,
+        python=sys.executable,
+        *,
+        pipe_limit=None,
+        sort_vma=None,
+        transport=TRANSPORT,
+        how=None,
+        **settings,
+    ):
+        """Let the kernel start the helper with these settings, or send dumps to one; `how` is the listener's."""
         given = {"WATCH_DIR": self.watch_dir, "RATE_LIMIT": 0, "KEEP_FREE_PERCENT": 1, "VITAL_LIMIT": 0}
         given |= settings
         pattern = kernel.install_helper(self.directory, given, python)
-        with kernel.core_pattern(pattern, pipe_limit, sort_vma=sort_vma):
+        if transport == "pipe":
+            with kernel.core_pattern(pattern, pipe_limit, sort_vma=sort_vma):
+                yield self
+            return
+        pattern = f"{transport}{self.socket}"
+        with self.listening(**how or {}), kernel.core_pattern(pattern, pipe_limit, sort_vma=sort_vma):
             yield self
+            self.settle()
+
+    @property
+    def socket(self):
+        """Return the path of this node's socket."""
+        return self.directory / "s" / "k"
+
+    @contextlib.contextmanager
+    def listening(self, **how):
+        """Let the installed helper listen at this node's socket."""
+        self.socket.parent.mkdir(mode=0o700, exist_ok=True)
+        with listener.listening(self.directory, self.socket, **how) as self.listener:
+            yield self.listener
+        self.listener = None
 
     def keep_copy(self, *configs):
         """Keep the kernel's own bytes in the file `copy` while they go to the helper, once for each configuration.
 
         Without one, the helper has that of the node.
         """
+        if self.listener:
+            pytest.skip("needs the pipe")
         given = [[f"-C{config}"] for config in configs] or [[]]
         installed = kernel.PATTERN.read_text().split()[0][1:]
         tee = self.directory / "tee"
@@ -127,7 +161,7 @@ class Node:
             with contextlib.suppress(OSError):
                 if str(self.directory / "core-dump-helper").encode() in entry.read_bytes():
                     found.append(int(entry.parent.name))
-        return found
+        return [pid for pid in found if not self.listener or pid != self.listener.pid]
 
     def names(self):
         """Return all names in the watch directory except the helper's state, modules and strangers' dumps."""
