@@ -62,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("root", metavar="ROOT", help="where the host's / is mounted")
     command.add_argument("--force", action="store_true", help="replace the handler of somebody else")
     command.add_argument(
+        "--watch-dir",
+        metavar="DIR",
+        default=os.environ.get("WATCH_DIR", ""),
+        help="the directory for dumps on the host [$WATCH_DIR, else as the host's helper.conf says]",
+    )
+    command.add_argument(
         "--restore", action="store_true", help="remove the helper and restore the former core pattern"
     )
     commands.add_parser("settings", help="print every setting as a Markdown table")
@@ -127,8 +133,11 @@ def _check(options: argparse.Namespace) -> int:
 def _configure_host(options: argparse.Namespace) -> int:
     from core_dump_collector.node import host  # noqa: PLC0415  likewise
 
-    force = ["--force"] if options.force and not options.restore else []
-    return host.configure(options.root, restore=options.restore, options=force)
+    given: list[str] = []
+    if not options.restore:
+        given += ["--force"] * options.force
+        given += ["--watch-dir", options.watch_dir] if options.watch_dir else []
+    return host.configure(options.root, restore=options.restore, options=given)
 
 
 def _settings() -> int:

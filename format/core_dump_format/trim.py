@@ -51,8 +51,8 @@ class Trimmed:
         self.dropped: list[tuple[int, int]] = []
         """Start and end of each range that the kernel would have written and that is missing here, by address."""
         self._rows: list[list[int]] = []
-        self._placed: list[tuple[int, int]] = []
-        """Row and piece of each program header with content."""
+        self._placed: dict[int, int] = {}
+        """Row of each program header with content, and its piece."""
         self._lay_out(content.pieces, content.untouched)
         geometry = Geometry(front, 1 + len(self._rows), self.dropped, page)
         starts = geometry.starts(content.pieces)
@@ -60,10 +60,7 @@ class Trimmed:
         """Length of headers, notes and vital part."""
         self.length = starts[-1]
         """Length of the whole dump."""
-        for row in self._rows:
-            row[1] = geometry.data_at
-        for number, at in self._placed:
-            self._rows[number][1] = starts[at]
+        self._place(geometry.data_at, starts)
         self.head = geometry.assemble(self._table(geometry), self.vital_end)
 
     @property
@@ -103,7 +100,7 @@ class Trimmed:
             if not at <= first < last <= end:
                 raise UnsupportedError("a kept piece does not lie within its segment")
             self._fill(row, at, first, zeros)
-            self._placed.append((len(self._rows), number))
+            self._placed[len(self._rows)] = number
             self._add(row, first, last - first, last - first)
             at = last
         self._fill(row, at, end, zeros)
@@ -135,6 +132,16 @@ class Trimmed:
         added = list(row)
         added[2], added[4], added[5] = address, size, memory
         self._rows.append(added)
+
+    def _place(self, data_at: int, starts: list[int]) -> None:
+        """Set the offset of each row; one without content is where the row before it ends.
+
+        elfutils would not read the row before if this one had a lower offset (libdwfl/core-file.c, do_more).
+        """
+        end = data_at
+        for number, row in enumerate(self._rows):
+            row[1] = starts[self._placed[number]] if number in self._placed else end
+            end = row[1] + row[4]
 
     def _table(self, geometry: Geometry) -> bytes:
         """Return the program headers: the notes, then memory by address."""

@@ -108,9 +108,7 @@ class Selection:
         """Copy everything that is vital; raises AbandonedError."""
         if state.threads:
             self._take_crash(state.threads[0])
-            self._take_loader(state)
-            vdso = state.auxv.get(AT_SYSINFO_EHDR, 0)
-            self.take(vdso, 0, VDSO_BYTES, always=state.maps_no_file(vdso))
+            self._take_names(state)
             self._take_threads(state.threads[1:])
             self._take_modules(state)
             self._take_ended(state)
@@ -187,8 +185,6 @@ class Selection:
         """Copy the crashing thread's stack, and those that its signal handlers interrupted."""
         window = min(CRASH_WINDOW_BYTES, self.left // 4)
         self.take(self._on_stack(thread.sp), BELOW_BYTES, window)
-        self._take_block(thread)
-        self.take(thread.pc, 0, 1)  # code that a program generated at run time is in the core
         mark, distance = SIGNAL_FRAMES.get(self.front.machine, (b"", 0))
         sp = thread.sp
         for _ in range(MAX_SIGNAL_FRAMES if mark else 0):
@@ -207,8 +203,19 @@ class Selection:
 
     def _take_block(self, thread: Thread) -> None:
         """Copy a thread control block: TLS lies below its address or above, glibc's struct pthread likewise."""
-        page = self.memory.page
-        self.take(thread.tls, page, 2 * page)
+        self.take(thread.tls, self.memory.page, 2 * self.memory.page)
+
+    def _take_names(self, state: ProcessState) -> None:
+        """Copy what names frames: control block and code of the crashing thread, the vdso, the loader's list.
+
+        By address: elfutils reads no page if the next one has a lower offset (libdwfl/core-file.c, do_more).
+        """
+        first, thread, vdso = len(self.pieces), state.threads[0], state.auxv.get(AT_SYSINFO_EHDR, 0)
+        self._take_block(thread)
+        self.take(vdso, 0, VDSO_BYTES, always=state.maps_no_file(vdso))
+        self.take(thread.pc, 0, 1)  # code that a program generated at run time is in the core
+        self._take_loader(state)
+        self.pieces[first:] = sorted(self.pieces[first:], key=lambda piece: piece[1])
 
     def _take_loader(self, state: ProcessState) -> None:
         """Copy the list of loaded libraries: program headers, dynamic section, r_debug, each link_map (<link.h>)."""

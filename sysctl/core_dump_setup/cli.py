@@ -6,7 +6,7 @@ import argparse
 import os
 import subprocess
 
-from core_dump_setup import boot, commands, interrupts, kernel, reassert, release
+from core_dump_setup import boot, commands, interrupts, kernel, location, reassert, release
 from core_dump_setup.errors import SetupError, complain, escape_unprintable, warn
 from core_dump_setup.files import RECORD, Tree
 
@@ -46,6 +46,7 @@ FILES = (
     *(boot.MASKED + name for name in boot.SERVICES),
     boot.SHARE + "/" + boot.NAME,
     *(path for path, _ in commands.UNITS),
+    location.DROP_IN,
     kernel.SAVED,
     reassert.TIMES,
     RECORD,
@@ -55,7 +56,10 @@ FILES = (
 
 def main(arguments: list[str]) -> int:
     """Run one command; return the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.dry_run and options.watch_dir:
+        parser.error("--dry-run cannot show what --watch-dir changes: it reads WATCH_DIR from helper.conf")
     escape_unprintable()
     if os.geteuid() != 0:
         complain("root is needed: sudo core-dump-setup " + options.command)
@@ -100,6 +104,7 @@ def _run(options: argparse.Namespace, tree: Tree) -> None:
         keep_dump=options.keep_test_dump,
         purge=options.purge,
         host=options.host,
+        watch_dir=options.watch_dir,
     )
     setup = commands.Setup(tree, _checkout(), wanted)
     step = {
@@ -129,12 +134,21 @@ def _root(text: str) -> str:
     return os.path.realpath(text)
 
 
+def _directory(text: str) -> str:
+    """Check --watch-dir: a path that systemd understands as the helper does."""
+    try:
+        location.check(text)
+    except SetupError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="core-dump-setup", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     defaults = {name[2:].replace("-", "_"): False for name in OPTIONS}
-    parser.set_defaults(root="", **defaults)
+    parser.set_defaults(root="", watch_dir="", **defaults)
     commands_ = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands_.required = True
     for command, text in COMMANDS.items():
@@ -144,6 +158,14 @@ def _parser() -> argparse.ArgumentParser:
         for name, (where, explained) in OPTIONS.items():
             if command in where:
                 sub.add_argument(name, action="store_true", help=explained)
+        if command in ("install", "activate"):
+            sub.add_argument(
+                "--watch-dir",
+                metavar="DIR",
+                type=_directory,
+                default=argparse.SUPPRESS,
+                help="set WATCH_DIR in helper.conf: the helper, the collector's unit and tmpfiles.d follow it",
+            )
         if command not in ("test", "cgroup", "reassert"):
             sub.add_argument(
                 "--root",

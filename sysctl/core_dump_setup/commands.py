@@ -11,18 +11,19 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-from core_dump_setup import boot, cgroup, directory, kernel, proof, reassert, release
+from core_dump_setup import boot, cgroup, directory, kernel, location, proof, reassert, release
 from core_dump_setup.disk import remove_any
 from core_dump_setup.errors import SetupError, say, warn
-from core_dump_setup.files import RECORD, STATE, Tree
+from core_dump_setup.files import DIST, RECORD, STATE, Tree
 
 CALIBRATION = STATE + "/compressor"
 CONFIGURATION = {
-    "/etc/tmpfiles.d/core-dump-handler.conf": "tmpfiles.conf",
+    location.TMPFILES: "tmpfiles.conf",
     "/etc/security/limits.d/69-core-dump.conf": "limits.conf",
     directory.CONFIG: "helper.conf",
 }
-"""Files of /etc that an operator may edit, and where a checkout has them; boot.FILE is placed after the proof."""
+"""Files of /etc that an operator may edit, and where a checkout has them; boot.FILE is placed after the proof, and
+location.TMPFILES when the directory is known."""
 UNITS = ((cgroup.UNIT, cgroup.UNIT_NAME), *zip(reassert.UNITS, reassert.UNIT_NAMES))
 """Files of systemd, and what a checkout calls them."""
 CALIBRATION_SECONDS = 60
@@ -38,6 +39,7 @@ class Options:
     keep_dump: bool
     purge: bool
     host: bool
+    watch_dir: str
 
 
 class Setup:
@@ -75,20 +77,28 @@ class Setup:
             raise SetupError(
                 "an installed copy holds no files to install: run sysctl/install.sh of a checkout"
             )
+        self._choose()
         self._check()
         release.install(self.tree, self.source)
         self.tree.place(boot.SHARE + "/" + boot.NAME, self.shipped(boot.NAME))
         for path, name in UNITS:
             self.tree.place(path, self.shipped(name))
         for name, shipped in CONFIGURATION.items():
-            self.tree.configure(name, self.shipped(shipped))
+            if name != location.TMPFILES:
+                self.tree.configure(name, self.shipped(shipped))
         self._activate()
         release.remove_replaced(self.tree)
 
     def activate(self) -> None:
         """Make the kernel start the helper that is installed, now and at every boot, and prove it with a crash."""
+        self._choose()
         self._check()
         self._activate()
+
+    def _choose(self) -> None:
+        """Move the watch directory, if --watch-dir says so."""
+        if self.options.watch_dir:
+            location.choose(self.tree, self.options.watch_dir, self._shipped_or_nothing("helper.conf"))
 
     def _check(self) -> None:
         """Stop before anything is changed if a configuration file or the handler in use forbids the installation."""
@@ -103,6 +113,9 @@ class Setup:
             say("pigz is not installed: without it (or isal) dumps are compressed several times slower")
         pattern, limit = boot.ours(self.tree, self.shipped(boot.NAME))
         watched = directory.make(self.tree)
+        if self.live:
+            self.tree.on_failure(self._reload_systemd)
+        before = location.follow(self.tree, watched, self._shipped_or_nothing("tmpfiles.conf"))
         boot.warn_of_later_files(self.tree)
         boot.mask_services(self.tree)
         if not self.tree.exists(cgroup.WANTED):
@@ -116,6 +129,7 @@ class Setup:
                 reassert.apply_now(on=wanted)
         self.tree.configure(boot.FILE, self.shipped(boot.NAME))
         self.tree.keep()
+        location.finish(self.tree, before, watched, live=self.live)
         when = "now and at every boot" if self.live else "at the next boot; the running kernel is left alone"
         if not self.tree.dry_run:
             say("kernel.core_pattern is set " + when)
@@ -229,11 +243,13 @@ class Setup:
         for name, shipped in CONFIGURATION.items():
             if purge or name != directory.CONFIG:
                 self.tree.discard(name, self._shipped_or_nothing(shipped), purge=purge)
+        self.tree.remove(directory.CONFIG + DIST)
         if purge:
             self._remove_directory(watched)
         self.tree.remove(boot.SHARE + "/" + boot.NAME)
         for path, _ in UNITS:
             self.tree.remove(path)
+        location.remove(self.tree)
         self.tree.remove(CALIBRATION)
         release.remove(self.tree)
         self.tree.remove(RECORD)

@@ -58,8 +58,12 @@ def by_name(documents):
 
 
 def kustomized(folder):
+    return kustomized_by(deploy.ROOT / "kubernetes" / folder)
+
+
+def kustomized_by(folder):
     yaml = pytest.importorskip("yaml")
-    text = deploy.succeed(deploy.tool("kubectl"), "kustomize", deploy.ROOT / "kubernetes" / folder)
+    text = deploy.succeed(deploy.tool("kubectl"), "kustomize", folder)
     found = by_name(yaml.safe_load_all(text))
     del found["Namespace", "core-dump-handler"]  # helm install --create-namespace
     return found
@@ -86,6 +90,15 @@ def test_options_are_what_the_components_of_kustomize_make():
     expected = copy.deepcopy(by_name(plain))
     pod_of(expected)["spec"]["containers"][0]["securityContext"]["capabilities"]["add"] = ["SYSLOG"]
     assert found == expected
+
+
+def test_directory_moves_the_dumps_as_the_component_of_kustomize_does(tmp_path):
+    nodes = ["amazon-linux", "configure-host"]
+    moved = render(*({**LEAST, "nodes": name, "directory": "/data/core_dumps"} for name in nodes))
+    for name, documents in zip(nodes, moved, strict=True):
+        found = by_name(documents)
+        del pod_of(found)["metadata"]["annotations"]
+        assert found == kustomized_by(deploy.moved(tmp_path / name, f"overlays/{name}", "/data/core_dumps"))
 
 
 def test_changed_setting_rolls_out_and_an_unchanged_one_does_not():
@@ -140,6 +153,8 @@ WRONG = [
     ({"image": {"registry": "x"}}, "registry"),
     ({"networkPolicy": {"ports": ["443"]}}, "/networkPolicy/ports/0"),
     ({"nodes": "bottlerocket-file", "kernelLog": True}, "/kernelLog"),
+    ({"directory": "core_dumps"}, "/directory"),
+    ({"nodes": "bottlerocket-dd", "directory": "/data/dumps"}, "/directory"),
     ({"buckett": "x"}, "buckett"),
 ]
 

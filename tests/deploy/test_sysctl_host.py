@@ -11,10 +11,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.support import collector, deploy, kernel
+from tests.support import collector, deploy, kernel, s3
 
+from core_dump_collector import cli as collector_cli
 from core_dump_collector.node import host as configure_host
-from core_dump_setup import cgroup, commands
+from core_dump_setup import cgroup, commands, location
 
 SYSCTL = deploy.ROOT / "sysctl"
 INSTALL, UNINSTALL = SYSCTL / "install.sh", SYSCTL / "uninstall.sh"
@@ -28,6 +29,7 @@ SAVED = STATE / "previous-core-pattern"
 INSTALLED = [
     *(PROGRAM.parent, BOOT_FILE, WATCH_DIR, CONF.parent, STATE, Path("/usr/share/core-dump-handler")),
     *(Path(cgroup.LINK).parent, Path(cgroup.WANTED), *(Path(path) for path, _ in commands.UNITS)),
+    *(Path(location.DROP_IN).parent, Path(location.TMPFILES)),
 ]
 OURS = deploy.sysctl_values(SYSCTL / "69-core-dump.conf")["kernel.core_pattern"]
 FOREIGN = "|/bin/true %P %u"
@@ -215,6 +217,57 @@ def test_compressors_are_measured_only_where_the_helper_may_choose(host):
     CONF.write_text("COMPRESSOR=gzip\n")
     deploy.succeed(INSTALL, "--no-test")
     assert not (STATE / "compressor").exists()
+
+
+def unit_variable(name):
+    """The value that systemd gives a variable of the collector's unit: the last one, drop-in after unit."""
+    drop_in = Path(location.DROP_IN)
+    texts = [(SYSCTL / location.UNIT).read_text(), drop_in.read_text() if drop_in.exists() else ""]
+    words = [word for line in "".join(texts).splitlines() if line.startswith("Environment=")
+             for word in line.partition("=")[2].split()]  # fmt: skip
+    return dict(word.split("=", 1) for word in words)[name]
+
+
+def test_one_setting_moves_helper_unit_and_collector(host, seaweed, bucket, tmp_path):
+    moved = tmp_path / "moved"
+    assert "its dump arrived" in deploy.succeed(INSTALL, "--watch-dir", moved)
+    assert not WATCH_DIR.exists()
+    assert Path(location.TMPFILES).read_text().endswith(f"\nd {moved} 0700 root root -\n")
+    deploy.succeed(SETUP, "test", "--keep-test-dump")
+    assert "run ${WATCH_DIR}\n" in (SYSCTL / location.UNIT).read_text()
+    with collector.running(Path(unit_variable("WATCH_DIR")), seaweed.environ(), tmp_path):
+        collector.wait_until(lambda: list(moved.glob("core*")) == [], 30, "the upload")
+    assert any(key.endswith(".gz") for key in s3.keys_in(bucket))
+    deploy.succeed(SETUP, "test", "--keep-test-dump")
+    said = deploy.succeed(SETUP, "activate", "--watch-dir", WATCH_DIR)
+    assert f"{moved} still holds dumps: move them to {WATCH_DIR}" in said
+    assert (WATCH_DIR.exists(), unit_variable("WATCH_DIR")) == (True, str(WATCH_DIR))
+    assert (Path(location.DROP_IN).parent.exists(), list(WATCH_DIR.glob("core*"))) == (False, [])
+
+
+def test_configure_host_moves_the_helper_to_the_directory_of_the_daemonset(
+    host, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setenv("WATCH_DIR", str(tmp_path / "moved"))  # from the ConfigMap
+    monkeypatch.setattr(configure_host, "SOURCE", str(SYSCTL.parent))
+    monkeypatch.setattr(configure_host.configure, "__kwdefaults__", {
+        **configure_host.configure.__kwdefaults__, "source": str(SYSCTL.parent)})  # fmt: skip
+    assert collector_cli.main(["configure-host", "/"]) == 0
+    assert "its dump arrived" in capfd.readouterr().out
+    assert stat.S_IMODE((tmp_path / "moved").stat().st_mode) == 0o700
+    assert f"\nWATCH_DIR={tmp_path}/moved\n" in CONF.read_text()
+
+
+def test_failed_proof_moves_nothing(host, tmp_path):
+    deploy.succeed(INSTALL)
+    before = CONF.read_text()
+    CONF.write_text(before + "IGNORE_SIGNALS=11\n")
+    done = deploy.run(SETUP, "activate", "--watch-dir", tmp_path / "moved")
+    assert (done.returncode, "no dump arrived" in done.stderr) == (1, True)
+    assert CONF.read_text() == before + "IGNORE_SIGNALS=11\n"
+    assert not Path(location.DROP_IN).exists()
+    assert "/core_dumps" in Path(location.TMPFILES).read_text()
+    assert not (tmp_path / "moved").exists()
 
 
 def test_dry_run_touches_nothing(host):

@@ -277,6 +277,21 @@ def test_list_of_libraries_that_loops_is_walked_once():
     assert memory.reads < 1000
 
 
+def test_pages_that_name_frames_are_in_the_order_of_their_addresses():
+    """Where two are adjacent and the first has the higher offset, elfutils reads it not at all."""
+    spans = [(FIRST, 0x100000, 0x100000, 6), (0x7F0000000000, 0x2000, 0x2000, 5)]
+    links = [FIRST + 0x10000 + number * PAGE for number in range(50)][::-1]
+    memory = Held(spans, words=loader(FIRST, links))
+    crashed = status(FIRST + 0xFF000, tls=FIRST + 0x5F000, pc=spans[1][0] + 0x1800)
+    core = kernel_core(spans, crashed + auxv(phdr=FIRST, phnum=2, vdso=spans[1][0]))
+    _, selection = select(core, memory)
+    addresses = [start for _, start, _ in selection.pieces[1:]]
+    named = addresses[: addresses.index(spans[1][0]) + 1]
+    assert named == sorted(named)
+    assert len(named) > len(links)
+    assert not any(start == spans[1][0] + PAGE for start in addresses), "the vdso is in one piece"
+
+
 def test_list_of_libraries_that_points_anywhere_costs_no_other_thread():
     spans = [(FIRST, 0xC00000, 0xC00000, 6), (0x7F0000000000, 0x10000, 0x10000, 6)]
     links = [FIRST + 0x10000 + number * 0x1000 for number in range(3000)]

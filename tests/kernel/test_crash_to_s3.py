@@ -112,3 +112,20 @@ def test_dump_cut_short_by_sigkill_is_never_called_whole(node, bucket, collected
     assert len(core) == told["bytes"] < told["expected_bytes"]
     metadata = bucket.head_object(Bucket=s3.BUCKET, Key=key)["Metadata"]
     assert metadata["state"] == "truncated"
+
+
+def test_uncompressed_dump_stays_uncompressed_into_the_bucket(node, seaweed, bucket, tmp_path):
+    """The recipe of docs/operations.md: COMPRESSOR=none on the node, COMPRESS_RAW=false for the collector."""
+    environ = seaweed.environ() | {"COMPRESS_RAW": "false"}
+    with running(node.watch_dir, environ, tmp_path), node.installed(COMPRESSOR="none"):
+        pid = node.crash(megabytes=9)  # large enough for a vital part in front, which raw dumps do not get
+        wait_until(lambda: len(ours(node, bucket)) == 2 and node.names() == [], 60, "the upload")
+    key, metadata = sorted(ours(node, bucket))
+    assert metadata == key + ".json"
+    assert key.endswith(f"-{pid}-11")
+    core, told = s3.body_of(bucket, key), sidecar_of(bucket, key)
+    assert core[:4] == b"\x7fELF"
+    assert (told["state"], told["compressor"]) == ("complete", "none")
+    assert told["bytes"] == told["expected_bytes"] == told["size_bytes"] == len(core)
+    (tmp_path / "core").write_bytes(core)
+    assert "die_here" in backtrace(node.program, tmp_path / "core")

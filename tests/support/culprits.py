@@ -315,3 +315,10 @@ def renderers(session: int) -> list[int]:
 
 GUESSED = {java, node_js, chromium, golang}
 """Arguments of just-in-time compiled frames are guesses of gdb; it shows the heap to which those of Go point."""
+
+SHARED = {postgresql, chromium}
+"""Other processes change memory that they share with the one that crashed."""
+ALL = [
+    eight_threads, static_binary, binary_of_32_bits, own_namespaces, cpp, many_mappings, golang, rust, python,
+    node_js, java, redis, redis_child, nginx, postgresql, chromium,
+]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -63,3 +64,17 @@ def checkout(target: Path) -> Path:
     for name in ("sysctl", "helper", "format", "docs"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     return target
+
+
+def moved(target: Path, source: str, directory: str) -> Path:
+    """Make a kustomization that moves the dumps of one of ours to another directory; return its folder."""
+    shutil.copytree(ROOT / "kubernetes", target / "kubernetes")
+    folder = target / "mine"
+    folder.mkdir()
+    named = {"name": "core-dump-directory", "annotations": {"config.kubernetes.io/local-config": "true"}}
+    resource = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": named, "data": {"path": directory}}
+    (folder / "directory.yaml").write_text(json.dumps(resource))
+    lists = {"resources": [f"../kubernetes/{source}", "directory.yaml"]}
+    lists["components"] = ["../kubernetes/components/directory"]
+    (folder / "kustomization.yaml").write_text(json.dumps(lists))
+    return folder

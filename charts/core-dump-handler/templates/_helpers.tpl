@@ -8,11 +8,13 @@ app.kubernetes.io/name: {{ .Values.fullnameOverride }}
 {{ .Values.image.repository }}{{ with .Values.image.digest }}@{{ . }}{{ else }}:{{ .Values.image.tag | default .Chart.AppVersion }}{{ end }}
 {{- end }}
 {{- define "directory" -}}
-{{ hasPrefix "bottlerocket-" .Values.nodes | ternary "/var/core_dumps" "/core_dumps" }}
+{{ .Values.directory | default (hasPrefix "bottlerocket-" .Values.nodes | ternary "/var/core_dumps" "/core_dumps") }}
 {{- end }}
 {{- define "template" -}}
 {{ .Values.keyTemplate | default (hasPrefix "bottlerocket-" .Values.nodes | ternary "dumps/{date}/{node}/{name}" "dumps/{date}/{namespace}/{pod}/{node}/{name}") }}
 {{- end }}
 {{- define "settings" -}}
-{{ merge (dict "BUCKET_NAME" .Values.bucket "AWS_REGION" .Values.region "KEY_TEMPLATE" (include "template" .)) .Values.settings (dict "SHUTDOWN_SECONDS" "90") | toYaml }}
+{{ $moved := dict -}}
+{{ with .Values.directory }}{{ $moved = dict "WATCH_DIR" . }}{{ end -}}
+{{ merge $moved (dict "BUCKET_NAME" .Values.bucket "AWS_REGION" .Values.region "KEY_TEMPLATE" (include "template" .)) .Values.settings (dict "SHUTDOWN_SECONDS" "90") | toYaml }}
 {{- end }}
