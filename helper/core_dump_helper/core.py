@@ -9,7 +9,7 @@ import time
 from _queue import Empty, SimpleQueue
 from _thread import start_new_thread
 
-from core_dump_helper.length import elf_length
+from core_dump_helper.length import LARGE_BYTES, elf_length
 from core_dump_helper.system import CHUNK, enlarge_pipe, log, read_fields, read_file, write_file
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 MIN_BUFFERS, GROWTH_BUFFERS = 4, 64
 """Buffers that every dump may use, however little memory is available, and how many are added at once."""
 CACHED = (b"inactive_file ", b"active_file ")
-HEAD_BYTES = 32 << 10  # read before the pipe is enlarged; the program headers of 580 mappings
-LARGE_BYTES = 8 << 20  # from this length on, the vital part of a core comes first
 MAP_POPULATE = 0x8000  # a third less time for a new buffer than a page fault for each of its pages
 
 
@@ -146,7 +144,6 @@ class Reader:
         self.reason, self.size, self.ended, self.is_large = "", 0, False, False
         self.prepare_from = LARGE_BYTES
         self._descriptor, self._deadline, self._prepare = descriptor, deadline, prepare
-        self.look: Callable[[memoryview], None] = lambda _: None  # called with the first bytes of the core
         self._limit = settings.MAX_DUMP_BYTES or sys.maxsize
         self._memory, self._max_buffers = memory, settings.BUFFER_BYTES // CHUNK
         self._allowed, self._allocated = MIN_BUFFERS, 0
@@ -155,15 +152,12 @@ class Reader:
         self._full: SimpleQueue[tuple[memoryview, int]] = SimpleQueue()
         self._free: SimpleQueue[memoryview] = SimpleQueue()
 
-    def start(self) -> VitalPart | None:
-        """Start reading; return the part before the chunks, or None if the core comes in the kernel's order."""
-        head, size = bytearray(HEAD_BYTES), 0
-        try:
-            size, _ = self._fill(memoryview(head), sys.maxsize)
-        except OSError:
-            self.stop("read_error")
-        self.look(memoryview(head)[:size])  # the pipe is small, so the kernel still holds the process
-        self._source.put_back(head[:size], [])
+    def start(self, head: bytes = b"") -> VitalPart | None:
+        """Start reading; return the part before the chunks, or None if the core comes in the kernel's order.
+
+        `head` is what was read of the core before.
+        """
+        self._source.put_back(bytearray(head), [])
         enlarge_pipe(self._descriptor)
         start_new_thread(self._read, ())
         return self._vital.get()

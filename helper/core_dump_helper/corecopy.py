@@ -2,56 +2,41 @@
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # `signal` builds enums: 2 ms
 import os
 import time
-from _struct import iter_unpack
 
 from core_dump_helper.compress import COMPRESSORS, IN_PROCESS, start_writer
-from core_dump_helper.core import LARGE_BYTES, Memory, Reader
-from core_dump_helper.crash import open_files
+from core_dump_helper.core import Memory, Reader
 from core_dump_helper.dumpfile import FRAMES_SPACE, RESULT_SPACE, set_attributes
-from core_dump_helper.keep import Keep
-from core_dump_helper.length import ElfHeader, LengthCheck, elf_length
+from core_dump_helper.length import LARGE_BYTES, LengthCheck
 from core_dump_helper.settings import CONFIG
-from core_dump_helper.system import Refused, log
+from core_dump_helper.system import Refused, log, set_alarm
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from core_dump_helper.compress import GzipWriter, PigzWriter, SparseWriter
-    from core_dump_helper.crash import Crash, OpenedFiles
     from core_dump_helper.disk import DiskWatch
+    from core_dump_helper.held import Held
+    from core_dump_helper.keep import Keep
     from core_dump_helper.settings import Settings
     from core_dump_helper.vitalpart import VitalPart
 
     Writer = GzipWriter | PigzWriter | SparseWriter
 
-ALARM_SECONDS = 30
-"""Beyond DEADLINE_SECONDS: then SIGALRM ends a helper that hangs, even in a read of /proc."""
 NICE = 9
 MIN_VITAL_BYTES = 4 << 20
 """Allowed for the vital part, however little memory is available."""
-MAX_FILES = 96
-"""Opened behind the code of a process; each takes about 10 us of the time for which it is held."""
-PF_X = 1
-
-
-def set_alarm(settings: Settings) -> None:
-    """Let this process live for DEADLINE_SECONDS and a little longer from now on."""
-    _signal.alarm(settings.DEADLINE_SECONDS + ALARM_SECONDS)
 
 
 class CoreCopy:
     """Copies one core into a dump."""
 
-    def __init__(
-        self, crash: Crash, core: int, settings: Settings, dump: int, keep: Keep | None = None
-    ) -> None:
-        """Store the descriptors `core` to read from and `dump` to write to, and how much of the core is kept."""
-        self.crash, self.core, self.settings, self.dump = crash, core, settings, dump
-        self._keep = keep or Keep(settings)
+    def __init__(self, held: Held, settings: Settings, dump: int, keep: Keep) -> None:
+        """Store what is open of the process, the descriptor `dump` to write to, and how much of the core is kept."""
+        self.crash, self.settings, self.dump = held.crash, settings, dump
+        self._held, self._keep = held, keep
         self._may_read_memory = False
         self.trimmed = ""
         """Why the dump is trimmed."""
@@ -59,7 +44,6 @@ class CoreCopy:
         """Bytes that a whole core has; 0 if unknown."""
         self.writer: Writer
         self._failure = ""
-        self._opened: OpenedFiles | None = None
         self._small = bytearray()
         """The bytes of a small core that were read."""
 
@@ -76,8 +60,8 @@ class CoreCopy:
         """
         keep = self._keep
         reader = self._make_reader(may_read_memory)
-        set_alarm(self.settings)  # the wait for a slot must not shorten the dump
-        vital = reader.start()
+        set_alarm(self.settings.DEADLINE_SECONDS)  # the wait for a slot must not shorten the dump
+        vital = reader.start(self._held.head)
         if keep.required and not vital and (reader.is_large or not keep.from_bytes):
             reader.stop("refused")
             raise Refused(keep.refusal, "its core cannot be trimmed")
@@ -90,7 +74,7 @@ class CoreCopy:
             set_attributes(self.dump, {"vital": b"none"}, RESULT_SPACE)
         length = LengthCheck(vital.length if vital else 0)
         self._copy(reader, watch, length, vital)
-        set_alarm(self.settings)
+        set_alarm(self.settings.DEADLINE_SECONDS)
         failed = self._close()
         self.expected = length.expected
         incomplete = length.verdict(self.writer.size)
@@ -104,10 +88,11 @@ class CoreCopy:
         deadline, keep = time.monotonic() + self.settings.DEADLINE_SECONDS, self._keep
         self._may_read_memory = may_read_memory and self.settings.VITAL_BYTES > 0
         prepare = self._prepare if self._may_read_memory or keep.required else None
-        reader = Reader(self.core, self.settings, Memory(self.settings), deadline, prepare)
+        if not self._held.was_let_go:
+            self._held.look(may_read_memory, deadline)
+        reader = Reader(self._held.core, self.settings, Memory(self.settings), deadline, prepare)
         reader.prepare_from = keep.from_bytes
-        if may_read_memory:
-            reader.look = self._look
+        reader.stop(self._held.reason)
         return reader
 
     def _copy(self, reader: Reader, watch: DiskWatch, length: LengthCheck, vital: VitalPart | None) -> None:
@@ -118,7 +103,7 @@ class CoreCopy:
                 released = True
                 os.setpriority(*writer.priority, NICE)
                 self._find_frames(vital, None)
-            if self._opened and not reader.is_large and len(self._small) < LARGE_BYTES:
+            if self._held.code and not reader.is_large and len(self._small) < LARGE_BYTES:
                 self._small += piece
             if not self._failure:
                 length.feed(piece)
@@ -128,26 +113,12 @@ class CoreCopy:
                 reader.stop(self._failure)
         self._find_frames(vital, self._small)
 
-    def _look(self, head: memoryview) -> None:
-        """Open the files behind the code of a process whose core is small; a large one has `_prepare`."""
-        needed, length = elf_length(head)
-        if length and length < LARGE_BYTES and needed <= len(head):
-            self._open_files(lambda: code_spans(head))
-
-    def _open_files(self, find_spans: Callable[[], list[tuple[int, int]]]) -> None:
-        try:
-            spans = find_spans()
-            if spans:
-                self._opened = open_files(self.crash, spans[:MAX_FILES])
-        except Exception as error:  # noqa: BLE001 - hostile input must not cost the dump
-            log("%s: the files behind its code cannot be opened: %s" % (self.crash, error), 6)
-
     def _find_frames(self, vital: VitalPart | None, small: bytearray | None) -> None:
         """Set the attributes that tell where the thread was, once its memory is known; a failure costs only them."""
-        opened = self._opened
+        opened = self._held.code
         if opened is None or (vital is None and small is None):
             return
-        self._opened = None
+        self._held.code = None
         try:
             from core_dump_helper.backtrace import find_frames
 
@@ -171,7 +142,7 @@ class CoreCopy:
         self._keep.memory_bytes = share
         vital = prepare(head, read, self.crash, limit, self._keep)
         if vital:
-            self._open_files(vital.code_spans)
+            self._held.open_code(vital.code_spans)
         return vital
 
     def _write_vital(self, vital: VitalPart) -> None:
@@ -235,13 +206,3 @@ class CoreCopy:
         except OSError as error:
             log("%s: cannot end the dump with %s: %s" % (self.crash, self.writer.name, error))
             return "compressor_failed"
-
-
-def code_spans(head: memoryview) -> list[tuple[int, int]]:
-    """Return start and end of each executable segment whose program header is in the first bytes of a core."""
-    header = ElfHeader(head)
-    end = header.table + min(header.rows, (len(head) - header.table) // header.row_bytes) * header.row_bytes
-    rows = iter_unpack("=4xI8xQ16xQ8x" if header.row_bytes == 56 else "=8xI8xII4x", head[header.table : end])
-    if header.row_bytes == 56:
-        return [(start, start + size) for flags, start, size in rows if flags & PF_X]
-    return [(start, start + size) for start, size, flags in rows if flags & PF_X]

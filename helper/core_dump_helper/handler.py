@@ -1,30 +1,26 @@
-"""Owns one crash from the kernel's arguments to the published dump: configuration, metadata, limits."""
+"""Owns one crash from the kernel's arguments to the published dump: configuration, metadata, limits.
+
+The process is held by what is imported at the top of this module and of those that it imports. Everything else is
+imported once a small process was let go.
+"""
 
 from __future__ import annotations
 
 import os
 import time
 
-from core_dump_helper.corecopy import CoreCopy, set_alarm
 from core_dump_helper.crash import read_metadata
-from core_dump_helper.disk import DiskWatch
-from core_dump_helper.dumpfile import (
-    ATTRIBUTE_SPACE,
-    IDENTITY_SPACE,
-    RESULT_SPACE,
-    create_partial,
-    publish,
-    set_attributes,
-)
-from core_dump_helper.keep import NOTHING, Keep
-from core_dump_helper.limits import Limits
+from core_dump_helper.held import Held
 from core_dump_helper.settings import CONFIG, Settings
-from core_dump_helper.system import CHUNK, DIRECTORY, DISK_FULL, Refused, is_private, log
+from core_dump_helper.system import CHUNK, DIRECTORY, DISK_FULL, Refused, is_private, log, set_alarm
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
+    from core_dump_helper.corecopy import CoreCopy
     from core_dump_helper.crash import Crash
-    from core_dump_helper.modules import Capture
+    from core_dump_helper.disk import DiskWatch
+    from core_dump_helper.keep import Keep
+    from core_dump_helper.limits import Limits
     from core_dump_helper.runtime import RuntimeFile
 
 
@@ -33,17 +29,14 @@ class Handler:
 
     def __init__(self, crash: Crash, core: int) -> None:
         """Store the crash and the descriptor to read the core from."""
-        self.crash, self.core = crash, core
+        self.crash = crash
         self.started = time.monotonic()
         self.settings = Settings()
         self.metadata: dict[str, bytes] = {}
         self.announced = False
-        self.capture: Capture | None = None
-        """The files behind the crash, which are copied after the dump."""
-        self.runtime: RuntimeFile | None = None
-        """The container runtime's file about the container."""
         self.warnings: list[str] = []
         """Logged with the crash, so that a refusal which is only counted logs none of them."""
+        self.held = Held(crash, core, self.settings, self.warn)
 
     def handle(self) -> int:
         """Handle the crash and log its end; return an exit code."""
@@ -65,6 +58,9 @@ class Handler:
         try:
             self.prepare()
             directory = self.open_watch_directory()
+            self.let_go(directory)
+            from core_dump_helper.limits import Limits
+
             may_read = self.owns_proc() and self.settings.VITAL_BYTES > 0
             limits = Limits(self.crash, self.metadata, directory, self.settings, may_read)
             limits.open()
@@ -86,6 +82,10 @@ class Handler:
         self.log_warnings()
         log(self.crash.sentence() + "; dumping", 6)
 
+    def warn(self, text: str) -> None:
+        """Log a line once it is clear whether the crash is logged."""
+        self.warnings.append(text)
+
     def log_warnings(self) -> None:
         """Log the warnings that were collected before it was clear whether the crash is logged."""
         for warning in self.warnings:
@@ -97,12 +97,13 @@ class Handler:
         self.load_settings()
         self.keep_pidfd()
         self.metadata, warning = read_metadata(self.crash)
-        self.warnings.extend(filter(None, [warning]))
+        if warning:
+            self.warn(warning)
 
     def load_settings(self) -> None:
         """Read helper.conf."""
-        self.settings.load(self.crash.config or CONFIG, self.warnings.append)
-        set_alarm(self.settings)
+        self.settings.load(self.crash.config or CONFIG, self.warn)
+        set_alarm(self.settings.DEADLINE_SECONDS)
 
     def keep_pidfd(self) -> None:
         """Keep the kernel's pidfd from the compressor."""
@@ -111,7 +112,7 @@ class Handler:
         try:
             os.set_inheritable(int(self.crash.pidfd), False)
         except (OSError, OverflowError) as error:
-            self.warnings.append("%s: cannot use pidfd %s: %s" % (self.crash, self.crash.pidfd, error))
+            self.warn("%s: cannot use pidfd %s: %s" % (self.crash, self.crash.pidfd, error))
 
     def open_watch_directory(self) -> int:
         """Return the watch directory's descriptor; log it if others can write there."""
@@ -119,34 +120,27 @@ class Handler:
         directory = os.open(path, DIRECTORY)
         status = os.fstat(directory)
         if not is_private(status):
-            self.warnings.append(
-                "WATCH_DIR %a can be changed by others: chown it to root and chmod it to 0700" % path
-            )
+            self.warn("WATCH_DIR %a can be changed by others: chown it to root and chmod it to 0700" % path)
         return directory
 
     def dump(self, directory: int, limits: Limits) -> None:
         """Copy the core into the watch directory and publish it; raises Refused, OSError."""
+        from core_dump_helper.corecopy import CoreCopy
+        from core_dump_helper.disk import DiskWatch
+        from core_dump_helper.dumpfile import publish
+
         suffix = "" if self.settings.COMPRESSOR == "none" else ".gz"
         try:
-            action = self.choose()
-            limit = limits.check(self.started + self.settings.DEADLINE_SECONDS)
-            self.open_modules(directory)
-            self.read_runtime_file()
+            keep = self.check(limits)
+            if not self.held.was_let_go:
+                self.held.open_files(directory, self.container())
             dump, name = self.create(directory, suffix)
-            watch = DiskWatch(dump, limits.disk)
-            copy = CoreCopy(self.crash, self.core, self.settings, dump, Keep(self.settings, action, limit))
+            watch, copy = DiskWatch(dump, limits.disk), CoreCopy(self.held, self.settings, dump, keep)
             try:
-                truncated = copy.run(watch, self.owns_proc(), self.announce)
+                truncated = self.fill(dump, copy, watch)
             except Refused:
                 os.unlink(name + ".partial", dir_fd=directory)
                 raise
-            writer = copy.writer
-            if not (writer.size and os.fstat(dump).st_size) and (
-                truncated != "compressor_failed" or is_full(dump)
-            ):
-                os.unlink(name + ".partial", dir_fd=directory)
-                reason = "disk_full" if truncated in ("disk_full", "compressor_failed") else ""
-                raise Refused(reason, "nothing was written: " + truncated)
         except Refused as refused:
             limits.count(refused)
             refused.repeated = refused.repeated and not self.announced
@@ -155,53 +149,45 @@ class Handler:
         took_ms = int((time.monotonic() - self.started) * 1000)
         self.record_result(dump, copy, truncated, took_ms)
         if truncated == "compressor_failed":
-            raise Refused("", "%s failed; %s.partial holds what it wrote" % (writer.name, name))
+            raise Refused("", "%s failed; %s.partial holds what it wrote" % (copy.writer.name, name))
         self.announce_modules(name)
         name = publish(directory, dump, name, self.crash, suffix)
         limits.count_vital(is_trimmed=bool(copy.trimmed))
-        result = (self.crash, name, describe(copy.trimmed, truncated), writer.size, writer.name, took_ms)
+        state, writer = describe(copy.trimmed, truncated), copy.writer
+        result = (self.crash, name, state, writer.size, writer.name, took_ms)
         log("%s: %s is %s: %d bytes by %s in %d ms" % result, 6)
         watch.finish()
 
-    def open_modules(self, directory: int) -> None:
-        """Open the files behind the crash, if somebody takes them."""
-        if self.settings.MODULES != "yes" or self.crash.process < 0:
-            return
-        try:
-            from core_dump_helper import modules
+    def check(self, limits: Limits) -> Keep:
+        """Return how much of the core is kept, once a slot is free; raises Refused."""
+        from core_dump_helper.keep import Keep
 
-            self.capture = modules.start(self.crash, directory)
-        except FileNotFoundError:  # no collector that takes them
-            pass
-        except Exception as error:  # noqa: BLE001 - hostile input must not cost the dump
-            log("%s: its files are not copied: %s" % (self.crash, error))
+        action = self.choose()
+        return Keep(self.settings, action, limits.check(self.deadline(), self.held.close_files))
 
-    def read_runtime_file(self) -> None:
-        """Read the container runtime's file about the container; `record_result` parses it."""
-        container = self.metadata.get("container_id")
-        if not container or self.runtime:
-            return
-        try:
-            from core_dump_helper.runtime import read_runtime_file
-
-            self.runtime = read_runtime_file(container)
-        except Exception as error:  # noqa: BLE001 - it must not cost the dump
-            log("%s: cannot read what its container runtime says: %s" % (self.crash, error))
+    def fill(self, dump: int, copy: CoreCopy, watch: DiskWatch) -> str:
+        """Copy the core into the dump; return why it is truncated; raises Refused if there is nothing in it."""
+        truncated = copy.run(watch, self.owns_proc(), self.announce)
+        is_empty = not (copy.writer.size and os.fstat(dump).st_size)
+        if is_empty and (truncated != "compressor_failed" or is_full(dump)):
+            reason = "disk_full" if truncated in ("disk_full", "compressor_failed") else ""
+            raise Refused(reason, "nothing was written: " + truncated)
+        return truncated
 
     def announce_modules(self, name: str) -> None:
         """Tell the collector, before the dump is published, that a list of its files is coming."""
         try:
-            if self.capture:
-                self.capture.announce(name, self.metadata)
+            if self.held.capture:
+                self.held.capture.announce(name, self.metadata)
         except OSError as error:
             log("%s: its files are not copied: %s" % (self.crash, error))
-            self.capture = None
+            self.held.capture = None
 
     def copy_modules(self) -> None:
         """Become the program that copies the files behind the crash; return if that is not possible."""
         try:
-            if self.capture:
-                self.capture.hand_over()
+            if self.held.capture:
+                self.held.capture.hand_over()
         except (OSError, TypeError, ValueError) as error:  # Python may not know its own path
             log("%s: its files are not copied: %s" % (self.crash, error))
 
@@ -209,12 +195,13 @@ class Handler:
         """Return the action that RULES choose for this crash, or an empty string; raises Refused if it is `nothing`."""
         if not self.settings.RULES:
             return ""
+        from core_dump_helper.keep import NOTHING
         from core_dump_helper.rules import choose, needs_runtime
 
         known = dict(self.metadata)
         if needs_runtime(self.settings.RULES):
-            self.read_runtime_file()
-            known.update(self.identify(self.runtime) if self.runtime else {})
+            self.held.read_runtime_file(self.container())
+            known.update(self.identify(self.held.runtime) if self.held.runtime else {})
         action = choose(self.settings.RULES, known)
         if action == NOTHING:
             raise Refused("rule", "RULES keep nothing of it")
@@ -222,14 +209,28 @@ class Handler:
 
     def create(self, directory: int, suffix: str) -> tuple[int, str]:
         """Return the dump's descriptor and its name; raises Refused if it cannot be created."""
+        from core_dump_helper.dumpfile import ATTRIBUTE_SPACE, IDENTITY_SPACE, create_partial, set_attributes
+
         try:
             dump, name = create_partial(directory, self.crash, suffix)
-            space = ATTRIBUTE_SPACE - (IDENTITY_SPACE if self.runtime else 0)
+            space = ATTRIBUTE_SPACE - (IDENTITY_SPACE if self.held.runtime else 0)
             set_attributes(dump, self.metadata, space)
         except OSError as error:
             reason = "disk_full" if error.errno in DISK_FULL else "directory"
             raise Refused(reason, "cannot create the dump: %s" % error.strerror) from error
         return dump, name
+
+    def let_go(self, directory: int) -> None:
+        """Release a small process at once."""
+        self.held.let_go(directory, self.container(), self.owns_proc())
+
+    def container(self) -> bytes:
+        """Return the ID of the container, or nothing."""
+        return self.metadata.get("container_id", b"")
+
+    def deadline(self) -> float:
+        """Return when to stop waiting for the core or a slot, monotonic."""
+        return self.started + self.settings.DEADLINE_SECONDS
 
     def owns_proc(self) -> bool:
         """Return whether /proc/PID is known to belong to the process that crashed."""
@@ -238,6 +239,7 @@ class Handler:
     def record_result(self, dump: int, copy: CoreCopy, truncated: str, took_ms: int) -> None:
         """Set the attributes that are known only now; mark a truncated dump even where it has no attributes."""
         from core_dump_helper import VERSION
+        from core_dump_helper.dumpfile import IDENTITY_SPACE, RESULT_SPACE, set_attributes
 
         result = {
             "bytes": str(copy.writer.size),
@@ -248,8 +250,8 @@ class Handler:
             "helper_version": VERSION,
         }
         attributes = {name: value.encode() for name, value in result.items() if value}
-        if self.runtime:
-            set_attributes(dump, self.identify(self.runtime), IDENTITY_SPACE)
+        if self.held.runtime:
+            set_attributes(dump, self.identify(self.held.runtime), IDENTITY_SPACE)
         if not set_attributes(dump, attributes, RESULT_SPACE) and truncated:
             os.fchmod(dump, 0o1600)  # the collector reads the sticky bit as "truncated"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from core_dump_helper.core import LARGE_BYTES, Memory
+from core_dump_helper.core import Memory
+from core_dump_helper.length import LARGE_BYTES
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:

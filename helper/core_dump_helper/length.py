@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from _struct import calcsize, iter_unpack, unpack_from
 
+LARGE_BYTES = 8 << 20
+"""From this length on, the vital part of a core comes first."""
 IDENT_BYTES = 64
 """Bytes that hold the ELF header of either class: elf(5)."""
 HEADER_LIMIT = 64 << 20

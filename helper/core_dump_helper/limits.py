@@ -16,6 +16,8 @@ from core_dump_helper.system import Refused, log
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from core_dump_helper.crash import Crash
     from core_dump_helper.settings import Settings
 
@@ -24,6 +26,8 @@ VITAL_REASONS = ("rate_limit", "keep_free", "max_total_bytes", "no_slot")
 VITAL_SLOTS, VITAL_SLOT = 4, "vital-slot"
 SLOT_SECONDS = 0.5
 """A crash that gets no slot in this time keeps its vital part, if that is allowed; small dumps need less."""
+OPEN_SECONDS = 10
+"""For which a crash that waits for a slot keeps its files open."""
 RESERVED_SECONDS = 10
 """A crash that a limit refuses waits no longer for a reserved slot; each is held for a fraction of a second."""
 REFUSAL_SECONDS = 600
@@ -115,11 +119,12 @@ class Limits:
         except OSError as error:
             log("cannot prepare .helper for a full disk: %s" % error)
 
-    def check(self, deadline: float) -> str:
+    def check(self, deadline: float, close_files: Callable[[], None]) -> str:
         """Return the limit that leaves only the vital part of the dump, or an empty string; wait for a slot.
 
         Args:
             deadline: when to stop waiting, monotonic.
+            close_files: called when the wait gets long.
 
         Raises:
             Refused: a limit forbids the dump.
@@ -147,9 +152,11 @@ class Limits:
                 rate.add_vital(1)
                 self._rate = rate
             return refused.reason
-        return self._wait(records, rate, deadline) if records and rate else ""
+        return self._wait(records, rate, deadline, close_files) if records and rate else ""
 
-    def _wait(self, records: Records, rate: RateLimiter, deadline: float) -> str:
+    def _wait(
+        self, records: Records, rate: RateLimiter, deadline: float, close_files: Callable[[], None]
+    ) -> str:
         """Wait for a slot; return `no_slot` if it is one that is reserved for vital parts, else an empty string."""
         slots = Slots(records, self._settings.MAX_CONCURRENT, self._origin, self._memory)
         self._slots = [slots]
@@ -158,7 +165,10 @@ class Limits:
             return ""
         disk = self._vital_disk("no_slot", records)
         reserved = self._reserved(records) if disk else None
-        has_slot = slots.acquire(deadline, reserved)
+        has_slot = slots.acquire(min(deadline, time.monotonic() + OPEN_SECONDS), reserved)
+        if not has_slot and not (reserved and reserved.is_held):
+            close_files()
+            has_slot = slots.acquire(deadline, reserved)
         if disk and reserved and reserved.is_held:
             rate.take_back()
             self._vital, self.disk = "no_slot", disk

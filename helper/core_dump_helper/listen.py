@@ -102,6 +102,8 @@ def protect_process() -> None:
 def preload(config: str) -> None:
     """Import what every child needs: a crashed process would wait for it."""
     import core_dump_helper.backtrace
+    import core_dump_helper.corecopy
+    import core_dump_helper.keep
     import core_dump_helper.modules
     import core_dump_helper.runtime
     import core_dump_helper.usage  # noqa: F401

@@ -59,13 +59,16 @@ class SocketHandler(Handler):
             raise Refused("", "RLIMIT_CORE is 1, as in the programs that handle crashes")
         super().prepare()
 
+    def let_go(self, directory: int) -> None:
+        """Leave the process held: its core comes once the kernel was asked for it, and does not fit into the socket."""
+
     def create(self, directory: int, suffix: str) -> tuple[int, str]:
         """Let the kernel send the core, then create the dump."""
         try:
             ask_for_core(self._connection)
         except OSError as error:
             raise Refused("", "the process was killed before its core began: %s" % error.strerror) from error
-        self.core = self._connection.detach()
+        self.held.core = self._connection.detach()
         return super().create(directory, suffix)
 
     def record_result(self, dump: int, copy: CoreCopy, truncated: str, took_ms: int) -> None:

@@ -211,6 +211,13 @@ class Capture:
             os.unlink(name + ".partial", dir_fd=self._directory)
             raise
 
+    def close(self) -> None:
+        """Close everything: the files are not copied."""
+        for descriptor in (self._directory, *self._descriptors.values()):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptors = {}
+
     def hand_over(self) -> None:
         """Become the program that copies the files: it is small, and this one's locks are released.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # `signal` builds enums: 2 ms
 import fcntl
 import os
 import time
@@ -11,6 +12,8 @@ BLOCK = 64 << 10
 MAX_FIELDS_BYTES = 1 << 20
 """Of /proc/PID/status: 65,536 supplementary groups take up to 720,896 bytes."""
 SET_PIPE_SIZE = 1031
+ALARM_SECONDS = 30
+"""Beyond DEADLINE_SECONDS: then SIGALRM ends a helper that hangs, even in a read of /proc."""
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 DISK_FULL = (28, 122)
@@ -135,6 +138,11 @@ def lock(descriptor: int, seconds: float) -> bool:
             if time.monotonic() >= end:
                 return False
             time.sleep(0.005)
+
+
+def set_alarm(deadline_seconds: int) -> None:
+    """Let this process live for DEADLINE_SECONDS and a little longer from now on."""
+    _signal.alarm(deadline_seconds + ALARM_SECONDS)
 
 
 def enlarge_pipe(pipe: int) -> None:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from tests.support import kernel
+from tests.support.cores import simple as elf
 
 OS = {"os", "os.path", "posixpath", "genericpath", "stat", "_stat", "_collections_abc"}
 """What `import os` loads; with -S Python has not done so itself."""
@@ -33,6 +34,54 @@ def test_only_cheap_modules_are_imported(python):
     command = [python, "-BIS", "-c", script]
     found = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert {name for name in found if not name.startswith("core_dump_helper")} <= NEEDED
+
+
+HELD = {"cgroup", "crash", "handler", "held", "length", "settings", "system"}
+"""What a small process waits for."""
+WATCH_IMPORTS = """
+import fcntl, os, sys
+class Watch:
+    def find_spec(name, path, target=None):
+        if name == "core_dump_helper.limits":
+            names = (name.partition(".")[2] for name in sys.modules if name.startswith("core_dump_helper."))
+            print(fcntl.fcntl(10, 1032), *sorted(names))  # F_GETPIPE_SZ
+            sys.stdout.flush()
+            os._exit(0)
+sys.path.append({folder!r})
+sys.meta_path.insert(0, Watch)
+sys.argv[1:] = {arguments!r}
+import core_dump_helper
+core_dump_helper.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "pipe_bytes", "imported"),
+    [(500_000, 1 << 20, HELD | {"modules", "mounts"}), ((1 << 20) + 1, 64 << 10, HELD)],
+)
+def test_small_process_is_released_before_anything_is_imported_that_can_wait(
+    tmp_path, size, pipe_bytes, imported
+):
+    config = kernel.write_config(tmp_path / "helper.conf", {"WATCH_DIR": tmp_path})
+    (tmp_path / ".modules").mkdir(0o700)
+    core = elf(bytes(size))
+    arguments = [
+        f"-C{config}",
+        f"-P{os.getpid()}",
+        f"-u{os.getuid()}",
+        f"-g{os.getgid()}",
+        "-s11",
+        "--",
+        "app",
+    ]
+    script = WATCH_IMPORTS.format(folder=str(kernel.HELPER.parent), arguments=arguments)
+    command = [sys.executable, "-BIS", "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as helper:
+        helper.stdin.write(core[: 60 << 10])  # as much as fits
+        helper.stdin.flush()
+        found, *names = helper.stdout.read().decode().split()
+        helper.stdin.close()
+    assert (int(found), set(names)) == (pipe_bytes, imported)
 
 
 def cpu_seconds(command):

@@ -1,13 +1,17 @@
-"""How long a crashed process is held when the helper cannot do its work: real crashes, real faults."""
+"""How long a crashed process is held, above all when the helper cannot do its work: real crashes, real faults."""
 
 import contextlib
+import fcntl
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from tests.kernel.conftest import attributes
 from tests.support import kernel
+from tests.support.collector import wait_until
 
 MEGABYTES = 48
 DEADLINE_SECONDS = 2
@@ -109,3 +113,46 @@ def test_failing_helper_holds_the_process_no_longer_than_its_deadline(
         assert line in kernel_log(), "a line without its end is shown only when the next one comes"
     record_property("held_seconds", round(held, 2))
     assert held < DEADLINE_SECONDS + SPARE_SECONDS
+
+
+@pytest.fixture
+def slot(node):
+    """The only slot of a helper with MAX_CONCURRENT=1, which somebody else holds."""
+    state = node.watch_dir / ".helper"
+    state.mkdir(mode=0o700)
+    with (state / "slot-0").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def test_small_process_is_released_while_its_dump_waits_for_a_slot(node, slot):
+    (node.watch_dir / ".modules").mkdir(mode=0o700)
+    (node.watch_dir / ".modules/collector").touch()
+    with node.installed(MAX_CONCURRENT=1, DEADLINE_SECONDS=60):
+        node.crash_only()  # returns when the process has ended
+        assert (node.names(), len(node.helpers())) == ([], 1)
+        fcntl.flock(slot, fcntl.LOCK_UN)
+        node.settle()
+    found = attributes(node.dump())
+    assert {"frames", "exe", "threads"} < found.keys()
+    assert "truncated" not in found
+    (listed,) = (node.watch_dir / ".modules").glob("core-*.json")
+    assert str(node.program) in listed.read_text()
+
+
+def test_files_of_a_process_that_is_gone_are_closed_when_its_dump_waits_long(node, slot, kernel_log):
+    (node.watch_dir / ".modules").mkdir(mode=0o700)
+    (node.watch_dir / ".modules/collector").touch()
+    with node.installed(MAX_CONCURRENT=1, DEADLINE_SECONDS=60):
+        kernel.replace(
+            node.directory / "core_dump_helper/limits.py", "OPEN_SECONDS = 10", "OPEN_SECONDS = 0.1"
+        )
+        node.crash_only()
+        (helper,) = node.helpers()
+        opened = Path(f"/proc/{helper}/fd")
+        wait_until(lambda: not any(path.resolve() == node.program for path in opened.iterdir()))
+        fcntl.flock(slot, fcntl.LOCK_UN)
+        node.settle()
+        assert "its files are not kept" in kernel_log()
+    assert "frames" not in attributes(node.dump())
+    assert not list((node.watch_dir / ".modules").glob("core-*"))
