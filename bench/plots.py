@@ -13,6 +13,8 @@ from matplotlib import pyplot as plt
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from matplotlib.figure import Figure
+
 IMAGES = Path(__file__).parent.parent / "docs" / "img"
 OURS, PEER = "#1b6ca8", "#9aa5b1"
 
@@ -50,7 +52,7 @@ def lines(
     _save(figure, name)
 
 
-def _save(figure: plt.Figure, name: str) -> None:
+def _save(figure: Figure, name: str) -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     figure.savefig(IMAGES / f"{name}.png", dpi=110, metadata={"Software": None})
     plt.close(figure)
