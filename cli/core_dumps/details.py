@@ -10,6 +10,7 @@ from rich.text import Text
 from core_dump_format.attributes import TRIMMED
 from core_dump_format.text import printable
 from core_dumps import show, tables, where
+from core_dumps.cautions import trimmed_note
 from core_dumps.dump import signal_name
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from core_dump_format.core import Core, Thread
-    from core_dumps.dump import Dump
+    from core_dumps.dump import Dump, Value
     from core_dumps.head import Head
 
 _LABELS = {
@@ -30,6 +31,9 @@ _LABELS = {
     "compressor": "Compressor", "duration_ms": "Dump Took", "uploaded_at": "Uploaded",
     "build_id": "Build ID", "machine": "Machine", "fingerprint": "Fingerprint", "frames": "Frames", "crc32": "CRC-32",
 }  # fmt: skip
+_REPEATS = {"ns_pid": "pid", "thread": "comm", "expected_bytes": "bytes"}
+"""Fields that are left out if they repeat another one."""
+_SIZES = frozenset({"bytes", "expected_bytes"})
 _CODES = {
     signals.SIGSEGV: {1: "address not mapped", 2: "access not permitted"},
     signals.SIGBUS: {1: "misaligned address", 2: "no such physical address", 3: "hardware error"},
@@ -44,14 +48,14 @@ MOST_RANGES = 16
 def print_info(console: Console, bucket: str, dump: Dump, head: Head | None) -> None:
     """Print one dump; without `head` only its metadata."""
     for label, value in _facts(bucket, dump):
-        console.print(Text.assemble((f"{label:>14}: ", "bold"), value))
+        console.print(Text.assemble((f"{label:>14}: " if label else " " * 16, "bold"), value))
     if head is None:
         return
     if head.core is None:
         console.print(f"{'Core':>14}: {printable(head.problem)}")
         return
     console.print()
-    for line in _core_lines(head.core, head):
+    for line in _core_lines(head.core, head, dump):
         console.print(line)
 
 
@@ -87,15 +91,12 @@ def _facts(bucket: str, dump: Dump) -> Iterator[tuple[str, Text]]:
     yield "Timestamp", Text(f"{show.moment(dump.timestamp)} ({show.ago(dump.timestamp)})")
     for field, label in _LABELS.items():
         value = dump.executable if field == "exe" else dump.get(field)
-        if field == TRIMMED and value is not None:
-            value = f"{value}: {trimmed_note(dump)}"
-        if value is not None:
-            unit = " ms" if field == "duration_ms" else ""
-            if field == "fingerprint":
-                unit = f" (version {dump.fingerprint_version})"
-            if field == "frames":
-                yield "Where", Text(printable(where.where(str(value)), 1100))
-            yield label, Text(printable(value, 1100) + unit)
+        if value is None or (field in _REPEATS and value == dump.get(_REPEATS[field])):
+            continue
+        if field == "frames":
+            yield from _stack(str(value))
+        else:
+            yield label, Text(_worded(dump, field, value))
     yield (
         "Storage",
         Text(f"s3://{bucket}/{printable(dump.key, 1100)} (")
@@ -108,13 +109,22 @@ def _facts(bucket: str, dump: Dump) -> Iterator[tuple[str, Text]]:
         yield "Metadata", Text(printable(problem), style="red")
 
 
-def trimmed_note(dump: Dump) -> str:
-    """Describe the memory that is missing from a trimmed dump."""
-    if dump.text(TRIMMED) == "metadata":
-        return "it has headers and notes, but no memory"
-    dropped = dump.number("dropped_bytes")
-    amount = "memory" if dropped is None else f"{show.size(dropped)} of memory"
-    return f"{amount} was left out; backtraces do not need it"
+def _worded(dump: Dump, field: str, value: Value) -> str:
+    """Return a fact with its unit."""
+    text = printable(value, 1100)
+    if field in _SIZES and isinstance(value, int):
+        return f"{show.size(value)} ({value} bytes)"
+    if field == TRIMMED:
+        return f"{text}: {trimmed_note(dump)}"
+    if field == "fingerprint":
+        return f"{text} (version {dump.fingerprint_version})"
+    return f"{text} ms" if field == "duration_ms" else text
+
+
+def _stack(frames: str) -> Iterator[tuple[str, Text]]:
+    """Yield the frames of the crashed thread that the helper found, one a line."""
+    for number, line in enumerate(where.stack(frames)):
+        yield "" if number else "Stack", Text(printable(line, 200))
 
 
 def _dropped_lines(core: Core) -> Iterator[str]:
@@ -126,15 +136,18 @@ def _dropped_lines(core: Core) -> Iterator[str]:
         yield from _more(len(core.dropped), MOST_RANGES)
 
 
-def _core_lines(core: Core, head: Head) -> Iterator[str]:
+def _core_lines(core: Core, head: Head, dump: Dump) -> Iterator[str]:
     if core.signal is not None:
         yield f"Cause: {signal_name(core.signal)}{_cause(core)}"
-    if core.arguments:
+    if core.arguments and core.arguments != dump.text("cmdline"):
         yield f"Arguments: {printable(core.arguments)}"
-    yield f"Length according to its headers: {core.expected_bytes} bytes"
+    if core.expected_bytes != dump.number("bytes"):
+        yield f"Length according to its headers: {show.size(core.expected_bytes)} ({core.expected_bytes} bytes)"
     yield f"Machine: {core.machine}, {core.form.bits} bits"
     yield from _dropped_lines(core)
-    yield f"\n{core.thread_count} threads, the crashed one first:"
+    yield (
+        "\n1 thread:" if core.thread_count == 1 else f"\n{core.thread_count} threads, the crashed one first:"
+    )
     for thread in core.threads[:MOST_SHOWN]:
         where = printable(_where(core, thread) or "not in a file")
         yield f"  {thread.tid:>8}  pc {thread.pc:#018x}  sp {thread.sp:#018x}  {where}"

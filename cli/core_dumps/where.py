@@ -28,5 +28,12 @@ def words(frames: str) -> list[str]:
     return [place.text() for place in decode(frames)[0]]
 
 
+def stack(frames: str) -> list[str]:
+    """Return a line for each frame, numbered as debuggers do: `#0 parse (app+0x1235)`."""
+    places, is_deep = decode(frames)
+    lines = [f"#{number} {_first(place)}" for number, place in enumerate(places)]
+    return lines + ["... recursion goes on"] * is_deep
+
+
 def _first(place: Place) -> str:
     return f"{place.name} ({place.where})" if place.name else place.where

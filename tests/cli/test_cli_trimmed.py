@@ -88,4 +88,4 @@ def test_dump_that_was_trimmed_and_then_cut_is_truncated(cli):
 def test_note_that_lies_ends_nothing(cli, content):
     core = build(SHAPE, SHAPE.status(1) + SHAPE.note(0x43444831, content), [(0x7000, STACK, False)])
     cli.put(NAME, gzip.compress(core), {"pid": 1})
-    assert "1 threads" in cli.run("info").stdout
+    assert "1 thread:" in cli.run("info").stdout
