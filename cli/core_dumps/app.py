@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
-from core_dumps import __version__
+from core_dumps import version as own_version
+
+_ORDER = ("list", "info", "bt", "debug", "get", "modules", "debuginfod", "stats", "share", "rm", "man")
+
+
+class _Group(typer.core.TyperGroup):
+    """The commands in the order in which a developer meets them."""
+
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401  click's settings
+        super().__init__(**settings)
+        self.commands = {name: self.commands[name] for name in _ORDER} | dict(self.commands)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  likewise
+        """Accept options before the command, as coredumpctl does; `list` is the command if there is none."""
+        own = {name for option in self.get_params(ctx) for name in option.opts}
+        if args and args[0].startswith("-") and args[0].partition("=")[0] not in own:
+            at = next((n for n, word in enumerate(args) if word in self.commands), None)
+            args = ["list", *args] if at is None else [args[at], *args[:at], *args[at + 1 :]]
+        return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401, ARG002  likewise
+        return list(self.commands)
+
 
 app = typer.Typer(
     name="core-dumps",
+    cls=_Group,
     help="Find the core dumps of a fleet in their bucket, and open them in a debugger.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -19,7 +43,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:  # noqa: FBT001  called by typer
     if asked:
-        typer.echo(f"core-dumps {__version__}")
+        typer.echo(f"core-dumps {own_version()}")
         raise typer.Exit
 
 

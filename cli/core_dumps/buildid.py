@@ -194,3 +194,17 @@ def read_build_id(path: str) -> str | None:
     except (ELFError, OSError, ValueError, KeyError, TypeError):
         return None
     return None
+
+
+def has_debug_info(path: str) -> bool:
+    """Tell whether an ELF file has DWARF debug information."""
+    from elftools.common.exceptions import ELFError  # noqa: PLC0415  few commands need it
+    from elftools.elf.elffile import ELFFile  # noqa: PLC0415  likewise
+
+    try:
+        with open(path, "rb") as file:
+            return any(
+                section.name in {".debug_info", ".zdebug_info"} for section in ELFFile(file).iter_sections()
+            )
+    except (ELFError, OSError, ValueError, KeyError, TypeError):
+        return False

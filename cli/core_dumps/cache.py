@@ -91,6 +91,7 @@ def load(bucket: Bucket, dump: Dump, progress: Progress, *, full: bool) -> str:
             fetch_vital(bucket, dump, path, progress)
         rest = "the other memory that was kept" if dump.trimmed else "the heap"
         show.note(
-            f"read {show.size(size)} of {show.size(dump.size_bytes)}: every stack; --full also fetches {rest}"
+            f"downloaded {show.size(size)} of {show.size(dump.size_bytes)}, which has every stack; "
+            f"--full also downloads {rest}"
         )
     return path

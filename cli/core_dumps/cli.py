@@ -7,11 +7,11 @@ import sys
 
 import typer
 
-from core_dumps import filing, listing, opening, show
+from core_dumps import debugging, filing, listing, opening, show
 from core_dumps.app import app
 from core_dumps.options import ending
 
-COMMANDS = (listing, opening, filing)
+COMMANDS = (listing, opening, debugging, filing)
 """The modules whose import adds commands to the app."""
 
 

@@ -31,7 +31,7 @@ from urllib3.exceptions import HTTPError
 
 from core_dump_format.advice import ADVICE, advise
 from core_dump_format.text import printable
-from core_dumps import __version__
+from core_dumps import version
 from core_dumps.errors import CliError, UsageError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class S3:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             signature_version="s3v4",  # presigned URLs default to an older one, which newer regions refuse
-            user_agent_extra=f"core-dumps/{__version__}",
+            user_agent_extra=f"core-dumps/{version()}",
         )
         session = botocore.session.Session()
         if region := os.environ.get("AWS_REGION"):  # which botocore does not read

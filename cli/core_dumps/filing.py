@@ -17,7 +17,7 @@ from core_dumps.errors import CliError, UsageError
 from core_dumps.options import Json, Selection, with_selection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from core_dumps.bucket import Bucket
     from core_dumps.dump import Dump
@@ -43,6 +43,8 @@ def modules(
 ) -> None:
     """List the executable and the libraries of the newest matching dump, or look after those in the bucket."""
     if verify or prune:
+        if json is not Json.OFF and not yes:
+            raise UsageError("modules --json asks nothing: give --yes")
         if not selection.query().selects_everything:
             raise UsageError(
                 "--verify and --prune are about all modules of the bucket: give no MATCH and no filter"
@@ -50,10 +52,7 @@ def modules(
         if not yes and not sys.stdin.isatty():
             raise UsageError("modules asks before it removes something, and there is no terminal: give --yes")
         with selection.open() as bucket:
-            if verify:
-                _verify(bucket, yes=yes)
-            if prune:
-                _prune(bucket, yes=yes)
+            _look_after(bucket, verify=verify, prune=prune, yes=yes, json=json)
         return
     from core_dumps import tables
 
@@ -107,31 +106,54 @@ def _rows(selection: Selection, bucket: Bucket, dump: Dump) -> Iterator[dict[str
         selection.note(f"{listed.left_out} more files are not in the list, which had no room for them")
 
 
-def _verify(bucket: Bucket, *, yes: bool) -> None:
+def _look_after(bucket: Bucket, *, verify: bool, prune: bool, yes: bool, json: Json) -> None:
+    from core_dumps import tables
+
+    said = typer.echo if json is Json.OFF else _nothing
+    wrong = _verify(bucket, said, yes=yes) if verify else []
+    rows = wrong + (_prune(bucket, said, yes=yes) if prune else [])
+    if json is not Json.OFF:
+        tables.print_json(show.console(), rows, json)
+    stays = sum(not row["removed"] for row in rows)
+    if stays:
+        raise CliError(f"{stays} modules could not be removed")
+    if wrong:
+        raise CliError("the bucket held wrong modules: who can write to it?")
+
+
+def _nothing(_: str) -> None:
+    """Say nothing: JSON says it."""
+
+
+def _verify(bucket: Bucket, said: Callable[[str], None], *, yes: bool) -> list[dict[str, Any]]:
+    """Remove modules with wrong content; return the facts about each."""
     from core_dumps import keeping
     from core_dumps.progress import Bars
 
     with Bars() as bars:
         count, wrong = keeping.find_wrong(bucket, bars)
     for key, problem in wrong.items():
-        typer.echo(f"{printable(key)}: {problem}")
-    typer.echo(f"verified {count} modules: {len(wrong)} are not what their names say")
-    if wrong:
-        _confirm(len(wrong), yes=yes)
-        _remove(bucket, list(wrong))
-        raise CliError("the bucket held wrong modules: who can write to it?")
+        said(f"{printable(key)}: {problem}")
+    said(f"verified {count} modules: {len(wrong)} are not what their names say")
+    if not wrong:
+        return []
+    _confirm(len(wrong), yes=yes)
+    return _remove(bucket, wrong, said)
 
 
-def _prune(bucket: Bucket, *, yes: bool) -> None:
+def _prune(bucket: Bucket, said: Callable[[str], None], *, yes: bool) -> list[dict[str, Any]]:
+    """Remove modules that no list names; return the facts about each."""
     from core_dumps import keeping
 
     lists = keeping.Lists(bucket)
     count, unneeded = keeping.find_unneeded(bucket, lists)
-    typer.echo(f"{len(unneeded)} of {count} modules are in no list and over 8 days old")
-    if unneeded:
-        _confirm(len(unneeded), yes=yes)
-        lists.read_new()  # the question may have waited for hours, while nodes published lists
-        _remove(bucket, [key for sha256, key in unneeded.items() if not lists.need(sha256)])
+    said(f"{len(unneeded)} of {count} modules are in no list and over 8 days old")
+    if not unneeded:
+        return []
+    _confirm(len(unneeded), yes=yes)
+    lists.read_new()  # the question may have waited for hours, while nodes published lists
+    still = {key: "in no list" for sha256, key in unneeded.items() if not lists.need(sha256)}
+    return _remove(bucket, still, said)
 
 
 def _confirm(count: int, *, yes: bool) -> None:
@@ -144,15 +166,12 @@ def _confirm(count: int, *, yes: bool) -> None:
         raise CliError("nothing was removed")
 
 
-def _remove(bucket: Bucket, keys: list[str]) -> None:
-    """Delete objects.
-
-    Raises:
-        CliError: not all are gone.
-    """
-    problems = [(key, problem) for key, problem in bucket.delete_objects(keys) if problem]
-    for key, problem in problems:
-        show.note(f"{printable(key)}: {problem}")
-    typer.echo(f"removed {len(keys) - len(problems)} of {len(keys)}")
-    if problems:
-        raise CliError(f"{len(problems)} modules could not be removed")
+def _remove(bucket: Bucket, reasons: dict[str, str], said: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Delete objects and return what became of each."""
+    rows = []
+    for key, problem in bucket.delete_objects(reasons):
+        rows.append({"key": key, "reason": reasons[key], "removed": problem is None, "problem": problem})
+        if problem:
+            show.note(f"{printable(key)}: {problem}")
+    said(f"removed {[row['removed'] for row in rows].count(True)} of {len(rows)}")
+    return rows

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from core_dumps import tables
-    from core_dumps.bucket import Bucket
+    from core_dumps.bucket import Bucket, Deletion
     from core_dumps.dump import Dump
 
 MOST_READ = 1000
@@ -132,18 +132,27 @@ def rm(
     selection: Selection,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without a question")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted")] = False,
+    json: Annotated[Json, typer.Option(help="Print JSON")] = Json.OFF,
 ) -> None:
     """Delete all matching dumps and their metadata objects."""
     from core_dumps import tables
 
     if selection.query().selects_everything:
         raise UsageError(
-            "rm deletes all that matches: give MATCH, --node, --namespace, --pod, --since or --until"
+            "rm deletes all that matches: give MATCH, --node, --namespace, --pod, --image, --since or --until"
         )
+    if json is not Json.OFF and not (yes or dry_run):
+        raise UsageError("rm --json asks nothing: give --yes or --dry-run")
     with selection.open() as bucket:
         dumps = list(_some(selection, bucket, reads_all=False, count=None))
         if not dumps:
             raise selection.no_match(bucket)
+        if json is not Json.OFF:
+            rows = _deletions([] if dry_run else bucket.delete(dumps), dumps)
+            tables.print_json(show.console(), rows, json)
+            if not dry_run and not all(row["deleted"] for row in rows):
+                raise CliError("not all dumps were deleted")
+            return
         tables.print_rows(show.console(), tables.COLUMNS, map(tables.row, dumps), legend=True)
         if dry_run:
             return
@@ -152,6 +161,19 @@ def rm(
         if not yes and not typer.confirm(f"Delete {len(dumps)} dumps?"):
             raise CliError("nothing was deleted")
         _delete(bucket, dumps)
+
+
+def _deletions(deletions: Iterable[Deletion], dumps: list[Dump]) -> list[dict[str, Any]]:
+    """Return what became of each dump, as JSON."""
+    problems = {deletion.dump.key: deletion.problem for deletion in deletions}
+    return [
+        {
+            "key": dump.key,
+            "deleted": dump.key in problems and problems[dump.key] is None,
+            "problem": problems.get(dump.key),
+        }
+        for dump in dumps
+    ]
 
 
 def _delete(bucket: Bucket, dumps: list[Dump]) -> None:

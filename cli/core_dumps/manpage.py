@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from core_dumps import __version__
+from core_dumps import version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,7 @@ coredumpctl(1), gdb(1), core(5)
 
 def render(group: Any) -> str:  # noqa: ANN401  typer's own copy of click has no public types
     """Return the page in man(7) format."""
-    lines = [f'.TH CORE\\-DUMPS 1 "" "core\\-dumps {__version__}" "User Commands"', ".SH NAME"]
+    lines = [f'.TH CORE\\-DUMPS 1 "" "core\\-dumps {version()}" "User Commands"', ".SH NAME"]
     lines += [f"core\\-dumps \\- {_roff(group.help).rstrip('.').lower()}", ".SH SYNOPSIS", ".nf"]
     commands = [(name, c) for name, c in group.commands.items() if not c.hidden]
     lines += [

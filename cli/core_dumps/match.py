@@ -153,6 +153,7 @@ _TESTS: dict[str, Callable[[Dump, list[str]], bool]] = {
     "state": lambda dump, wanted: any(text in dump.states or text == dump.text("state") for text in wanted),
     "sensitive": lambda dump, wanted: dump.sensitive in [text.lower() in _YES for text in wanted],
     "fingerprint": lambda dump, wanted: (dump.text("fingerprint") or "").startswith(tuple(wanted)),
+    "image": lambda dump, wanted: any(_like(name, wanted) for name in _image_names(dump)),
     "pid": lambda dump, wanted: any(dump.text(name) in wanted for name in ("pid", "ns_pid")),
 }
 """How a field is compared where equality with wildcards is not what people mean. A dump's key holds the name of its
@@ -166,3 +167,12 @@ def _names(dump: Dump) -> list[str]:
     names += [dump.key, file_name, file_name.removesuffix(".gz")]
     names += [(dump.executable or "").rpartition("/")[2], dump.executable]
     return [name for name in names if name]
+
+
+def _image_names(dump: Dump) -> list[str]:
+    """Return the names of a dump's image: `shop.example:5000/app:1.2`, `app:1.2`, both without tag, and the digest."""
+    asked = dump.text("image") or ""
+    image, _, digest = asked.partition("@")
+    names = [asked, image, image.rpartition("/")[2]]
+    names += [name.rpartition(":")[0] for name in names[1:] if ":" in name.rpartition("/")[2]]
+    return [name for name in [*names, digest, dump.text("image_digest")] if name]

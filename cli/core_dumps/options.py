@@ -19,6 +19,7 @@ import typer
 from core_dump_format.keys import DEFAULT_TEMPLATE, FORMER_TEMPLATE
 from core_dump_format.text import printable
 from core_dumps import match, show, when
+from core_dumps.cautions import cautions
 from core_dumps.errors import INTERRUPTED, CliError, NoMatchError, UsageError
 from core_dumps.match import Query
 
@@ -81,6 +82,9 @@ class Selection:
         typer.Option("--namespace", metavar="NAME", help="Only dumps from this Kubernetes namespace"),
     ] = None
     pod: Annotated[str | None, typer.Option("--pod", metavar="NAME", help="Only dumps from this pod")] = None
+    image: Annotated[
+        str | None, typer.Option("--image", metavar="NAME", help="Only dumps from containers of this image")
+    ] = None
     key_template: Annotated[
         str,
         typer.Option(
@@ -100,7 +104,9 @@ class Selection:
             UsageError: a word or a time is invalid.
         """
         return Query(
-            match.parse(self.matches or [], node=self.node, namespace=self.namespace, pod=self.pod),
+            match.parse(
+                self.matches or [], node=self.node, namespace=self.namespace, pod=self.pod, image=self.image
+            ),
             when.parse(self.since) if self.since else 0.0,
             when.parse(self.until) if self.until else float("inf"),
         )
@@ -133,6 +139,11 @@ class Selection:
         """Print a note, unless --quiet was given."""
         if not self.quiet:
             show.note(text)
+
+    def warn(self, dump: Dump) -> None:
+        """Print the cautions about a dump, unless --quiet was given."""
+        for line in cautions(dump):
+            self.note(line)
 
     def dumps(self, bucket: Bucket, *, read: bool = True) -> Iterator[Dump]:
         """Yield the selected dumps, newest first; without `read` only with metadata if the query needs it."""
@@ -173,7 +184,8 @@ class Selection:
             complete = complete and len(others) <= MOST_COMPARED
             others = list(filter(query.matches_dump, bucket.read_metadata(others[:MOST_COMPARED])))
         if others or not complete:
-            self.note(f"the newest of {'' if complete else 'at least '}{len(others) + 1}: {taken.key}")
+            count = f"{'' if complete else 'at least '}{len(others) + 1}"
+            self.note(f"this is the newest of {count} dumps that match: {taken.key}")
 
     def some(self, bucket: Bucket, dumps: Iterator[Dump]) -> Iterator[Dump]:
         """Return the dumps.

@@ -20,6 +20,8 @@ PREFIX = "tree-"
 MOST_NAME_BYTES = 255
 MOST_PATH_BYTES = 3000
 """A path has at most 4,096 bytes; the rest is for the path of the tree itself."""
+DEBUG_DIRECTORY = "/usr/lib/debug"
+"""Where distributions put separate symbols, and debuggers look for them by default."""
 _MERGED = (b"bin", b"sbin", b"lib", b"lib32", b"lib64", b"libx32")
 """Directories that are links into /usr on most systems (hier(7))."""
 

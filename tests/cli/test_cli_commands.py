@@ -156,6 +156,44 @@ def test_no_command_lists(filled):
     assert filled.run().stdout == filled.run("list").stdout
 
 
+def test_options_may_stand_before_the_command_or_without_one(filled):
+    """As in `coredumpctl -S yesterday` and `coredumpctl -q info`."""
+    assert (
+        filled.run("-n", "2", "--node", "n1").stdout == filled.run("list", "-n", "2", "--node", "n1").stdout
+    )
+    assert filled.run("-1").stdout == filled.run("list", "-1").stdout
+    done = filled.run("-q", "--node", "n1", "info", "app", "--no-core")
+    assert done.stdout == filled.run("info", "app", "--no-core", "--node", "n1", "-q").stdout
+    assert "No such option: --bogus" in filled.run("--bogus", code=2).stderr
+    assert "No such command 'bogus'" in filled.run("bogus", code=2).stderr
+    assert filled.run("--version").stdout.startswith("core-dumps ")
+
+
+def test_image_is_known_by_its_name_with_or_without_place_and_tag(cli, gz):
+    digest = f"sha256:{'ab' * 32}"
+    for number, image in enumerate(
+        ("shop.example:5000/web/app:1.2", f"shop.example/app@{digest}", "other"), start=1
+    ):
+        fields = {"image": image} | ({"image_digest": digest} if number == 1 else {})
+        cli.put(f"n/core-app-177200000{number}-{number}-11.gz", gz(b"x"), fields)
+    cli.put("n/core-app-1772000009-9-11.gz", gz(b"x"))
+    for name, pids in {
+        "shop.example:5000/web/app:1.2": [1],
+        "shop.example:5000/web/app": [1],
+        "app:1.2": [1],
+        "app": [2, 1],
+        "app:*": [1],
+        "shop.example/*": [2],
+        digest: [2, 1],
+        "other": [3],
+        "1.2": [],
+    }.items():
+        code = 0 if pids else 1
+        found = cli.run("list", "--json=short", "--image", name, code=code).stdout
+        assert [row["pid"] for row in json.loads(found or "[]")] == pids, name
+    assert [row["pid"] for row in cli.json("image=app:1.2", "image=other")] == [3, 1]
+
+
 def test_word_is_any_name_that_the_tool_prints(cli, gz):
     fields = {"comm": "shop-api", "thread": "worker 3", "exe": "/srv/app/bin/shop.bin", "pod": "shop-6f7-x2x"}
     fields |= {"container": "main", "hostname": "ip-10-0-0-7", "node": "node-a", "namespace": "n"}
@@ -187,8 +225,8 @@ def test_empty_bucket_and_no_match_are_different_sentences(cli, gz):
 
 
 def test_taking_one_of_several_says_how_many(filled):
-    assert "the newest of 4: " in filled.run("info", "--no-core", "--node", "n1").stderr
-    assert "the newest of 12: " in filled.run("info", "--no-core", "app").stderr
+    assert "the newest of 4 dumps that match: " in filled.run("info", "--no-core", "--node", "n1").stderr
+    assert "the newest of 12 dumps that match: " in filled.run("info", "--no-core", "app").stderr
     assert filled.run("info", "--no-core", "101").stderr == ""
     assert filled.run("info", "--no-core", "app", "-q").stderr == ""
 

@@ -61,7 +61,9 @@ def test_info_says_why_and_lists_what_was_dropped(cli):
 def test_debuggers_are_told(cli, gdb, command):  # noqa: F811
     done = cli.run(command, "1", "--debugger", gdb, "--verbose")
     assert SAID in done.stderr
-    assert "--full also fetches the other memory that was kept" in done.stderr, "not the heap, which is gone"
+    assert "--full also downloads the other memory that was kept" in done.stderr, (
+        "not the heap, which is gone"
+    )
 
 
 def test_get_fetches_all_of_it_and_says_that_it_is_trimmed(cli, trimmed, tmp_path):

@@ -75,7 +75,7 @@ def test_only_the_vital_part_is_fetched_and_the_heap_is_missing_not_zero(cli, gd
     assert core.where(0x7000, 8)
     assert core.where(0x20000000, 8) is None
     assert len(content) < len(whole) - 900_000
-    assert "--full also fetches the heap" in done.stderr
+    assert "--full also downloads the heap" in done.stderr
     assert cli.run(command, "1", "--debugger", gdb).returncode == 0, "from the cache"
 
 

@@ -17,7 +17,7 @@ def test_all_programs_have_the_same_version():
     said = subprocess.check_output([sys.executable, "-IS", ROOT / "helper/core-dump-helper", "--version"])
     assert said.decode().split() == ["core-dump-helper", VERSION]
     assert version("core-dump-handler") == VERSION
-    assert core_dump_collector.__version__ == core_dumps.__version__ == VERSION
+    assert core_dump_collector.__version__ == core_dumps.version() == VERSION
 
 
 def test_files_that_name_a_release_name_this_one():
