@@ -10,7 +10,7 @@ from core_dump_helper.core import Memory, Reader
 from core_dump_helper.dumpfile import FRAMES_SPACE, RESULT_SPACE, set_attributes
 from core_dump_helper.length import LARGE_BYTES, LengthCheck
 from core_dump_helper.settings import CONFIG
-from core_dump_helper.system import Refused, log, set_alarm
+from core_dump_helper.system import NICE, Refused, log, set_alarm
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     Writer = GzipWriter | PigzWriter | SparseWriter
 
-NICE = 9
 MIN_VITAL_BYTES = 4 << 20
 """Allowed for the vital part, however little memory is available."""
 

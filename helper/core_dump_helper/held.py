@@ -13,7 +13,7 @@ from _struct import iter_unpack
 
 from core_dump_helper.crash import open_files
 from core_dump_helper.length import LARGE_BYTES, ElfHeader, elf_length
-from core_dump_helper.system import CHUNK, enlarge_pipe, exists
+from core_dump_helper.system import CHUNK, NICE, enlarge_pipe, exists
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Held:
             self.look(owns_proc, 0)
             self.was_let_go = True
             enlarge_pipe(self.core)
+            os.setpriority(os.PRIO_PROCESS, 0, NICE)  # others may still hold their processes
 
     def open_files(self, watch: int, container: bytes) -> None:
         """Open the files behind the crash and read that of the container runtime; no failure costs the dump."""

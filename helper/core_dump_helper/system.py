@@ -11,6 +11,8 @@ CHUNK = 1 << 20
 BLOCK = 64 << 10
 MAX_FIELDS_BYTES = 1 << 20
 """Of /proc/PID/status: 65,536 supplementary groups take up to 720,896 bytes."""
+NICE = 9
+"""Of a helper for which no process waits any more."""
 SET_PIPE_SIZE = 1031
 ALARM_SECONDS = 30
 """Beyond DEADLINE_SECONDS: then SIGALRM ends a helper that hangs, even in a read of /proc."""

@@ -44,7 +44,8 @@ class Watch:
     def find_spec(name, path, target=None):
         if name == "core_dump_helper.limits":
             names = (name.partition(".")[2] for name in sys.modules if name.startswith("core_dump_helper."))
-            print(fcntl.fcntl(10, 1032), *sorted(names))  # F_GETPIPE_SZ
+            nice = os.getpriority(os.PRIO_PROCESS, 0)
+            print(fcntl.fcntl(10, 1032), nice, *sorted(names))  # F_GETPIPE_SZ
             sys.stdout.flush()
             os._exit(0)
 sys.path.append({folder!r})
@@ -56,11 +57,11 @@ core_dump_helper.main()
 
 
 @pytest.mark.parametrize(
-    ("size", "pipe_bytes", "imported"),
-    [(500_000, 1 << 20, HELD | {"modules", "mounts"}), ((1 << 20) + 1, 64 << 10, HELD)],
+    ("size", "pipe_bytes", "nice", "imported"),
+    [(500_000, 1 << 20, 9, HELD | {"modules", "mounts"}), ((1 << 20) + 1, 64 << 10, 0, HELD)],
 )
 def test_small_process_is_released_before_anything_is_imported_that_can_wait(
-    tmp_path, size, pipe_bytes, imported
+    tmp_path, size, pipe_bytes, nice, imported
 ):
     config = kernel.write_config(tmp_path / "helper.conf", {"WATCH_DIR": tmp_path})
     (tmp_path / ".modules").mkdir(0o700)
@@ -79,9 +80,10 @@ def test_small_process_is_released_before_anything_is_imported_that_can_wait(
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as helper:
         helper.stdin.write(core[: 60 << 10])  # as much as fits
         helper.stdin.flush()
-        found, *names = helper.stdout.read().decode().split()
+        found_bytes, found_nice, *names = helper.stdout.read().decode().split()
         helper.stdin.close()
-    assert (int(found), set(names)) == (pipe_bytes, imported)
+    assert (int(found_bytes), set(names)) == (pipe_bytes, imported)
+    assert int(found_nice) - os.getpriority(os.PRIO_PROCESS, 0) == nice
 
 
 def cpu_seconds(command):
