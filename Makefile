@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 DEMO_READY := $(VENV)/.demo-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: dist mutants deploy-tools help demo picture run test test-swift test-programs test-fingerprints test-socket test-large test-coverage-count check format torture bench docs wheel clean packages
+.PHONY: dist mutants deploy-tools help demo picture run test test-swift test-programs test-fingerprints test-crash-loop test-socket test-large test-coverage-count check format torture bench docs wheel clean packages
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,10 +38,10 @@ docs: $(READY) ## write the tables, manual pages and alerts that come from other
 	$(BIN)/python tests/support/manuals.py --write
 	$(BIN)/core-dumps man > docs/core-dumps.1
 
-bench: ## benchmarks beside the peers
+bench: ## ONLY=part AGAINST=revision: benchmarks beside the peers; the parts: python -m bench --help
 	@$(MAKE) -s VENV=.venv-bench .venv-bench/bin/pip
 	.venv-bench/bin/pip install -q --disable-pip-version-check --group bench -e '.[cli]'
-	.venv-bench/bin/python -m bench
+	.venv-bench/bin/python -m bench $(if $(ONLY),--only $(ONLY)) $(if $(AGAINST),--against $(AGAINST))
 
 WATCH_DIR ?= /core_dumps
 ROUNDS ?= 1000
@@ -67,6 +67,9 @@ test-fingerprints: $(READY) packages ## ONLY=redis-server,go: crash 94 bugs in m
 test-socket: $(READY) packages ## Linux 6.16: the kernel tier over a socket, 1,000 swaps, 500 crashes at once; minutes
 	TRANSPORT=@@ $(BIN)/python -m pytest tests/kernel $(PYTEST_FLAGS)
 	SOCKET=1 $(BIN)/python -m pytest tests/kernel/test_socket.py $(PYTEST_FLAGS)
+
+test-crash-loop: $(READY) packages ## STORM=1000: a large process crashes so often: five dumps, twenty vital parts; minutes
+	STORM=$(or $(STORM),1000) $(BIN)/python -m pytest -n 0 tests/helper/test_helper_trim.py -k crash_loop $(PYTEST_FLAGS)
 
 test-large: $(READY) packages ## LARGE_GIB=10: dumps of that size; minutes, and twice the disk
 	LARGE_GIB=$(LARGE_GIB) $(BIN)/python -m pytest --timeout 1800 tests/integration/test_large_dumps.py $(PYTEST_FLAGS)

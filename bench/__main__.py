@@ -19,12 +19,16 @@ def main() -> None:
     """Run the benchmarks."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "--only", choices=["crashes", "trimmed", "collector", "hold", "links"], help="one part of it"
+        "--only",
+        choices=["crashes", "trimmed", "vital", "modules", "collector", "hold", "links"],
+        help="one part of it; vital, modules, hold and links run only if asked for",
     )
     parser.add_argument(
         "--against", metavar="REV", help="with --only hold: compare the helper with its revision REV"
     )
-    parser.add_argument("--rounds", type=int, help="alternating rounds (2; of --only hold 20)")
+    parser.add_argument(
+        "--rounds", type=int, help="alternating rounds (2; of hold, vital and modules at least 20)"
+    )
     parser.add_argument("--no-write", action="store_true", help="leave docs/benchmarks.md alone")
     options = parser.parse_args()
     if (options.only == "hold") != bool(options.against):
@@ -47,7 +51,7 @@ def main() -> None:
 def measure(root: Path, report: Report, options: argparse.Namespace) -> None:
     """Compare with other programs."""
     machine.require()
-    from bench import collecting, crashes, links  # noqa: PLC0415  what they import may just have been installed
+    from bench import collecting, crashes, links, modules, vital  # noqa: PLC0415  what they import may just have been installed
 
     rounds = options.rounds or 2
     lines = [[line] for line in machine.describe()]
@@ -56,6 +60,10 @@ def measure(root: Path, report: Report, options: argparse.Namespace) -> None:
         crashes.run(root, report, rounds)
     if options.only == "trimmed":
         crashes.run_trimmed(root, report, rounds)
+    if options.only == "vital":
+        vital.run(root, report, rounds)
+    if options.only == "modules":
+        modules.run(root, report, rounds)
     if options.only == "links":
         links.run(root, report, rounds)
     if options.only in {None, "collector"}:

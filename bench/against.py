@@ -39,12 +39,12 @@ def run(root: Path, report: Report, pairs: int, revision: str) -> bool:
     rows, ratios = [], []
     kinds: dict[str, Callable[[Handler], float]] = {
         "0.5 MB": lambda handler: hold.compare_small([handler], 1, shop)[0][0],
-        "256 MiB of a service": lambda handler: _hold_image(handler, image, shop),
+        "256 MiB of a service": lambda handler: hold_image(handler, image, shop),
     }
     before = machine.load()
     with machine.warm_memory(2 << 30):
         for kind, crash in kinds.items():
-            ratio, row = _compare(crash, old, new, pairs)
+            ratio, row = compare_pairs(crash, old, new, pairs)
             ratios.append(ratio)
             rows.append((kind, *row))
     head = ("core", f"hold, {revision}", "hold, working tree", "median ratio", "quartiles of the ratio")
@@ -53,7 +53,7 @@ def run(root: Path, report: Report, pairs: int, revision: str) -> bool:
     return max(ratios) <= MOST_RATIO
 
 
-def _compare(
+def compare_pairs(
     crash: Callable[[Handler], float], old: Handler, new: Handler, pairs: int
 ) -> tuple[float, tuple[str, ...]]:
     """Crash into both versions, in alternating order; return the median ratio and a table's cells."""
@@ -71,7 +71,8 @@ def _compare(
     return middle, (*medians, f"{middle:.3f}", f"{low:.2f} to {high:.2f}")
 
 
-def _hold_image(handler: Handler, image: Path, shop: Workshop) -> float:
+def hold_image(handler: Handler, image: Path, shop: Workshop) -> float:
+    """Crash a process that holds an image of memory; return how long it was held."""
     with victims.loaded(f"image:{image}") as pid, kernel.core_pattern("|" + handler.pattern):
         _, (held,) = victims.crash([pid])
     hold.settle(shop)

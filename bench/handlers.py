@@ -91,13 +91,14 @@ class Workshop:
         program = self.script("igzip", f"{resized} > {self.out}/$$.gz")
         return Handler("bare igzip -1", program, "F_SETPIPE_SZ 1 MiB; igzip -1 -c > FILE")
 
-    def ours(self, compressor: str, buffer_bytes: int | None = None) -> Handler:
-        """The helper, installed as its users have it, with one compressor."""
+    def ours(self, compressor: str, buffer_bytes: int | None = None, **settings: object) -> Handler:
+        """The helper, installed as its users have it, with one compressor and perhaps other settings."""
         program = self.root / "h"
         if not program.exists():
             kernel.install_helper(self.root, {}, PYTHON)
             (self.root / kernel.HELPER.name).rename(program)  # a short path: the kernel takes 127 bytes
         name = compressor if buffer_bytes is None else f"{compressor}-{buffer_bytes >> 20}"
+        name += "".join(key[0].lower() for key in settings)  # the kernel takes 127 bytes of pattern
         conf = self.root / f"{name}.conf"
         lines = {
             "WATCH_DIR": self.out,
@@ -109,10 +110,11 @@ class Workshop:
         }
         if buffer_bytes is not None:
             lines["BUFFER_BYTES"] = buffer_bytes
-        kernel.write_config(conf, lines)
+        kernel.write_config(conf, lines | settings)
         command = f"{program} -C{conf}"
         pattern = self.script(f"o-{name}", command + ' "$@"') if self._group else command
         label = f"ours, {compressor}" + ("" if buffer_bytes is None else f", buffer {buffer_bytes >> 20} MiB")
+        label += "".join(f", {key}={value}" for key, value in settings.items())
         return Handler(
             label,
             f"{pattern} {kernel.ARGUMENTS}",
