@@ -6,6 +6,7 @@ that the helper needs of it must be open by then, and everything that can wait i
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import time
@@ -13,7 +14,7 @@ from _struct import iter_unpack
 
 from core_dump_helper.crash import open_files
 from core_dump_helper.length import LARGE_BYTES, ElfHeader, elf_length
-from core_dump_helper.system import CHUNK, NICE, enlarge_pipe, exists
+from core_dump_helper.system import CHUNK, DIRECTORY, NEW_FILE, NICE, enlarge_pipe, exists, is_own
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ HEAD_SECONDS = 0.5
 MAX_FILES = 96
 """Opened behind the code of a process; each takes about 10 us of the time for which it is held."""
 MODULES = ".modules"
+MAX_RELEASED = 64
+"""Helpers at one time that run although their process is gone. Without a limit, a crash loop could have any number of
+them: processes that are held count for RLIMIT_NPROC, and helpers do not."""
+RELEASED = "released"
+"""In `.helper`: a file of which each of these helpers locks a byte."""
 PF_X = 1
 
 
@@ -63,12 +69,33 @@ class Held:
         """
         self._read_head(time.monotonic() + HEAD_SECONDS)
         most = self._settings.MAX_DUMP_BYTES or CHUNK
-        if 0 < self._length <= min(most, CHUNK):
+        if 0 < self._length <= min(most, CHUNK) and self._count(watch):
             self.open_files(watch, container)
             self.look(owns_proc, 0)
             self.was_let_go = True
             enlarge_pipe(self.core)
             os.setpriority(os.PRIO_PROCESS, 0, NICE)  # others may still hold their processes
+
+    def _count(self, watch: int) -> bool:
+        """Lock a byte of `released` until this process ends; return False if all are locked, or none can be."""
+        try:
+            state = os.open(".helper", DIRECTORY, dir_fd=watch)
+            try:
+                if not is_own(os.fstat(state)):
+                    return False
+                released = os.open(RELEASED, NEW_FILE, 0o600, dir_fd=state)
+            finally:
+                os.close(state)
+        except OSError:
+            return False
+        for place in range(MAX_RELEASED):
+            try:
+                fcntl.lockf(released, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+            except OSError:
+                continue
+            return True
+        os.close(released)
+        return False
 
     def open_files(self, watch: int, container: bytes) -> None:
         """Open the files behind the crash and read that of the container runtime; no failure costs the dump."""

@@ -15,7 +15,17 @@ from _thread import start_new_thread
 
 from core_dump_helper.crash import memory_directory, shares_user_namespace
 from core_dump_helper.mounts import Mounts
-from core_dump_helper.system import BLOCK, DIRECTORY, NEW_FILE, exists, is_private, log, read_file, write_all
+from core_dump_helper.system import (
+    BLOCK,
+    DIRECTORY,
+    NEW_FILE,
+    exists,
+    is_own,
+    is_private,
+    log,
+    read_file,
+    write_all,
+)
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -59,8 +69,7 @@ def start(crash: Crash, watch: int) -> Capture:
 
 def check_directory(directory: int) -> None:
     """Raise OSError unless `.modules` belongs to this user and a collector takes its files."""
-    status = os.fstat(directory)
-    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+    if not is_own(os.fstat(directory)):
         raise PermissionError(1, ".modules belongs to another user, or others may use it")
     mark = os.stat(MARK, dir_fd=directory, follow_symlinks=False)
     if abs(time.time() - mark.st_mtime) > MARK_SECONDS:

@@ -10,7 +10,7 @@ import os
 import time
 from stat import S_ISREG
 
-from core_dump_helper.system import DIRECTORY, NEW_FILE, PLAIN, exists, lock, read_file, write_all
+from core_dump_helper.system import DIRECTORY, NEW_FILE, PLAIN, exists, is_own, lock, read_file, write_all
 
 MAX_RECORDS = 1000
 """Of workloads; beyond it, each origin still has one for each reason."""
@@ -267,8 +267,7 @@ def open_state(directory: int) -> int:
     except FileExistsError:
         pass
     state = os.open(".helper", DIRECTORY, dir_fd=directory)
-    status = os.fstat(state)
-    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+    if not is_own(os.fstat(state)):
         os.close(state)
         raise PermissionError(1, "it belongs to another user, or others may use it")
     return state

@@ -114,6 +114,11 @@ def is_private(status: os.stat_result) -> bool:
     return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
 
 
+def is_own(status: os.stat_result) -> bool:
+    """Return whether a directory belongs to the user of this process, who alone may use it."""
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o077
+
+
 def check_owner(path: str) -> None:
     """Raise PermissionError unless only root, or the user of this process, can change the file at `path`."""
     if not is_private(os.stat(path)):

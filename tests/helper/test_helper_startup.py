@@ -1,5 +1,6 @@
 """What the helper costs before it reads the first byte, and what it is in the meantime."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -57,14 +58,19 @@ core_dump_helper.main()
 
 
 @pytest.mark.parametrize(
-    ("size", "pipe_bytes", "nice", "imported"),
-    [(500_000, 1 << 20, 9, HELD | {"modules", "mounts"}), ((1 << 20) + 1, 64 << 10, 0, HELD)],
+    ("size", "others", "pipe_bytes", "nice", "imported"),
+    [
+        (500_000, 63, 1 << 20, 9, HELD | {"modules", "mounts"}),
+        (500_000, 64, 64 << 10, 0, HELD),
+        ((1 << 20) + 1, 0, 64 << 10, 0, HELD),
+    ],
 )
 def test_small_process_is_released_before_anything_is_imported_that_can_wait(
-    tmp_path, size, pipe_bytes, nice, imported
+    tmp_path, size, others, pipe_bytes, nice, imported
 ):
     config = kernel.write_config(tmp_path / "helper.conf", {"WATCH_DIR": tmp_path})
-    (tmp_path / ".modules").mkdir(0o700)
+    for name in (".modules", ".helper"):
+        (tmp_path / name).mkdir(0o700)
     core = elf(bytes(size))
     arguments = [
         f"-C{config}",
@@ -77,7 +83,12 @@ def test_small_process_is_released_before_anything_is_imported_that_can_wait(
     ]
     script = WATCH_IMPORTS.format(folder=str(kernel.HELPER.parent), arguments=arguments)
     command = [sys.executable, "-BIS", "-c", script]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as helper:
+    with (
+        (tmp_path / ".helper/released").open("w") as released,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as helper,
+    ):
+        if others:
+            fcntl.lockf(released, fcntl.LOCK_EX, others)
         helper.stdin.write(core[: 60 << 10])  # as much as fits
         helper.stdin.flush()
         found_bytes, found_nice, *names = helper.stdout.read().decode().split()
