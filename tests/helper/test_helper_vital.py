@@ -273,7 +273,7 @@ def test_forged_address_of_the_vdso_brings_no_page_in_from_a_file(monkeypatch, f
 
 @pytest.fixture
 def large(station):
-    """Return a function that crashes with 9 MiB of random memory; its arguments are settings."""
+    """Return a function that crashes with 9 MiB of random memory, its `core`; its arguments are settings."""
     import ctypes
 
     memory = mmap.mmap(-1, 9 << 20)
@@ -288,6 +288,7 @@ def large(station):
         logged = station.run(core)
         return logged, memory[2 * PAGE :]
 
+    crash.core = core
     yield crash
     del view
 
