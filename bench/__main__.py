@@ -54,8 +54,9 @@ def measure(root: Path, report: Report, options: argparse.Namespace) -> None:
     from bench import collecting, crashes, links, modules, vital  # noqa: PLC0415  what they import may just have been installed
 
     rounds = options.rounds or 2
-    lines = [[line] for line in machine.describe()]
-    report.add(Table("machine", [time.strftime("%Y-%m-%d", time.gmtime())], lines))
+    if options.only is None:  # the date stands for all tables
+        lines = [[line] for line in machine.describe()]
+        report.add(Table("machine", [time.strftime("%Y-%m-%d", time.gmtime())], lines))
     if options.only in {None, "crashes"}:
         crashes.run(root, report, rounds)
     if options.only == "trimmed":
