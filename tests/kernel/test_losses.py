@@ -128,22 +128,14 @@ class Losses:
 
     def pipe_limit(self, number=6):
         """Crash a second process while a first one holds the only place; the first one's dump is lost as well."""
-        limit = kernel.KERNEL / "core_pipe_limit"
-        limit.write_text("1\n")
         holder = self.node.directory / "holder"
         if not holder.exists():
             holder.write_text("#!/bin/sh\nexec sleep 60\n")
             holder.chmod(0o755)
-        with self.pattern(f"|{holder}"):
-            first = self.hold_the_only_place()
-            try:
-                return self.crash(number, "kernel", "pipe_limit", wait=False)
-            finally:
-                for pid in sleepers():
-                    os.kill(pid, signal.SIGKILL)
-                first.wait()
-                limit.write_text("0\n")
+        with one_place(), self.pattern(f"|{holder}"), self.hold_the_only_place():
+            return self.crash(number, "kernel", "pipe_limit", wait=False)
 
+    @contextlib.contextmanager
     def hold_the_only_place(self):
         """Crash a process whose helper does not end; a stranger's crash may take the place a moment before."""
         held = []
@@ -155,8 +147,15 @@ class Losses:
                 )
             return sleepers()
 
-        wait_until(is_held, 60, "a helper that holds the only place")
-        return held[-1]
+        try:
+            wait_until(is_held, 60, "a helper that holds the only place")
+            yield
+        finally:
+            for pid in sleepers():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for process in held:
+                process.wait(60)
 
     # What is counted
 
@@ -188,6 +187,18 @@ class Losses:
             if line.startswith("core_dump_crashes_seen_total")
         )
         assert total == sum(self.truth.values()), "the denominator"
+
+
+@contextlib.contextmanager
+def one_place():
+    """Let one helper run at a time; further crashes leave no dump."""
+    limit = kernel.KERNEL / "core_pipe_limit"
+    before = limit.read_text()
+    limit.write_text("1\n")
+    try:
+        yield
+    finally:
+        limit.write_text(before)
 
 
 def sleepers():
