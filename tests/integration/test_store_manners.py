@@ -19,7 +19,7 @@ from tests.support.uploads import KEY, MEBIBYTE, NAME, connected, options, send,
 from core_dump_collector import storecheck
 from core_dump_collector.errors import ConfigError
 from core_dump_collector.jobs import Document, Outcome, RetryReason
-from core_dump_collector.s3.condition import Condition
+from core_dump_collector.s3.condition import LOOKS_BEFORE_PROBE, Condition
 from core_dump_collector.s3.record import Attempt, State
 from core_dump_collector.s3.store import Store
 from core_dump_format.attributes import UPLOAD_RECORD
@@ -291,6 +291,54 @@ def test_condition_is_relied_on_once_the_store_has_refused_to_overwrite(watch_di
             path.write_bytes(b"dump %d" % number)
             assert send(path).key == f"node-1/{path.name}"
         assert (store.asked("PUT", ".condition"), store.asked("HEAD")) == (2, 1)
+
+
+def send_small(watch_dir, numbers, content=None):
+    """Send small dumps; return their keys."""
+    keys = []
+    for number in numbers:
+        path = watch_dir / f"core-app-1700000000-{number}-11.gz"
+        path.write_bytes(content or b"dump %d" % number)
+        result = send(path)
+        assert (result.outcome, path.exists()) == (Outcome.UPLOADED, False)
+        keys.append(result.key)
+    return keys
+
+
+def test_many_small_dumps_need_one_request_each_and_one_for_the_metadata_object(watch_dir):
+    with fake_s3(Manners()) as store, connected(store.environ()):
+        send_small(watch_dir, range(40))
+        heads, probes = store.asked("HEAD"), store.asked("PUT", ".condition")
+        assert (heads, probes) == (LOOKS_BEFORE_PROBE - 1, 2), "the store is asked once"
+        assert store.asked("PUT") == 2 * 40 + probes
+
+
+@pytest.mark.parametrize("manners", [Manners(conditions=False), Manners(conditions=501)])
+def test_many_dumps_of_one_name_survive_in_a_store_that_knows_no_condition(watch_dir, manners):
+    contents = [b"dump %d" % number for number in range(LOOKS_BEFORE_PROBE + 4)]
+    with fake_s3(manners) as store, connected(store.environ()):
+        keys = [key for content in contents for key in send_small(watch_dir, [1], content)]
+        assert [store.objects[key] for key in keys] == contents
+        assert len(set(keys)) == len(keys)
+
+
+def test_failing_probe_of_the_condition_costs_no_dump(watch_dir):
+    with fake_s3(Manners(forbidden="node-1/.condition")) as store, connected(store.environ()):
+        send_small(watch_dir, range(LOOKS_BEFORE_PROBE + 4))
+        assert store.asked("PUT", ".condition") == 1, "it is tried again much later"
+        assert store.asked("HEAD") == LOOKS_BEFORE_PROBE + 4
+
+
+def test_large_dump_overwrites_nothing_where_only_small_requests_honour_the_condition(watch_dir, path):
+    content, theirs = os.urandom(SIZES["multipart"]), b"theirs"
+    with fake_s3(Manners(conditions_of_parts=False)) as store, connected(store.environ()):
+        send_small(watch_dir, range(100, 100 + LOOKS_BEFORE_PROBE + 1))
+        assert store.asked("PUT", ".condition") == 2
+        store.objects[KEY] = theirs
+        path.write_bytes(content)
+        result = send(path)
+        assert result.outcome == Outcome.UPLOADED
+        assert (store.objects[KEY], store.objects[result.key]) == (theirs, content)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ class Manners:
 
     conditions: bool | int = True
     """True: honours If-None-Match; False: ignores it; a status: refuses requests that have it."""
+    conditions_of_parts: bool = True
+    """False: ignores If-None-Match when it completes a multipart upload, as Ceph 16 does."""
     checksums: str = "all"
     """Where a CRC-32 is shown: `all`, `parts`, `head` or `none`."""
     etags: str = "md5"
@@ -237,7 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.begin()
         upload_id = self.asks.get("uploadId")
-        condition = "If-None-Match" in self.headers
+        condition = "If-None-Match" in self.headers and self.store.manners.conditions_of_parts
         if self.is_stopped(visible=upload_id is not None, condition=condition):
             return
         if upload_id is None:

@@ -10,6 +10,7 @@ written. Where HEAD is refused, `learn` stores a tiny object twice, and the seco
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Literal
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from core_dump_collector.s3.store import Store
 
 Mode = Literal["auto", "true", "false"]
+LOOKS_BEFORE_PROBE = 8
+"""After so many keys the store is asked: a HEAD before each small dump would be a third of its requests."""
 UNKNOWN_SECONDS = 600.0
 """How long the condition counts as unknown."""
 PROBE_NAME = ".condition"
@@ -44,7 +47,9 @@ class Condition:
         self._clock = clock
         self._unknown_until = 0.0
         self._ignored = False
-        self._trusted = mode == "true" or host.endswith(_AMAZON)
+        self._looks = 0
+        self._probe_at = LOOKS_BEFORE_PROBE
+        self._trusted = self._trusted_with_parts = mode == "true" or host.endswith(_AMAZON)
 
     @property
     def is_used(self) -> bool:
@@ -57,9 +62,23 @@ class Condition:
         """Tell whether the next request carries the condition and the store is known to honour it."""
         return self.is_used and self._trusted
 
-    def trust(self) -> None:
-        """Note that the store has refused to overwrite an object."""
+    @property
+    def is_trusted_with_parts(self) -> bool:
+        """Tell the same of a multipart upload: Ceph 16 honours the condition in PutObject alone."""
+        return self.is_used and self._trusted_with_parts
+
+    def count_look(self) -> bool:
+        """Count a key that has to be looked at; tell whether to ask the store first, each time much later."""
+        self._looks += 1
+        if self._looks < self._probe_at:
+            return False
+        self._probe_at *= LOOKS_BEFORE_PROBE
+        return True
+
+    def trust(self, *, parts: bool) -> None:
+        """Note that the store has refused to overwrite an object, with one request or with parts."""
         self._trusted = True
+        self._trusted_with_parts |= parts
 
     def ignore(self) -> None:
         """Note that the store has overwritten an object although the request carried the condition."""
@@ -68,6 +87,19 @@ class Condition:
     def forget(self) -> None:
         """Note that a request has succeeded only without the condition."""
         self._unknown_until = self._clock() + UNKNOWN_SECONDS
+
+
+def must_look(store: Store, *, parts: bool) -> bool:
+    """Return whether a key has to be looked at before it is written with the condition."""
+    condition = store.condition
+    if parts:  # a HEAD costs little there
+        return not condition.is_trusted_with_parts
+    if condition.is_trusted:
+        return False
+    if condition.count_look():
+        with contextlib.suppress(RetryableError):
+            return not learn(store)
+    return True
 
 
 def learn(store: Store) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from core_dump_collector.jobs import Outcome, RetryReason
 from core_dump_collector.metadata import StoredObject
-from core_dump_collector.s3.condition import learn
+from core_dump_collector.s3.condition import learn, must_look
 from core_dump_collector.s3.errors import (
     CollisionError,
     ConditionRefusedError,
@@ -89,7 +89,7 @@ class Publisher:
         """
         tried = self._record.tried(candidate.stored)
         condition = self._store.condition
-        if condition.is_used and not condition.is_trusted:
+        if condition.is_used and must_look(self._store, parts=bool(candidate.upload_id)):
             outcome = self._look_first(candidate.stored, candidate.content, tried, conditional=True)
             if outcome is not None:
                 return outcome

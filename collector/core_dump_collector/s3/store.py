@@ -288,17 +288,17 @@ class Store:
 
     def _explain(self, error: ClientError, parameters: Mapping[str, Any]) -> Exception:
         if "IfNoneMatch" in parameters:
-            explained = self._explain_condition(error)
+            explained = self._explain_condition(error, parts="UploadId" in parameters)
             if explained is not None:
                 return explained
         gone = "UploadId" in parameters and classify.code_of(error) == "NoSuchUpload"
         return GoneError() if gone else classify.translate(error)
 
-    def _explain_condition(self, error: ClientError) -> StoreError | None:
+    def _explain_condition(self, error: ClientError, *, parts: bool) -> StoreError | None:
         """Return what an error means for a conditional request; None if it has nothing to do with the condition."""
         status, code = classify.status_of(error), classify.code_of(error)
         if status == 412 and code in {"PreconditionFailed", "412"}:  # noqa: PLR2004  the code if there is no body
-            self.condition.trust()
+            self.condition.trust(parts=parts)
             return TakenError()
         if status == 409:  # noqa: PLR2004  never a reason to write without the condition: another writer is there
             return ConflictError(_shown(error))

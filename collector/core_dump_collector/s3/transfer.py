@@ -126,7 +126,7 @@ class Transfer:
         first = next(parts)
         if first.last:
             return self._put_whole(publisher, key, first)
-        if not (own_key or self._store.condition.is_trusted):
+        if not (own_key or self._store.condition.is_trusted_with_parts):
             self._require_visible(key)
         return self._put_parts(publisher, key, chain([first], parts))
 
