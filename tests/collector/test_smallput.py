@@ -7,10 +7,14 @@ import threading
 
 import boto3
 import pytest
+from botocore.auth import S3SigV4Auth, SigV4Auth
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
+from botocore.credentials import Credentials
 from botocore.exceptions import ClientError, EndpointConnectionError
 from tests.support.s3 import BUCKET
 
+from core_dump_collector.s3 import signature
 from core_dump_collector.s3.smallbody import SmallPut
 
 OWN = {
@@ -110,6 +114,36 @@ def test_request_is_the_one_that_botocore_sends(store, client, key):
     assert signed_headers(own_headers) >= signed_headers(headers) - OWN
     assert {name: first[name] for name in second} == second
     assert set(second) == {"ETag", "ChecksumCRC32"}
+
+
+@pytest.mark.parametrize("sign_payload", [None, True, False])
+@pytest.mark.parametrize("token", [None, "TOKEN"])
+@pytest.mark.parametrize(
+    "host", ["http://127.0.0.1:8333", "https://dumps.s3.eu-central-1.amazonaws.com", "http://[::1]:80"]
+)
+def test_signature_is_the_one_of_botocore(host, token, sign_payload):
+    config = Config(s3=None if sign_payload is None else {"payload_signing_enabled": sign_payload})
+    context = {"client_config": config, "has_streaming_input": True, "payload_signing_enabled": True}
+    context["checksum"] = {"request_algorithm": {"in": "header", "name": "x-amz-checksum-crc32"}}
+    headers = {"Content-Type": "a  b ", "x-amz-checksum-crc32": "AAAAAA==", "x-amz-meta-comm": "ä b"}
+    for key in ("/dumps/p%20r/%C3%BC%26%3F%23", "/k"):
+        auth = S3SigV4Auth(Credentials("AK", "SK", token), "s3", "eu-central-1")
+        assert signature.can_sign(auth)
+        for _ in range(3):  # a second may end in between
+            ours = signature.Request(host + key, dict(headers), b"core", dict(context))
+            theirs = AWSRequest("PUT", host + key, headers=dict(headers), data=b"core")
+            theirs.context.update(context)
+            signature.sign(auth, ours)
+            auth.add_auth(theirs)
+            if ours.headers["X-Amz-Date"] == theirs.headers["X-Amz-Date"]:
+                break
+        assert ours.headers == dict(theirs.headers.items())
+
+
+def test_signer_of_another_kind_is_left_to_the_client():
+    credentials = Credentials("AK", "SK")
+    assert not signature.can_sign(SigV4Auth(credentials, "s3", "eu-central-1"))
+    assert not signature.can_sign(S3SigV4Auth(None, "s3", "eu-central-1"))
 
 
 def test_error_is_the_clients_and_the_next_request_asks_the_client_again(store, client):

@@ -8,7 +8,7 @@ under the key counts as another dump's. The record on a file that others can wri
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -80,6 +80,9 @@ class Attempt:
         return not self.bucket or (self.bucket, self.host) == place
 
 
+_FIELDS = tuple(field.name for field in fields(Attempt))
+
+
 def read(raw: dict[str, bytes], *, trusted: bool) -> Attempt | None:
     """Return the attempt recorded on a dump; None if there is none, if it is damaged or if others can have written it.
 
@@ -90,8 +93,8 @@ def read(raw: dict[str, bytes], *, trusted: bool) -> Attempt | None:
     if not trusted:
         return None
     try:
-        fields = json.loads(raw.get(UPLOAD_RECORD, b"null"))
-        attempt = Attempt(**(fields | {"state": State(fields["state"])}))
+        content = json.loads(raw.get(UPLOAD_RECORD, b"null"))
+        attempt = Attempt(**(content | {"state": State(content["state"])}))
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     texts = (attempt.key, attempt.upload_id, attempt.bucket, attempt.host)
@@ -145,7 +148,8 @@ class UploadRecord:
             host=self._place.host,
             moved=self.moved,
         )
-        value = json.dumps(asdict(attempt), separators=(",", ":")).encode()
+        content = {name: getattr(attempt, name) for name in _FIELDS}
+        value = json.dumps(content, separators=(",", ":")).encode()
         fits = self._dump.is_trusted and len(value) <= MOST_ATTRIBUTE_BYTES
         if fits and self._dump.set_attribute(UPLOAD_RECORD, value):
             return True

@@ -1,7 +1,7 @@
-"""Owns PutObject for small bodies: botocore's signer and connections without the rest of botocore.
+"""Owns PutObject for small bodies: botocore's credentials and connections without the rest of botocore.
 
-`client.put_object` takes 3.3 ms of CPU for 64 KiB. Validation, endpoint rules, serialising and parsing are 1.9 ms of
-it, with the same result each time; two such requests are most of the work on a small dump (docs/benchmarks.md).
+`client.put_object` takes 3.3 ms of CPU for 64 KiB. Validation, endpoint rules, serialising, signing and parsing are
+most of it, with the same result each time; two such requests are most of the work on a small dump (docs/benchmarks.md).
 The client sends the first request, which becomes the pattern of the next ones, of all threads. Any answer but success
 discards the pattern, so that the client handles redirects, changed credentials and errors. An answer that redirects,
 or names the bucket's region, has stored nothing: the client repeats that request at once.
@@ -13,13 +13,15 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from botocore.awsrequest import AWSRequest
+from botocore.awsrequest import AWSPreparedRequest
 from botocore.exceptions import ClientError
 from botocore.parsers import create_parser
 from botocore.utils import percent_encode
 
+from core_dump_collector.s3 import signature
+
 if TYPE_CHECKING:
-    from botocore.awsrequest import AWSResponse
+    from botocore.awsrequest import AWSRequest, AWSResponse
     from botocore.signers import RequestSigner
     from mypy_boto3_s3 import S3Client
 
@@ -122,28 +124,31 @@ class SmallPut:
         bucket, key = getattr(self._asked, "names", ("", ""))
         signing = request.context.get("signing", {})
         quoted, url = percent_encode(key, safe="/~"), str(request.url)
-        if key and signature_version == "s3v4" and url.endswith("/" + quoted):
+        signing_name = signing.get("signing_name") or signing_name
+        region = signing.get("region") or region_name
+        auth = request_signer.get_auth_instance(signing_name, region, signature_version)
+        if key and url.endswith("/" + quoted) and signature.can_sign(auth):
             self._pattern = _Pattern(
                 bucket,
                 url.removesuffix(quoted),
                 request.headers["User-Agent"],
                 request.context,
                 request_signer,
-                signing.get("signing_name") or signing_name,
-                signing.get("region") or region_name,
+                signing_name,
+                region,
                 signature_version,
             )
 
     def _send(self, pattern: _Pattern, key: str, body: bytes, parameters: dict[str, Any]) -> AWSResponse:
+        auth = pattern.signer.get_auth_instance(pattern.signing_name, pattern.region, pattern.signature)
         metadata = parameters.get("Metadata", {})
         headers = {_HEADERS[name]: value for name, value in parameters.items() if name != "Metadata"}
         headers |= {f"x-amz-meta-{name}": value for name, value in metadata.items()}
-        headers["User-Agent"] = pattern.user_agent
-        request = AWSRequest("PUT", pattern.url + percent_encode(key, safe="/~"), headers=headers, data=body)
-        request.context.update(pattern.context)
-        signer = pattern.signer.get_auth_instance(pattern.signing_name, pattern.region, pattern.signature)
-        signer.add_auth(request)
-        answer: AWSResponse = self._session.send(request.prepare())
+        url = pattern.url + percent_encode(key, safe="/~")
+        signature.sign(auth, signature.Request(url, headers, body, dict(pattern.context)))
+        headers |= {"User-Agent": pattern.user_agent, "Content-Length": str(len(body))}
+        request = AWSPreparedRequest("PUT", url, headers, body, stream_output=False)  # type: ignore[arg-type]  # a mapping
+        answer: AWSResponse = self._session.send(request)
         return answer
 
     def _parse(self, answer: AWSResponse) -> dict[str, Any]:
