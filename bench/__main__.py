@@ -1,4 +1,4 @@
-"""`python -m bench [--only PART] [--against REV] [--rounds N] [--no-write]`: measure, print, draw."""
+"""`python -m bench [--only PART] [--rows REGEX] [--against REV] [--rounds N] [--no-write]`: measure, print, draw."""
 
 from __future__ import annotations
 
@@ -24,22 +24,33 @@ def main() -> None:
         help="one part of it; vital, modules, hold and links run only if asked for",
     )
     parser.add_argument(
-        "--against", metavar="REV", help="with --only hold: compare the helper with its revision REV"
+        "--against",
+        metavar="REV",
+        help="with --only hold: compare the helper with its revision REV; with --only links: the collector",
     )
     parser.add_argument(
-        "--rounds", type=int, help="alternating rounds (2; of hold, vital and modules at least 20)"
+        "--rows",
+        metavar="REGEX",
+        help="with --only links: rows whose table and first cell match; the others stay in docs/benchmarks.md",
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="alternating rounds (2; of hold, vital and modules at least 20; of links --against 6)"
     )
     parser.add_argument("--no-write", action="store_true", help="leave docs/benchmarks.md alone")
     options = parser.parse_args()
-    if (options.only == "hold") != bool(options.against):
-        parser.error("--only hold and --against REV belong together")
+    if options.only == "hold" and not options.against:
+        parser.error("--only hold needs --against REV")
+    if options.against and options.only not in {"hold", "links"}:
+        parser.error("--against REV needs --only hold or --only links")
+    if options.rows and (options.only != "links" or options.against):
+        parser.error("--rows needs --only links")
     exit_on_signals()
     machine.require_root()
     report = Report(write=not options.no_write)
     begin = time.monotonic()
     is_same = True
     with temporary_directory("cdb.", "/var/tmp") as root:
-        if options.against:
+        if options.only == "hold":
             is_same = compare(root, report, options)
         else:
             measure(root, report, options)
@@ -51,7 +62,7 @@ def main() -> None:
 def measure(root: Path, report: Report, options: argparse.Namespace) -> None:
     """Compare with other programs."""
     machine.require()
-    from bench import collecting, crashes, links, modules, vital  # noqa: PLC0415  what they import may just have been installed
+    from bench import collecting, crashes, links, loopback, modules, vital  # noqa: PLC0415  what they import may just have been installed
 
     rounds = options.rounds or 2
     if options.only is None:  # the date stands for all tables
@@ -65,8 +76,10 @@ def measure(root: Path, report: Report, options: argparse.Namespace) -> None:
         vital.run(root, report, rounds)
     if options.only == "modules":
         modules.run(root, report, rounds)
-    if options.only == "links":
-        links.run(root, report, rounds)
+    if options.only == "links" and options.against:
+        loopback.run(root, report, options.rounds or 6, options.against)
+    elif options.only == "links":
+        links.run(root, report, rounds, options.rows or "")
     if options.only in {None, "collector"}:
         collecting.run(root, report, rounds)
 

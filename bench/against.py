@@ -17,7 +17,7 @@ from bench.handlers import PYTHON, Handler, Workshop
 from bench.report import Table, seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from bench.report import Report
 
@@ -80,24 +80,32 @@ def hold_image(handler: Handler, image: Path, shop: Workshop) -> float:
 
 
 def _install_revision(shop: Workshop, place: Path, revision: str) -> Handler:
-    """Install the helper as it was at a revision.
-
-    Raises:
-        SystemExit: git does not know the revision.
-    """
-    git = ["git", "-C", str(ROOT)]
-    known = subprocess.run([*git, "cat-file", "-e", f"{revision}:helper"], capture_output=True, check=False)
-    if known.returncode:
-        raise SystemExit(f"bench: {revision} is no revision with a helper: {known.stderr.decode().strip()}")
-    names = subprocess.check_output([*git, "ls-tree", "--name-only", revision, *FOLDERS], text=True).split()
-    source = place / "source"
-    source.mkdir(parents=True)
-    archive = subprocess.check_output([*git, "archive", revision, *names])
-    subprocess.run(["tar", "-x", "-C", source], input=archive, check=True)
-    for folder in (source / name for name in names):
+    """Install the helper as it was at a revision."""
+    for folder in unpack(revision, place / "source", FOLDERS):
         for path in folder.iterdir():
             path.rename(place / path.name)
     return _handler(shop, place, revision)
+
+
+def unpack(revision: str, place: Path, folders: Sequence[str]) -> list[Path]:
+    """Unpack folders as they were at a revision; return those that it has.
+
+    Raises:
+        SystemExit: git does not know the revision, or it has not the first of them.
+    """
+    git = ["git", "-C", str(ROOT)]
+    known = subprocess.run(
+        [*git, "cat-file", "-e", f"{revision}:{folders[0]}"], capture_output=True, check=False
+    )
+    if known.returncode:
+        raise SystemExit(
+            f"bench: {revision} is no revision with {folders[0]}: {known.stderr.decode().strip()}"
+        )
+    names = subprocess.check_output([*git, "ls-tree", "--name-only", revision, *folders], text=True).split()
+    place.mkdir(parents=True)
+    archive = subprocess.check_output([*git, "archive", revision, *names])
+    subprocess.run(["tar", "-x", "-C", place], input=archive, check=True)
+    return [place / name for name in names]
 
 
 def _install_working_tree(shop: Workshop, place: Path) -> Handler:

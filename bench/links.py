@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -13,8 +14,8 @@ from tests.support.cleanup import guarded
 from tests.support.herd import simulate
 
 from bench import cgroup, machine, plots, uploaders, uploads
-from bench.report import Report, Table, seconds
-from bench.uploads import OURS, Bench, median
+from bench.report import Report, Table, parse_seconds, seconds
+from bench.uploads import BOTO3, OURS, Bench, median
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,24 +32,37 @@ THROTTLED_PERCENT = 5
 THIN_BYTES_PER_SECOND = 500_000
 THIN_BYTES = 4 * MIB
 HERD, HERD_DUMPS, HERD_PER_SECOND = 50, 40, 100
-Cell = tuple[str, uploads.Table]
+Cell = tuple[int, int]
+"""Milliseconds of a round trip, MB a second of a connection."""
+LARGE_TABLE, SMALL_TABLE = "links: one dump of 256 MiB", "links: 2,000 dumps of 64 KiB"
+PEERS = ("aws s3 cp", "rclone copy", "s5cmd cp")
 
 
-def run(root: Path, report: Report, rounds: int) -> None:
-    """Measure all cells."""
+def run(root: Path, report: Report, rounds: int, wanted: str = "") -> None:
+    """Measure the rows whose table and first cell match a pattern; the others stay as an earlier run has left them."""
+
+    def is_wanted(table: str, row: str = "") -> bool:
+        return re.search(wanted, f"{table}: {row}") is not None
+
     (root / "weed").mkdir()
     with machine.warm_memory(), s3.seaweedfs(root / "weed") as server, cgroup.group("peers") as group:
         bench = Bench(root, server, group)
-        one = uploads.make_file(root / "core-one-1700000000-1-11.gz", LARGE_BYTES)
-        large = [_cell(bench, one, rounds, rtt, rate * 1e6) for rate in RATES for rtt in ROUND_TRIPS]
-        _report(report, "links: one dump of 256 MiB", large)
-        one.unlink()
+        cells = [(rtt, rate) for rate in RATES for rtt in ROUND_TRIPS]
+        if large := [cell for cell in cells if is_wanted(LARGE_TABLE, _name(*cell))]:
+            one = uploads.make_file(root / "core-one-1700000000-1-11.gz", LARGE_BYTES)
+            _show(report, LARGE_TABLE, cells, {cell: _measure(bench, one, rounds, *cell) for cell in large})
+            one.unlink()
         uploaders.make_dumps(root / "many", SMALL, 64 << 10)
-        small = [_cell(bench, root / "many", rounds, rtt, RATES[-1] * 1e6) for rtt in ROUND_TRIPS]
-        _report(report, "links: 2,000 dumps of 64 KiB", small, SMALL)
-        _throttled(report, bench, rounds)
-        _thin(report, bench)
-    herd(report)
+        cells = [(rtt, RATES[-1]) for rtt in ROUND_TRIPS]
+        if small := [cell for cell in cells if is_wanted(SMALL_TABLE, _name(*cell))]:
+            found = {cell: _measure(bench, root / "many", rounds, *cell) for cell in small}
+            _show(report, SMALL_TABLE, cells, found, SMALL)
+        if is_wanted("links: throttled"):
+            _throttled(report, bench, rounds)
+        if is_wanted("links: thin"):
+            _thin(report, bench)
+    if is_wanted("links: herd"):
+        herd(report)
 
 
 @contextlib.contextmanager
@@ -69,36 +83,67 @@ def link(bench: Bench, rtt_ms: float, bytes_per_second: float, *flags: str) -> I
             process.terminate()
 
 
-def _cell(bench: Bench, source: Path, rounds: int, rtt_ms: float, bytes_per_second: float) -> Cell:
-    with link(bench, rtt_ms, bytes_per_second) as (far, _):
-        table = uploads.compare(far, source, rounds, loop=False)
+def _name(rtt_ms: float, megabytes_per_second: float) -> str:
+    return f"{rtt_ms:g} ms, {megabytes_per_second:g} MB/s"
+
+
+def _measure(
+    bench: Bench, source: Path, rounds: int, rtt_ms: float, megabytes_per_second: float
+) -> uploads.Table:
+    """Measure one row. boto3 one by one takes minutes over a link, and its CPU is the same there."""
+    with link(bench, rtt_ms, megabytes_per_second * 1e6) as (far, _):
+        table = uploads.compare(far, source, rounds, loop=rtt_ms == 0)
     bench.empty_bucket()
-    name = f"{rtt_ms:g} ms, {bytes_per_second / 1e6:g} MB/s"
-    print(name, {who: [round(run.wall, 2) for run in runs] for who, runs in table.items()}, flush=True)
-    return name, table
+    times = {who: [round(run.wall, 2) for run in runs] for who, runs in table.items()}
+    print(_name(rtt_ms, megabytes_per_second), times, flush=True)
+    return table
 
 
-def _report(report: Report, name: str, cells: list[Cell], dumps: int = 0) -> None:
-    """Show cells as rows: wall seconds of each, ours as a ratio to the fastest peer, CPU of ours and of it."""
-    peers = [who for who in cells[0][1] if who != OURS]
-    head = ["round trip, rate of a connection", OURS, *peers, "ours x fastest peer", "CPU ours", "CPU aws"]
+def _show(
+    report: Report,
+    name: str,
+    cells: list[Cell],
+    found: dict[Cell, uploads.Table],
+    dumps: int = 0,
+) -> None:
+    """Show rows: wall seconds of each, ours as a ratio to the fastest peer, CPU of ours, of boto3's loop and of aws."""
+    head = [
+        "round trip, rate of a connection",
+        OURS,
+        *PEERS,
+        "ours x fastest peer",
+        "CPU ours",
+        "CPU boto3",
+        "CPU aws",
+    ]
     rows = []
-    for cell, table in cells:
+    for cell, table in found.items():
         walls = {who: median(runs) for who, runs in table.items()}
-        fastest = min(walls[who] for who in peers)
-        row = [cell, seconds(walls[OURS]), *(seconds(walls[who]) for who in peers)]
-        row.append(f"{walls[OURS] / fastest:.2f}")
-        row += [f"{median(table[who], 'cpu'):.1f} s" for who in (OURS, peers[0])]
-        rows.append([*row, f"{dumps / walls[OURS]:.0f}"] if dumps else row)
-    note = f"Medians of {len(cells[0][1][OURS])} alternating rounds, slow ones once; load average {machine.load():.1f}."
-    report.add(Table(name, [*head, "ours, dumps/s"] if dumps else head, rows, note))
-    shown = [cell for cell in cells if cell[0].endswith(f"{RATES[0]} MB/s")] or cells
+        fastest = min(walls[who] for who in PEERS)
+        row = [_name(*cell), *(seconds(walls[who]) for who in (OURS, *PEERS)), f"{walls[OURS] / fastest:.2f}"]
+        row += [
+            f"{median(table[who], 'cpu'):.1f} s" if who in table else "" for who in (OURS, BOTO3, PEERS[0])
+        ]
+        row += [f"{dumps / walls[OURS]:.0f}"] if dumps else []
+        rows.append([*row, f"{machine.load():.1f}"])
+    head += ["ours, dumps/s"] if dumps else []
+    note = "Medians of two alternating rounds, slow peers once. The rows were measured in several runs."
+    whole = report.merge(Table(name, [*head, "load"], rows, note), [_name(*cell) for cell in cells])
+    _plot(whole)
+
+
+def _plot(table: Table) -> None:
+    """Draw the rows of the lowest rate, once all are there."""
+    rates = [row[0].partition(", ")[2] for row in table.rows]
+    shown = [row for row, rate in zip(table.rows, rates, strict=True) if rate == rates[0]]
+    if len(shown) != len(ROUND_TRIPS):
+        return
     plots.lines(
-        name.replace(": ", "-").replace(" ", "-").replace(",", ""),
-        name.partition(": ")[2] + ", seconds",
+        table.name.replace(": ", "-").replace(" ", "-").replace(",", ""),
+        f"{table.name.partition(': ')[2]}, {rates[0]} a connection, seconds",
         ("ms of a round trip, plus one", "seconds"),
         [rtt + 1 for rtt in ROUND_TRIPS],
-        {who: [median(table[who]) for _, table in shown] for who in (OURS, *peers)},
+        {who: [parse_seconds(row[1 + n]) for row in shown] for n, who in enumerate((OURS, *PEERS))},
     )
 
 

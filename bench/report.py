@@ -44,16 +44,40 @@ class Report:
         if self._write:
             put(table.name, table.markdown())
 
+    def merge(self, table: Table, order: Sequence[str]) -> Table:
+        """Show a table whose other rows were measured by earlier runs; keep it whole, and return it.
+
+        Args:
+            table: some rows.
+            order: the first cells of all rows.
+        """
+        rows = {row[0]: row for row in _rows_of(table) if row[0] in order} if self._write else {}
+        rows |= {row[0]: row for row in table.rows}
+        whole = Table(table.name, table.head, [rows[first] for first in order if first in rows], table.note)
+        self.add(whole)
+        return whole
+
+
+def _rows_of(table: Table) -> list[Sequence[str]]:
+    """Return the rows of a table in the document; none if its columns are others."""
+    text = _place_of(table.name).search(DOCUMENT.read_text())
+    lines = [line for line in (text[0] if text else "").splitlines() if line.startswith("| ")]
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    return list(cells[1:]) if cells and cells[0] == list(table.head) else []
+
+
+def _place_of(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- bench: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+
 
 def put(name: str, text: str) -> None:
-    """Replace what stands between the markers of `name`.
+    """Replace the text between the markers of `name`.
 
     Raises:
         ValueError: the document has no such markers.
     """
     document = DOCUMENT.read_text()
-    pattern = re.compile(rf"(<!-- bench: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-    changed, count = pattern.subn(lambda found: f"{found[1]}{text}\n{found[2]}", document)
+    changed, count = _place_of(name).subn(lambda found: f"{found[1]}{text}\n{found[2]}", document)
     if count != 1:
         raise ValueError(f"{DOCUMENT.name} has no place for {name!r}")
     DOCUMENT.write_text(changed)
@@ -62,6 +86,12 @@ def put(name: str, text: str) -> None:
 def seconds(value: float) -> str:
     """Show seconds with three digits that count."""
     return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def parse_seconds(text: str) -> float:
+    """Return the value of `seconds`."""
+    number, unit = text.split()
+    return float(number) / (1000 if unit == "ms" else 1)
 
 
 def size(value: float) -> str:

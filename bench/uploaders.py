@@ -148,12 +148,23 @@ class Uploader:
 
 
 @contextlib.contextmanager
-def collector(
-    directory: Path, group: Group, server: S3Server, join: str = ":", *, warm: bool = True
+def collector(  # noqa: PLR0913  what a run can differ in
+    directory: Path,
+    group: Group,
+    server: S3Server,
+    join: str = ":",
+    *,
+    warm: bool = True,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[Uploader]:
     """Run ours on a directory until it says that it is ready, and through a first few dumps."""
     directory.mkdir(mode=0o700, exist_ok=True)
-    settings = {"BUCKET_NAME": BUCKET, "NODE_NAME": directory.name, "LOG_LEVEL": "warning"}
+    settings = {
+        "BUCKET_NAME": BUCKET,
+        "NODE_NAME": directory.name,
+        "LOG_LEVEL": "warning",
+        **(variables or {}),
+    }
     prefix = ["/bin/sh", "-c", f'{group.join}; {join}; exec "$@"', "sh"]
     begin = time.perf_counter()
     with running(directory, server.environ() | settings, directory.parent, prefix=prefix) as ours:

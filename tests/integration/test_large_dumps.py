@@ -1,4 +1,4 @@
-"""LARGE_GIB=10: dumps of many gigabytes through the collector, within bounded memory. Takes minutes, and disk twice."""
+"""LARGE_GIB=10: large and many dumps within bounded memory, and a thin uplink. Takes minutes, and disk twice."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tests.support import s3
 from tests.support.collector import descendants, running, wait_until
+from tests.support.slow import thin_link
 
 GIB = 1 << 30
 LARGE = int(os.environ.get("LARGE_GIB", "0"))
@@ -140,6 +141,29 @@ def test_thousands_of_small_dumps_and_a_large_one_fit_into_128_mib_with_the_defa
         oom = (group / "memory.oom_control").read_text()
         record_property("most_bytes", (group / "memory.max_usage_in_bytes").read_text().strip())
     assert "oom_kill 0" in oom
+
+
+def test_two_dumps_pass_an_uplink_of_40_kilobytes_a_second_once_each(
+    seaweed, bucket, watch_dir, tmp_path, record_property
+):
+    rate, size = 40_000, 1_600_000
+    contents = {f"core-slow{number}-1700000001-{number}-11.gz": os.urandom(size - 2) for number in range(2)}
+    with thin_link(seaweed.endpoint, rate) as (through, link):
+        environ = seaweed.environ() | {"AWS_ENDPOINT_URL_S3": through}
+        with running(watch_dir, environ, tmp_path) as collector:
+            began = time.monotonic()
+            for name, content in contents.items():
+                partial = watch_dir / f"{name}.partial"
+                partial.write_bytes(b"\x1f\x8b" + content)
+                partial.rename(watch_dir / name)
+            wait_until(lambda: not list(watch_dir.glob("core*")), 210, "both to be stored")
+            record_property("seconds", round(time.monotonic() - began))
+            events = {event["event"] for event in collector.log()}
+    record_property("bytes_sent", link.moved_bytes)
+    assert not events & {"will try again", "a worker process died; another takes its place"}
+    assert link.moved_bytes < 2 * size + 40_000, "headers and metadata objects only come on top"
+    for name, content in contents.items():
+        assert s3.body_of(bucket, f"node-1/{name}") == b"\x1f\x8b" + content
 
 
 @pytest.mark.parametrize("kind", ["raw sparse core", "gzip"])
