@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "--only",
-        choices=["crashes", "trimmed", "vital", "modules", "collector", "hold", "links"],
+        choices=["crashes", "small", "trimmed", "vital", "modules", "collector", "hold", "links"],
         help="one part of it; vital, modules, hold and links run only if asked for",
     )
     parser.add_argument(
@@ -70,6 +70,8 @@ def measure(root: Path, report: Report, options: argparse.Namespace) -> None:
         report.add(Table("machine", [time.strftime("%Y-%m-%d", time.gmtime())], lines))
     if options.only in {None, "crashes"}:
         crashes.run(root, report, rounds)
+    if options.only == "small":
+        crashes.run_small(root, report, rounds)
     if options.only == "trimmed":
         crashes.run_trimmed(root, report, rounds)
     if options.only == "vital":

@@ -197,6 +197,12 @@ def run(root: Path, report: Report, rounds: int) -> None:
         with machine.warm_memory():
             large_processes(crashes, choice)
         crashes.pressure(image)
+    run_small(root, report, rounds)
+    Crashes(report, Workshop(root, None), None, rounds).many_trimmed(64)
+
+
+def run_small(root: Path, report: Report, rounds: int) -> None:
+    """Measure small processes alone: one crash, and 64 at once."""
     bare = Crashes(report, Workshop(root, None), None, rounds)
     shop = bare.shop
     with shop.systemd() as systemd:
@@ -210,7 +216,6 @@ def run(root: Path, report: Report, rounds: int) -> None:
         ]
         bare.small("hold: 0.5 MB", handlers, 9, 1)
         bare.small("hold: 64 at once", [handlers[0], *handlers[3:]], 3, 64)
-    bare.many_trimmed(64)
 
 
 def run_trimmed(root: Path, report: Report, rounds: int) -> None:
