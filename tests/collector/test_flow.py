@@ -12,7 +12,11 @@ from tests.support.collector import wait_until
 
 from core_dump_collector.board import HEAVY, SEAT_BYTES, Board, Seat
 from core_dump_collector.s3 import flow as flow_module
+from core_dump_collector.s3 import multipart
 from core_dump_collector.s3.flow import FirstAlone, Flow, GivenUpError
+from core_dump_collector.s3.parts import BufferPart
+from core_dump_collector.s3.verdict import Found
+from core_dump_format.crc32 import encode_crc32
 
 
 @pytest.fixture
@@ -65,6 +69,32 @@ def test_large_dump_leaves_half_of_the_permits_to_small_ones_that_wait(seat):
         assert sorted(held) == [0, 1, 2, 3, *[HEAVY] * 4]
         release.set()
     assert (seat.active, seat.waiting, len(held)) == (0, 0, 12)
+
+
+class Store:
+    """A store that answers when the test says so."""
+
+    def __init__(self, flow):
+        self.flow, self.release = flow, threading.Event()
+
+    def put_part(self, key, upload_id, part, crc32):
+        self.release.wait(10)
+        return Found(None, encode_crc32(crc32), '"etag"')
+
+
+def test_threads_that_wait_with_parts_of_a_dump_are_as_many_as_connections(seat):
+    """Each looks for a permit twenty times a second, so all 16 would cost a tenth of the CPU of an upload."""
+    store = Store(Flow(seat))
+    parts = [BufferPart(n, memoryview(b"part"), last=n == 40, give_back=list) for n in range(1, 41)]
+    with ThreadPoolExecutor(1) as threads:
+        whole = threads.submit(multipart.send_parts, store, "key", "id", iter(parts), {})
+        wait_until(lambda: seat.active == 2 and seat.waiting == 2, 10)
+        seat.connections = 4
+        wait_until(lambda: seat.active == 4 and seat.waiting == 4, 10)
+        seat.connections = 8
+        wait_until(lambda: seat.active == 8 and seat.waiting == 8, 10)
+        store.release.set()
+        assert [part.number for part in whole.result(10).parts] == list(range(1, 41))
 
 
 def test_thread_with_a_permit_needs_no_second_one(seat):

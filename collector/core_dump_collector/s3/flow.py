@@ -86,6 +86,11 @@ class Flow:
         self._free_at = 0.0
 
     @property
+    def connections(self) -> int:
+        """Return how many requests may be under way now."""
+        return self._seat.connections
+
+    @property
     def buffers(self) -> int:
         """Return how many buffers of one part a compressed stream may fill."""
         return self._seat.buffers

@@ -19,6 +19,7 @@ from isal import isal_zlib
 from core_dump_collector.jobs import RetryReason
 from core_dump_collector.s3 import tries
 from core_dump_collector.s3.errors import ConflictError, GoneError, RetryableError, TakenError
+from core_dump_collector.s3.flow import LOOK_SECONDS
 from core_dump_collector.s3.verdict import Content, Found, Seen, compare
 from core_dump_format.crc32 import encode_crc32
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 MOST_SENDERS = 16
 """Threads that send parts of one object; the flow decides how many of them send at a time."""
+SPARE = 2
+"""Parts in threads for each connection: those that wait show that more connections are wanted, and look for one all
+the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +123,11 @@ def send_parts(
                     _settle_part, store, key, upload_id, part, have.get(part.number), failed.is_set
                 )
                 under_way.add(threads.submit(copy_context().run, settle))
-                sent += _collect(under_way, wait_for_one=len(under_way) >= MOST_SENDERS)
+                sent += _collect(under_way, 0)
+                while len(under_way) >= min(MOST_SENDERS, SPARE * max(1, store.flow.connections)):
+                    sent += _collect(under_way, LOOK_SECONDS)
             while under_way:
-                sent += _collect(under_way, wait_for_one=True)
+                sent += _collect(under_way, None)
         except BaseException:
             failed.set()
             for future in under_way:
@@ -130,9 +136,9 @@ def send_parts(
     return Whole(tuple(sorted(sent, key=lambda part: part.number)))
 
 
-def _collect(under_way: set[Future[SentPart]], *, wait_for_one: bool) -> list[SentPart]:
-    """Return the parts that are sent; raise the first failure."""
-    done, rest = wait(under_way, timeout=None if wait_for_one else 0, return_when=FIRST_COMPLETED)
+def _collect(under_way: set[Future[SentPart]], seconds: float | None) -> list[SentPart]:
+    """Return the parts that are sent, once there is one or the time is over; raise the first failure."""
+    done, rest = wait(under_way, timeout=seconds, return_when=FIRST_COMPLETED)
     under_way.intersection_update(rest)
     return [future.result() for future in done]
 
