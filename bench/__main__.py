@@ -34,7 +34,9 @@ def main() -> None:
         help="with --only links: rows whose table and first cell match; the others stay in docs/benchmarks.md",
     )
     parser.add_argument(
-        "--rounds", type=int, help="alternating rounds (2; of hold, vital and modules at least 20; of links --against 6)"
+        "--rounds",
+        type=int,
+        help="alternating rounds (2; of hold, vital and modules at least 20; of links --against 6)",
     )
     parser.add_argument("--no-write", action="store_true", help="leave docs/benchmarks.md alone")
     options = parser.parse_args()

@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import http.server
 import threading
+from types import SimpleNamespace
 
 import boto3
+import botocore
 import pytest
 from botocore.auth import S3SigV4Auth, SigV4Auth
-from botocore.awsrequest import AWSRequest
+from botocore.awsrequest import AWSRequest, AWSResponse
 from botocore.config import Config
 from botocore.credentials import Credentials
 from botocore.exceptions import ClientError, EndpointConnectionError
@@ -138,6 +140,37 @@ def test_signature_is_the_one_of_botocore(host, token, sign_payload):
             if ours.headers["X-Amz-Date"] == theirs.headers["X-Amz-Date"]:
                 break
         assert ours.headers == dict(theirs.headers.items())
+
+
+@pytest.mark.parametrize(
+    ("bucket", "config"),
+    [("dumps--use1-az5--x-s3", None), (BUCKET, Config(signature_version=botocore.UNSIGNED))],
+    ids=["directory bucket", "unsigned"],
+)
+def test_request_of_another_signature_is_left_to_the_client(bucket, config):
+    keys = b"<AccessKeyId>A</AccessKeyId><SecretAccessKey>S</SecretAccessKey><SessionToken>T</SessionToken>"
+    keys += b"<Expiration>2099-01-01T00:00:00Z</Expiration>"
+    session = b"<CreateSessionResult><Credentials>%s</Credentials></CreateSessionResult>" % keys
+
+    def answer(request, **_):
+        body = session if request.method == "GET" else b""
+        return AWSResponse(
+            request.url, 200, {"ETag": '"x"'}, SimpleNamespace(stream=lambda *_, **__: iter([body]))
+        )
+
+    made = boto3.client(
+        "s3",
+        region_name="us-east-1",
+        aws_access_key_id="AK",
+        aws_secret_access_key="SK",
+        config=config,
+    )
+    with contextlib.closing(made) as client:
+        client.meta.events.register("before-send.s3", answer)
+        put = SmallPut(client)
+        for _ in range(2):
+            assert put(Bucket=bucket, Key="k", Body=b"dump")["ETag"] == '"x"'
+        assert put._pattern is None
 
 
 def test_signer_of_another_kind_is_left_to_the_client():

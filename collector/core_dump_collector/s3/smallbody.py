@@ -126,8 +126,9 @@ class SmallPut:
         quoted, url = percent_encode(key, safe="/~"), str(request.url)
         signing_name = signing.get("signing_name") or signing_name
         region = signing.get("region") or region_name
-        auth = request_signer.get_auth_instance(signing_name, region, signature_version)
-        if key and url.endswith("/" + quoted) and signature.can_sign(auth):
+        if not key or signature_version != "s3v4" or not url.endswith("/" + quoted):
+            return  # other kinds of signers cannot be made in this way
+        if signature.can_sign(request_signer.get_auth_instance(signing_name, region, signature_version)):
             self._pattern = _Pattern(
                 bucket,
                 url.removesuffix(quoted),
