@@ -6,6 +6,7 @@ for its turn, so others never stop an upload of many parts for good.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core_dump_collector.governor import REQUEST_BYTES, Governor, Sample
@@ -28,6 +29,22 @@ THIN_BYTES_PER_SECOND = 1_000_000
 LEAST_JOBS = 2
 
 
+@dataclass(frozen=True, slots=True)
+class _Total:
+    """Work of workers."""
+
+    moved_bytes: int = 0
+    requests: int = 0
+    setbacks: int = 0
+
+    def __add__(self, other: _Total) -> _Total:
+        return _Total(
+            self.moved_bytes + other.moved_bytes,
+            self.requests + other.requests,
+            self.setbacks + other.setbacks,
+        )
+
+
 class Allowance:
     """The shares of all workers."""
 
@@ -40,10 +57,10 @@ class Allowance:
         self._allowed = self._governor.connections
         self._memory_due = 0.0
         self._memory_share = 0.0
-        self._past = [0, 0]
-        """Work and setbacks of workers that have ended."""
-        self._seen: dict[int, tuple[int, int]] = {}
-        """Work and setbacks of each seat when it was last seen."""
+        self._past = _Total()
+        """Of workers that have ended."""
+        self._seen: dict[int, _Total] = {}
+        """Of each seat when it was last seen."""
         self.is_shared = False
         """Modules are sent as well, by a process that is not one of the workers."""
         self.due = 0.0
@@ -66,24 +83,26 @@ class Allowance:
         if self._limit is not None and now >= self._memory_due:
             self._memory_due = now + MEMORY_SECONDS
             self._memory_share = self._limit.used_share() or 0.0
-        work, setbacks = self._total(workers)
+        total = self._total(workers)
         seats = [worker.seat for worker in workers]
         active, waiting = sum(seat.active for seat in seats), sum(seat.waiting for seat in seats)
-        sample = Sample(work, active, waiting, setbacks, self._memory_share)
+        work = total.moved_bytes + REQUEST_BYTES * total.requests
+        sample = Sample(work, active, waiting, total.setbacks, self._memory_share, total.requests)
         self._allowed = self._governor.take(sample, now)
         self.spread(workers, now)
 
-    def _total(self, workers: list[WorkerProcess]) -> tuple[int, int]:
-        """Return work and setbacks of all workers so far, also of those that have ended."""
+    def _total(self, workers: list[WorkerProcess]) -> _Total:
+        """Return the work of all workers so far, also of those that have ended."""
         for worker in workers:
             seat = worker.seat
-            work = seat.moved_bytes + REQUEST_BYTES * seat.requests
-            before = self._seen.get(worker.index, (0, 0))
-            if work < before[0]:  # another worker has the seat
-                self._past = [self._past[0] + before[0], self._past[1] + before[1]]
-            self._seen[worker.index] = (work, seat.setbacks)
-        seen = self._seen.values()
-        return self._past[0] + sum(w for w, _ in seen), self._past[1] + sum(s for _, s in seen)
+            now = _Total(seat.moved_bytes, seat.requests, seat.setbacks)
+            before = self._seen.get(worker.index, now)
+            if (
+                now.requests < before.requests or now.moved_bytes < before.moved_bytes
+            ):  # another worker has the seat
+                self._past += before
+            self._seen[worker.index] = now
+        return sum(self._seen.values(), self._past)
 
     def spread(self, workers: Iterable[WorkerProcess], now: float) -> None:
         """Share connections and rate among the workers that have jobs."""

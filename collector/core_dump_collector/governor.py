@@ -12,6 +12,7 @@ requests on a thin link go one by one and are not given up for being slow.
 from __future__ import annotations
 
 import random
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,9 @@ FEW = 2
 """With so few connections, a setback also means a rest."""
 FIRST_REST_SECONDS = 0.25
 LAST_REST_SECONDS = 16.0
+TOLERATED_SHARE = 0.1
+"""So many of the latest requests may fail without a consequence: fewer connections would not help the others."""
+HISTORY_SAMPLES = 20
 GROWTH_SHARE = 0.7
 """The number does not grow once this share of the memory is in use."""
 SHORT_SHARE = 0.9
@@ -60,6 +64,8 @@ class Sample:
     """Requests that were throttled or timed out."""
     memory_share: float = 0.0
     """Used share of the memory limit."""
+    requests: int = 0
+    """Requests that have ended, setbacks included."""
 
 
 @dataclass(slots=True)
@@ -75,6 +81,9 @@ class Governor:
     rate: float = 0.0
     """Bytes a second that the link carried in the last window with a connection in use; 0 while unknown."""
     _setbacks: int = 0
+    _history: deque[Sample] = field(
+        default_factory=lambda: deque([Sample(0, 0, 0, 0)], maxlen=HISTORY_SAMPLES)
+    )
     _calm_until: float = 0.0
     _is_careful: bool = False
     """There was a setback: growth is slow."""
@@ -94,15 +103,21 @@ class Governor:
 
     def take(self, sample: Sample, now: float) -> int:
         """Take a sample and return how many connections may be used now."""
-        if sample.setbacks > self._setbacks:
-            self._setbacks = sample.setbacks
+        self._history.append(sample)
+        if sample.setbacks > self._setbacks and self._fails_too_often():
             self._fall_back(now)
         elif sample.memory_share > SHORT_SHARE and self.connections > FEW and now >= self._calm_until:
             self._lower(now)
+        self._setbacks = sample.setbacks
         if now >= self._calm_until:
             self._climb(sample, now)
         self._share(sample, now)
         return 0 if now < self._rest_until else self.connections
+
+    def _fails_too_often(self) -> bool:
+        first, last = self._history[0], self._history[-1]
+        failed = last.setbacks - first.setbacks
+        return failed > TOLERATED_SHARE * max(failed, last.requests - first.requests)
 
     def _fall_back(self, now: float) -> None:
         if now < self._rest_until or (now < self._calm_until and self.connections > FEW):

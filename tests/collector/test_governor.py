@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core_dump_collector.allowance import TICK_SECONDS, share
-from core_dump_collector.governor import FEW, FIRST, LAST_REST_SECONDS, MOST, Governor, Sample
+from core_dump_collector.governor import FEW, FIRST, LAST_REST_SECONDS, MOST, REQUEST_BYTES, Governor, Sample
 
 
 @dataclass
@@ -75,6 +75,20 @@ def test_throttling_halves_the_connections_and_they_come_back_slowly():
     assert link.run(governor, 2, now=10.1)[-1] <= after + 4
     link.setbacks += 1
     assert link.run(governor, 0.1, now=13)[-1] <= after // 2 + 3
+
+
+@pytest.mark.parametrize(("every", "is_kept"), [(20, True), (4, False)])
+def test_few_requests_that_fail_among_many_change_nothing(every, is_kept):
+    """One of 20 is refused whatever is done: two connections that rest after each would store a dump a second."""
+    governor, now, requests = Governor(), 0.0, 0
+    for _ in range(600):
+        active = min(governor.connections, 32)
+        requests += 3 * active
+        now += TICK_SECONDS
+        work = requests * REQUEST_BYTES
+        governor.take(Sample(work, active, 32 - active, requests // every, requests=requests), now)
+    assert (governor.connections >= 32) == is_kept
+    assert is_kept or governor.connections <= 2 * FEW
 
 
 def test_short_memory_takes_connections_away_until_few_are_left_and_nothing_ever_rests():

@@ -86,7 +86,7 @@ class Node:
 
     def _tick(self) -> None:
         work = self._requests * REQUEST_BYTES
-        sample = Sample(work, self._active, len(self._waiting), self._setbacks)
+        sample = Sample(work, self._active, len(self._waiting), self._setbacks, requests=self._requests)
         self._allowed = self.governor.take(sample, self._clock.now)
         self._go_on()
         if len(self.backlog):
