@@ -34,9 +34,14 @@ def main() -> None:
     except _ERRORS as error:
         sys.exit(f"drgn: {error}")
     for number, thread in enumerate(threads, start=1):
-        sys.stdout.write("\n" * (number > 1) + f"Thread {number} (LWP {thread.tid}):\n")
+        _write("\n" * (number > 1) + f"Thread {number} (LWP {thread.tid}):")
         for line in _lines(prog, thread, int(most_frames)):
-            sys.stdout.write(f"{line}\n")
+            _write(line.replace("\n", "\\n"))  # no name is a frame of its own
+
+
+def _write(line: str) -> None:
+    """Write a line in UTF-8, whatever the encoding of the terminal is: `backtrace` reads it."""
+    sys.stdout.buffer.write(line.encode("utf-8", "surrogateescape") + b"\n")
 
 
 def _load(prog: Any, tree: str, program: str, symbols: str) -> None:  # noqa: ANN401  drgn is not typed on all machines
@@ -86,8 +91,9 @@ def _lines(prog: Any, thread: Any, most_frames: int) -> Iterator[str]:  # noqa: 
         if address is None:
             return
         yield f"#{number:<2} {'' if frame.is_inline else f'{address:#018x} in '}{_place(prog, frame, address)}"
-        if frame.function_name == "main":
-            return
+        with contextlib.suppress(UnicodeDecodeError):
+            if frame.function_name == "main":
+                return
 
 
 def _address(frame: Any) -> int | None:  # noqa: ANN401  likewise
@@ -99,14 +105,22 @@ def _address(frame: Any) -> int | None:  # noqa: ANN401  likewise
 
 def _place(prog: Any, frame: Any, address: int) -> str:  # noqa: ANN401  likewise
     """Return a frame's function, and its line or its file."""
-    name = frame.name
-    name = "??" if name.startswith("0x") else name
-    with contextlib.suppress(LookupError):
+    name = _name(frame)
+    with contextlib.suppress(LookupError, UnicodeDecodeError):
         source = frame.source()
         return f"{name} () at {source.filename}:{source.line}"
     with contextlib.suppress(LookupError):
         return f"{name} () from {prog.module(address).name}"
     return f"{name} ()"
+
+
+def _name(frame: Any) -> str:  # noqa: ANN401  likewise
+    """Return the name of a frame's function; the program chose its bytes."""
+    try:
+        name: str = frame.name
+    except UnicodeDecodeError as error:
+        name = bytes(error.object).decode("utf-8", "backslashreplace")
+    return "??" if name.startswith("0x") else name
 
 
 if __name__ == "__main__":

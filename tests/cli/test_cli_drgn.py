@@ -118,6 +118,39 @@ def test_stack_overflow_ends_with_a_note_in_every_debugger(cli, tmp_path, debugg
     assert len(re.findall(r"^ *(?:\* )?(?:frame )?#\d+", "\n".join(lines), re.MULTILINE)) == 256
 
 
+@needs_gdb
+def test_name_that_is_no_text_is_escaped_and_costs_no_frame(cli, tmp_path):
+    """The program chooses the bytes of a name; a library's path is in the locale's encoding, whatever that was."""
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(folder)
+    sources = {
+        "lib": "int die(int *at) { return *at; }",
+        "odd": "int die(); int die_BAD() { return die(0) + 1; }",
+    }
+    sources["main"] = "int die_BAD();\nint main(void) { return die_BAD() + 1; }"
+    lib, odd, main = (tmp_path / f"{name}.c" for name in sources)
+    for path, text in zip((lib, odd, main), sources.values(), strict=True):
+        path.write_text(text)
+    program, core, library = tmp_path / "app", tmp_path / "core", folder + b"/libdie.so"
+    link = ["-o", program, main, tmp_path / "odd.o", library, b"-Wl,-z,now,-rpath," + folder]
+    for words in (
+        ["-shared", "-fPIC", "-o", library, lib],
+        ["-c", "-o", tmp_path / "odd.o", odd],
+        ["-g", *link],
+    ):
+        subprocess.run(["gcc", "-w", "-O0", *words], check=True)
+    script = ["-ex", "set debuginfod enabled off", "-ex", "run", "-ex", f"generate-core-file {core}"]
+    subprocess.run(["gdb", "-nx", "-batch", *script, program], check=True, capture_output=True)
+    program.write_bytes(program.read_bytes().replace(b"die_BAD", b"d\xff\x1b[31m"))
+    cli.put(NAME.removesuffix(".gz"), core.read_bytes(), {"bytes": core.stat().st_size})
+    cli.environ["PYTHONIOENCODING"] = "ascii"
+    done = cli.run("bt", "--debugger", "drgn")
+    first, second, third = frames(done.stdout)[:3]
+    assert re.search(r"^#0 .* in \?\? \(\) from .*\\xff/libdie\.so$", first)
+    assert re.search(r"^#1 .* in d\\xff\\x1b\[31m \(\) from .*/app$", second)
+    assert re.search(r"^#2 .* in main \(\) at .*main\.c:2$", third)
+
+
 def test_core_that_drgn_cannot_read_is_one_line(cli, gz, tmp_path):
     shape = Shape(bits=32, machine=I386)
     cli.put(NAME, gz(build(shape, shape.status(1), [(0x400000, bytes(4096), True)])))
