@@ -73,7 +73,10 @@ class SocketHandler(Handler):
 
     def record_result(self, dump: int, copy: CoreCopy, truncated: str, took_ms: int) -> None:
         """Tell the listener that the core is read and the slot is free."""
-        os.write(self._released, b".")
+        try:
+            os.write(self._released, b".")
+        except OSError:  # the listener was killed; the dump is whole all the same
+            pass
         super().record_result(dump, copy, truncated, took_ms)
 
 
@@ -193,14 +196,15 @@ class Listener:
 
     def _start_children(self) -> None:
         for waiting, child in self._turns.ready(time.monotonic()):
-            ended, released = os.pipe2(os.O_CLOEXEC)
+            pipe: tuple[int, ...] = ()
             try:
+                pipe = ended, released = os.pipe2(os.O_CLOEXEC)
                 pid = os.fork()
             except OSError as error:
-                self._complain("cannot fork: %s" % error.strerror)
+                self._complain("cannot start a child: %s" % error.strerror)
                 self._turns.waiting.insert(0, waiting)
-                os.close(ended)
-                os.close(released)
+                for descriptor in pipe:
+                    os.close(descriptor)
                 return
             if not pid:
                 self._run_child(waiting, ended, released)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -14,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core_dump_helper import ownmemory, request, socketpath
+from core_dump_helper.handler import Handler
 from core_dump_helper.limits import VITAL_SLOTS
+from core_dump_helper.listener import Listener, SocketHandler
 from core_dump_helper.peer import Peer, _as_e
 from core_dump_helper.request import ask_for_core
 from core_dump_helper.system import Refused
@@ -252,6 +255,48 @@ def test_child_that_has_let_go_of_its_slot_makes_room():
     start(found, 0.1)
     next(iter(found.children.values())).holds_slot = False
     assert start(found, 0.1) == [(b"a", NORMAL)]
+
+
+# When something fails
+
+
+@pytest.fixture
+def listener(tmp_path):
+    with socket.socket(socket.AF_UNIX) as connections:
+        connections.bind(str(tmp_path / "k"))
+        connections.listen()
+        found = Listener(connections, str(tmp_path / "k"), "/nowhere", ownmemory.OwnMemory(), is_kept=True)
+        yield found
+        for descriptor in found._wakeup:
+            os.close(descriptor)
+
+
+def refuse(*_):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+@pytest.mark.parametrize("call", ["pipe2", "fork"])
+def test_crash_waits_while_no_child_can_be_started(listener, monkeypatch, call):
+    listener._turns = turns(8, [b"a", b"b"])
+    first = listener._turns.waiting[0]
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(os, call, refuse)
+    listener._start_children()
+    assert listener._turns.waiting[0] is first
+    assert (len(listener._turns.waiting), listener._turns.children) == (2, {})
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_dump_is_finished_though_its_listener_was_killed(monkeypatch):
+    ended, released = os.pipe()
+    os.close(ended)
+    handler = object.__new__(SocketHandler)
+    handler._released = released
+    finished = []
+    monkeypatch.setattr(Handler, "record_result", lambda *given: finished.append(given))
+    handler.record_result(-1, None, "", 0)
+    os.close(released)
+    assert finished
 
 
 # Memory
