@@ -57,12 +57,12 @@ def start(crash: Crash, watch: int) -> Capture:
         OSError, ValueError: `.modules` is not private, or the files cannot be opened.
     """
     directory = os.open(DIRECTORY_NAME, DIRECTORY, dir_fd=watch)
+    capture = Capture(crash, watch, directory)
     try:
         check_directory(directory)
-        capture = Capture(crash, watch, directory)
         capture.open_files()
     except BaseException:
-        os.close(directory)
+        capture.close()
         raise
     return capture
 

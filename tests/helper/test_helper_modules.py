@@ -1,6 +1,7 @@
 """The files behind a crash: copied once, listed with every dump, and nothing hostile about them costs the dump."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import gzip
@@ -8,6 +9,7 @@ import hashlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +19,8 @@ from tests.support import kernel
 from tests.support.cores import simple as elf
 
 from core_dump_format.modules import parse_list, parse_module_name
+from core_dump_helper import modules
+from core_dump_helper.crash import Crash
 
 MAPPER = Path(__file__).parents[1] / "support/mapper.c"
 CORE = elf(b"core" * 1000)
@@ -246,6 +250,28 @@ def test_files_of_an_overlay_in_another_mount_namespace_are_kept_after_it_is_gon
         listed = crash(taken, pid)
     (module,) = [module for module in listed.modules if module.path.endswith(b"/library")]
     assert stored(taken)[module.sha256] == b"overlay" * 99
+
+
+def test_files_that_were_opened_before_a_failure_are_closed(taken, monkeypatch):
+    """The process may be gone by then, and the helper may wait for a slot for minutes."""
+    failing = Crash({"P": str(os.getpid())})
+    failing.process = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY)
+    read_maps = modules.Capture._read_maps
+
+    def fail_at_the_end(*given):
+        yield from read_maps(*given)
+        raise OSError(errno.EIO, "maps")
+
+    monkeypatch.setattr(modules.Capture, "_read_maps", fail_at_the_end)
+    watch = os.open(taken.watch_dir, os.O_RDONLY)
+    with pytest.raises(OSError, match="maps"):
+        modules.start(failing, watch)
+    opened = {os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if name.isdigit()
+              and os.path.lexists(f"/proc/self/fd/{name}")}  # fmt: skip
+    os.close(watch)
+    os.close(failing.process)
+    assert not {path for path in opened if path.startswith(sys.prefix) or ".so" in path}
+    assert str(taken.watch_dir / ".modules") not in opened
 
 
 def test_thousands_of_mapped_files_cost_a_bounded_time(taken, process_with):
