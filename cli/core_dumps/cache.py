@@ -50,6 +50,11 @@ def cache_directory() -> str:
     return path
 
 
+def names() -> frozenset[str]:
+    """Return the names of the files in the cache."""
+    return frozenset(os.listdir(cache_directory()))
+
+
 def _chosen() -> str:
     """Return the configured path. XDG_CACHE_HOME must be absolute; other values are ignored (XDG Base Directory)."""
     own = os.environ.get("CORE_DUMPS_CACHE")

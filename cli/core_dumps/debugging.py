@@ -119,7 +119,7 @@ def bt(
             return open_session(selection, bucket, dump, files, full=debugging.full)
 
         dumps = _several(selection, bucket, count) if several else iter([selection.newest(bucket)])
-        sessions = traces.sessions(dumps, open_one)
+        sessions = traces.sessions(dumps, open_one, keep=not several)
         first = next(sessions)  # it shows its progress before the pager has the terminal
         with contextlib.closing(sessions), paged(off=no_pager):
             rest = itertools.chain([first], sessions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from core_dump_format.text import printable
@@ -48,9 +49,13 @@ class Traces:
         self._count = 0
 
     def sessions(
-        self, dumps: Iterable[Dump], open_one: Callable[[Dump], Session]
+        self, dumps: Iterable[Dump], open_one: Callable[[Dump], Session], *, keep: bool
     ) -> Generator[tuple[Dump, Session | None], None, None]:
-        """Yield each dump with its session, which ends with the next one; None if it cannot be opened."""
+        """Yield each dump with its session, which ends with the next one; None if it cannot be opened.
+
+        Without `keep`, cores that are new in the cache are removed again: a group can have more than the disk holds.
+        """
+        before = cache.names()
         for dump in dumps:
             self._count += 1
             try:
@@ -59,8 +64,12 @@ class Traces:
                 self._problems.append(error)
                 yield dump, None
                 continue
-            with session:
-                yield dump, session
+            try:
+                with session:
+                    yield dump, session
+            finally:
+                if not keep and os.path.basename(session.core) not in before:
+                    os.unlink(session.core)
 
     def write(self, session: Session | None, write: Callable[[str], None]) -> CliError | None:
         """Write the lines of a backtrace; return the problem if it is none."""

@@ -119,6 +119,20 @@ def test_backtraces_of_several_dumps_have_headings_and_one_failure_ends_none(two
     assert "no dump matches" in cli.run("bt", "--all", "nobody", "--debugger", program, code=1).stderr
 
 
+def test_backtraces_of_several_dumps_take_the_space_of_one(two):
+    cli, program = two
+    kept = cli.home / ".cache/core-dumps"
+    counts = cli.home / "counts"
+    script = program.read_text().replace("\n", f"\nls {kept} | grep -c '[.]core' >>{counts}\n", 1)
+    program.write_text(script)
+    cli.run("bt", "1", "--debugger", program)
+    (first,) = kept.glob("*.core")
+    cli.run("bt", "--all", "--debugger", program)
+    cli.run("bt", "-n", "2", "--debugger", program, "--json=short")
+    assert list(kept.glob("*.core")) == [first], "it was there before"
+    assert set(counts.read_text().split()) == {"1", "2"}
+
+
 def test_more_frames_than_the_limit_are_shown_if_the_user_asks_for_them(two):
     """The user's own `bt 1000` in --debugger-arguments."""
     cli, program = two
