@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise, takewhile
 from typing import Annotated, Any
 
 import typer
@@ -23,9 +24,17 @@ class _Group(typer.core.TyperGroup):
         """Accept options before the command, as coredumpctl does; `list` is the command if there is none."""
         own = {name for option in self.get_params(ctx) for name in option.opts}
         if args and args[0].startswith("-") and args[0].partition("=")[0] not in own:
-            at = next((n for n, word in enumerate(args) if word in self.commands), None)
+            valued = self._valued()
+            before_dashes = takewhile("--".__ne__, ["", *args])
+            words = ["" if before in valued else word for before, word in pairwise(before_dashes)]
+            at = next((n for n, word in enumerate(words) if word in self.commands), None)
             args = ["list", *args] if at is None else [args[at], *args[:at], *args[at + 1 :]]
         return super().parse_args(ctx, args)
+
+    def _valued(self) -> set[str]:
+        """Return the options that take the next word."""
+        options = [option for command in self.commands.values() for option in command.params]
+        return {name for option in options if not getattr(option, "is_flag", True) for name in option.opts}
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401, ARG002  likewise
         return list(self.commands)

@@ -169,6 +169,15 @@ def test_options_may_stand_before_the_command_or_without_one(filled):
     assert filled.run("--version").stdout.startswith("core-dumps ")
 
 
+def test_value_of_an_option_before_the_command_is_not_taken_for_the_command(filled):
+    """A node can have the name of a command, and -A takes any word."""
+    for words in (["--node", "info"], ["--node", "stats", "-q"], ["-q", "--", "rm"]):
+        assert filled.run(*words, code=1).stderr.endswith("core-dumps: no dump matches\n")
+    done = filled.run("--node", "rm", "list", "-q", code=1)
+    assert done.stderr == "core-dumps: no dump matches\n"
+    assert "there is no such file" in filled.run("-A", "get", "--exe", "/none", "bt", code=2).stderr
+
+
 def test_image_is_known_by_its_name_with_or_without_place_and_tag(cli, gz):
     digest = f"sha256:{'ab' * 32}"
     for number, image in enumerate(
