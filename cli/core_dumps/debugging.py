@@ -148,8 +148,10 @@ def _print(
 
 def _heading(dump: Dump) -> str:
     """Return the line above one of several backtraces."""
+    from core_dumps import tables
+
     words = [show.moment(dump.timestamp), printable(dump.program, 80), dump.signal_name or "-"]
-    words += [printable(dump.text(name) or "", 63) for name in ("node", "pod")]
+    words += [printable(dump.text(name) or "", tables.MOST_NAME) for name in ("node", "pod")]
     return "  ".join([*filter(None, words), printable(dump.key, 1100)])
 
 

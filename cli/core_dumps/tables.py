@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("TIME", "NODE", "POD", "PID", "UID", "SIG", "EXE", "SIZE", "STATE")
 GROUP_COLUMNS = ("COUNT", "FIRST", "LAST", "NODES", "BUILDS", "SIG", "EXE", "FINGERPRINT", "WHERE")
+MOST_NAME = 253
+"""Characters of the name of a node or pod: RFC 1123 subdomain."""
 _SAMPLE = 200
 """So many rows are collected before the first is printed, because they determine the width of columns."""
 
@@ -30,8 +32,8 @@ def row(dump: Dump) -> list[str]:
     """Return the cells of a dump."""
     return [
         show.moment(dump.timestamp),
-        printable(dump.text("node") or "-", 63),
-        printable(dump.text("pod") or "-", 63),
+        printable(dump.text("node") or "-", MOST_NAME),
+        printable(dump.text("pod") or "-", MOST_NAME),
         printable(dump.text("pid") or "-"),
         printable(dump.text("uid") or "-"),
         dump.signal_name or "-",

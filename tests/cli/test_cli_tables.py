@@ -60,6 +60,13 @@ def test_path_is_cut_at_a_slash():
     assert len(line) <= 45
 
 
+def test_longest_names_of_pod_and_node_are_not_cut(cli):
+    names = {"pod": "p" * 253, "node": "n" * 253}
+    cli.put("n1/core-app-1772000000-5-11.gz", gzip.compress(b"x"), names)
+    (_, line) = cli.run("list").stdout.splitlines()
+    assert set(names.values()) <= set(line.split())
+
+
 @pytest.mark.parametrize("columns", [80, 100, 160])
 def test_hostile_names_steer_no_table(cli, columns):
     texts = (
