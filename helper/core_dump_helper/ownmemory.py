@@ -56,8 +56,11 @@ class OwnMemory:
 
     def sacrifice(self) -> None:
         """Let this child be killed before the listener, which hands its own value down."""
-        own = int(_read(OOM_SCORE_PATH))
-        write_file(OOM_SCORE_PATH, b"%d" % min(MOST_OOM_SCORE, max(CHILD_OOM_SCORE, own + 1)))
+        try:
+            own = int(_read(OOM_SCORE_PATH))
+            write_file(OOM_SCORE_PATH, b"%d" % min(MOST_OOM_SCORE, max(CHILD_OOM_SCORE, own + 1)))
+        except (OSError, ValueError):  # /proc is read-only, for example: the dump matters more
+            pass
 
 
 def _directories(text: str) -> list[str]:

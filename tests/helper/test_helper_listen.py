@@ -287,6 +287,13 @@ def test_crash_waits_while_no_child_can_be_started(listener, monkeypatch, call):
     assert os.listdir("/proc/self/fd") == before
 
 
+def test_score_that_cannot_be_changed_costs_no_dump(tmp_path, monkeypatch):
+    memory = ownmemory.OwnMemory()
+    for path in (tmp_path / "none", tmp_path):  # as if /proc were read-only
+        monkeypatch.setattr(ownmemory, "OOM_SCORE_PATH", str(path))
+        memory.sacrifice()
+
+
 def test_dump_is_finished_though_its_listener_was_killed(monkeypatch):
     ended, released = os.pipe()
     os.close(ended)
