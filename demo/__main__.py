@@ -138,18 +138,31 @@ def show_result(client: S3Client, pid: str) -> None:
     """Fetch the object back and prove what it is."""
     keys = {o["Key"]: o["Size"] for o in client.list_objects_v2(Bucket=BUCKET).get("Contents", [])}
     key = next(k for k in keys if k.endswith(".gz"))
-    sidecar = json.loads(client.get_object(Bucket=BUCKET, Key=key + ".json")["Body"].read())
+    metadata = json.loads(client.get_object(Bucket=BUCKET, Key=key + ".json")["Body"].read())
     say(f"object  s3://{BUCKET}/{key}")
-    say(f"sidecar {key}.json: " + json.dumps({k: sidecar.get(k) for k in ("comm", "signal", "pid", "state")}))
+    say(
+        "its metadata object: " + json.dumps({k: metadata.get(k) for k in ("comm", "signal", "pid", "state")})
+    )
     packed = client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
     core = gzip.decompress(packed)
     sizes = f"{len(core) / MEBIBYTE:.1f} MiB of core in {len(packed) / MEBIBYTE:.1f} MiB of object"
     say(f"{sizes}, {len(core) / len(packed):.1f} times smaller")
-    good = core.startswith(b"\x7fELF") and len(core) == sidecar["bytes"] == sidecar["expected_bytes"]
-    if not good or str(sidecar["pid"]) != pid or sidecar["state"] != "complete":
-        raise SystemExit(f"demo: what came back is not the core of process {pid}: {sidecar}")
+    good = core.startswith(b"\x7fELF") and len(core) == metadata["bytes"] == metadata["expected_bytes"]
+    if not good or str(metadata["pid"]) != pid or metadata["state"] != "complete":
+        raise SystemExit(f"demo: what came back is not the core of process {pid}: {metadata}")
     digest = hashlib.sha256(core).hexdigest()[:16]
     say(f"fetched back: an ELF core, every byte that its headers promise, sha256 {digest}…")
+
+
+def show_listing() -> None:
+    """Show the dump as a developer sees it."""
+    say("$ core-dumps list")
+    command = [sys.executable, "-m", "core_dumps.cli", "list"]
+    listed = subprocess.run(
+        command, env=os.environ | {"BUCKET_NAME": BUCKET}, check=True, stdout=subprocess.PIPE
+    )
+    sys.stdout.write(listed.stdout.decode())
+    say("`core-dumps bt` and `core-dumps debug` open it in a debugger: docs/core-dumps.md")
 
 
 def main() -> None:
@@ -173,6 +186,7 @@ def main() -> None:
                     if moved and not re.search("_bucket|_created|free_bytes", name):
                         say(f"  metric {name} {value:g}")
             show_result(client, pid)
+            show_listing()
             say("done")
 
 

@@ -29,6 +29,7 @@ def test_demo_brings_a_core_back_and_leaves_nothing(way):
         said = process.stdout.read()
     assert process.returncode == 0
     assert "fetched back: an ELF core, every byte that its headers promise" in said
+    assert re.search(r"\$ core-dumps list\nTIME +NODE .*\n.* demo-node .* present\n", said)
     assert ("crashed with SIGSEGV" in said) == (way == "kernel")
     scratch = re.search(r"collector watches (\S+)/core_dumps", said)[1]
     assert not os.path.exists(scratch)
