@@ -58,7 +58,8 @@ test-swift: $(READY) packages ## a store without checksums and conditions; needs
 test-programs: $(READY) packages ## crash PostgreSQL, Redis, Java, Chromium and programs of many languages; minutes; installs them
 	@sh tests/support/packages.sh programs
 	PROGRAMS=1 $(BIN)/python -m pytest tests/kernel/test_vital_programs.py \
-	  tests/kernel/test_vital_hostile.py tests/kernel/test_trim_programs.py tests/kernel/test_modules.py tests/kernel/test_languages.py $(PYTEST_FLAGS)
+	  tests/kernel/test_vital_hostile.py tests/kernel/test_trim_programs.py tests/kernel/test_modules.py tests/kernel/test_languages.py \
+	  tests/kernel/test_list_to_backtrace.py $(PYTEST_FLAGS)
 
 test-fingerprints: $(READY) packages ## ONLY=redis-server,go: crash 94 bugs in many languages, compare fingerprints; minutes
 	@sh tests/support/packages.sh programs
