@@ -18,6 +18,8 @@ from core_dumps.tree import PREFIX
 from core_dumps.vital import fetch_vital, vital_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from core_dumps.bucket import Bucket
     from core_dumps.dump import Dump
     from core_dumps.fetch import Progress
@@ -79,8 +81,8 @@ def _remove_unused(path: str) -> None:
                     shutil.rmtree(entry.path, ignore_errors=True)
 
 
-def load(bucket: Bucket, dump: Dump, progress: Progress, *, full: bool) -> str:
-    """Return the path of a core in the cache: of the whole dump, or of its vital part if it has one."""
+def load(bucket: Bucket, dump: Dump, progress: Progress, note: Callable[[str], None], *, full: bool) -> str:
+    """Return the path of a core in the cache: of the whole dump, or of its vital part, with a note, if it has one."""
     identity = f"{bucket.name}/{dump.key}/{dump.size_bytes}/{dump.text('crc32')}"
     path = os.path.join(cache_directory(), f"{sha256(identity.encode()).hexdigest()[:32]}.core")
     size = vital_bytes(dump)
@@ -95,8 +97,8 @@ def load(bucket: Bucket, dump: Dump, progress: Progress, *, full: bool) -> str:
         else:
             fetch_vital(bucket, dump, path, progress)
         rest = "the other memory that was kept" if dump.trimmed else "the heap"
-        show.note(
-            f"downloaded {show.size(size)} of {show.size(dump.size_bytes)}, which has every stack; "
+        note(
+            f"this part of {show.size(size)} (of {show.size(dump.size_bytes)}) has every stack; "
             f"--full also downloads {rest}"
         )
     return path

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from core_dump_format.stream import Seekable
 from core_dump_format.text import printable
-from core_dumps import show, tools
+from core_dumps import tools
 from core_dumps.backtrace import MOST_FRAMES
 from core_dumps.buildid import Module, Modules, read_build_id
 from core_dumps.cache import cache_directory
@@ -20,6 +20,7 @@ from core_dumps.neutral import neutralise
 from core_dumps.tree import DEBUG_DIRECTORY, Tree
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from core_dumps.dump import Dump
@@ -111,27 +112,27 @@ class Session:
         )
 
 
-def prepare(core: str, dump: Dump, modules: Modules, files: Files) -> Session:
-    """Make the tree of a dump's files, and find a debugger that reads it; list the missing files for the user."""
+def prepare(core: str, dump: Dump, modules: Modules, files: Files, note: Callable[[str], None]) -> Session:
+    """Make the tree of a dump's files, and find a debugger that reads it; tell the user which files are missing."""
     if files.executable is not None:
-        modules = _with_executable(modules, files.executable)
+        modules = _with_executable(modules, files.executable, note)
     descriptor = os.open(core, os.O_RDONLY | os.O_CLOEXEC)
     try:
         neutralise(core, Seekable(descriptor))
     finally:
         os.close(descriptor)
-    note_missing(modules, dump)
-    program = tools.for_machine(files.program, modules.machine)
+    note_missing(modules, dump, note)
+    program = tools.for_machine(files.program, modules.machine, note)
     tree = Tree(cache_directory())
     try:
-        executable = _fill(tree, modules, files)
+        executable = _fill(tree, modules, files, note)
     except BaseException:
         tree.__exit__(None, None, None)
         raise
     return Session(program, core, modules, tree, executable, files)
 
 
-def _fill(tree: Tree, modules: Modules, files: Files) -> str | None:
+def _fill(tree: Tree, modules: Modules, files: Files, note: Callable[[str], None]) -> str | None:
     """Put all files that were found into a tree; return the place of the executable."""
     executable = None
     for module in modules.every:
@@ -149,18 +150,18 @@ def _fill(tree: Tree, modules: Modules, files: Files) -> str | None:
         if build_id is not None:
             tree.add_symbols(build_id, path)
         if build_id not in known or build_id is None:
-            show.note(f"nothing proves that {printable(path)} belongs to this dump: no file has its build ID")
+            note(f"nothing proves that {printable(path)} belongs to this dump: no file has its build ID")
     return executable
 
 
-def _with_executable(modules: Modules, path: str) -> Modules:
+def _with_executable(modules: Modules, path: str, note: Callable[[str], None]) -> Modules:
     """Use a file that the user named, with a note unless its build ID proves it."""
     known = modules.executable.build_id if modules.executable else None
     build_id = read_build_id(path)
     if known is None:
-        show.note(f"nothing proves that {path} is the executable of this dump: its build ID is not known")
+        note(f"nothing proves that {path} is the executable of this dump: its build ID is not known")
     elif build_id != known:
-        show.note(f"{path} has build ID {build_id or 'none'}, but the dump's executable has {known}")
+        note(f"{path} has build ID {build_id or 'none'}, but the dump's executable has {known}")
     place = modules.executable.path if modules.executable else path
     names = modules.executable.names if modules.executable else ()
     named = Module(place, known, os.path.abspath(path), names=names)

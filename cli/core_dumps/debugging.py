@@ -17,11 +17,12 @@ import typer
 from core_dump_format.text import printable
 from core_dumps import show
 from core_dumps.app import app
+from core_dumps.errors import UsageError
 from core_dumps.options import Json, Selection, with_selection
 from core_dumps.pager import NoPager, paged
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from core_dumps import debugger
     from core_dumps.bucket import Bucket
@@ -78,7 +79,7 @@ class Debugging:
         bool, typer.Option("--full", help="Download the whole dump, not only the part that backtraces need")
     ] = False
 
-    def files(self) -> Files:
+    def files(self, note: Callable[[str], None]) -> Files:
         """Return the files that the user names, and the debugger.
 
         Raises:
@@ -87,7 +88,7 @@ class Debugging:
         from core_dumps import tools
 
         files = tools.Files(
-            tools.choose(self.program), self.sysroot or [], self.executable, self.symbols or []
+            tools.choose(self.program, note), self.sysroot or [], self.executable, self.symbols or []
         )
         tools.check(files)
         return files
@@ -108,15 +109,17 @@ def bt(
     no_pager: NoPager = False,
 ) -> None:
     """Print the backtraces of the newest matching dump."""
-    from core_dumps import tables
-    from core_dumps.traces import Traces, open_session
+    from core_dumps import tables, tools
+    from core_dumps.traces import Once, Traces, open_session
 
-    files, several = debugging.files(), everything or count is not None
-    traces = Traces(files, debugging.arguments)
+    files, several = debugging.files(selection.note), everything or count is not None
+    if debugging.arguments and files.program == tools.DRGN:
+        raise UsageError("--debugger-arguments: drgn takes none for a backtrace; debug gives it some")
+    traces, note = Traces(files, debugging.arguments), Once(selection.note)
     with selection.open() as bucket:
 
         def open_one(dump: Dump) -> debugger.Session:
-            return open_session(selection, bucket, dump, files, full=debugging.full)
+            return open_session(bucket, dump, files, note, full=debugging.full)
 
         dumps = _several(selection, bucket, count) if several else iter([selection.newest(bucket)])
         sessions = traces.sessions(dumps, open_one, keep=not several)
@@ -162,9 +165,9 @@ def debug(selection: Selection, debugging: Debugging) -> None:
     from core_dumps import serving
     from core_dumps.traces import open_session
 
-    files = debugging.files()
+    files = debugging.files(selection.note)
     with selection.open() as bucket:
-        session = open_session(selection, bucket, selection.newest(bucket), files, full=debugging.full)
+        session = open_session(bucket, selection.newest(bucket), files, selection.note, full=debugging.full)
     with session:
         code = serving.run(session, debugging.arguments)
     raise typer.Exit(code)
@@ -190,6 +193,8 @@ def debuginfod(
         with serving.served(shelf.find) as address:
             typer.echo(f"export DEBUGINFOD_URLS={address}")
             sys.stdout.flush()
-            selection.note(f"serving {len(shelf)} files of {len(dumps)} dumps until Ctrl-C")
+            selection.note(
+                f"serving {show.count(len(shelf), 'file')} of {show.count(len(dumps), 'dump')} until Ctrl-C"
+            )
             with contextlib.suppress(KeyboardInterrupt):
                 threading.Event().wait()

@@ -15,7 +15,7 @@ from core_dumps.buildid import BUILD_ID, read_build_id
 from core_dumps.pool import Pool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 MOST_DOWNLOAD_BYTES = 4 * 1024**3
 TIMEOUT_SECONDS = 60
@@ -25,22 +25,30 @@ FETCHERS = 6
 _NOT_FOUND = 404
 
 
-def fetch_all(build_ids: Iterable[str], cache: str) -> dict[str, str]:
+def fetch_all(
+    build_ids: Iterable[str], cache: str, note: Callable[[str], None] = show.note
+) -> dict[str, str]:
     """Return the files in the cache of all build IDs that a server knows; several are downloaded at a time."""
     wanted = [build_id for build_id in dict.fromkeys(build_ids) if BUILD_ID.fullmatch(build_id)]
     silent: set[str] = set()
     with Pool(FETCHERS) as pool:
-        found = list(pool.map(lambda build_id: debuginfod(build_id, cache, silent), wanted))
+        found = list(pool.map(lambda build_id: debuginfod(build_id, cache, silent, note), wanted))
     return {build_id: path for build_id, path in zip(wanted, found, strict=True) if path is not None}
 
 
-def debuginfod(build_id: str, cache: str, silent: set[str] | None = None) -> str | None:
+def debuginfod(
+    build_id: str,
+    cache: str,
+    silent: set[str] | None = None,
+    note: Callable[[str], None] = show.note,
+) -> str | None:
     """Ask the servers in DEBUGINFOD_URLS for an executable; a file with another build ID is not used.
 
     Args:
         build_id: of the file.
         cache: the directory for downloaded files.
         silent: servers that did not answer and are not asked again; the function adds to it.
+        note: is called with a line about each failure.
     """
     silent = set() if silent is None else silent
     target = os.path.join(cache, f"{build_id}.executable")
@@ -55,10 +63,10 @@ def debuginfod(build_id: str, cache: str, silent: set[str] | None = None) -> str
             if read_build_id(partial) == build_id:
                 os.replace(partial, target)
                 return target
-            show.note(f"{server} sent a file with another build ID: not used")
+            note(f"{server} sent a file with another build ID: not used")
         except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
             if getattr(error, "code", 0) != _NOT_FOUND and server not in silent:
-                show.note(f"{server}: {error}")
+                note(f"{server}: {error}")
             if not isinstance(error, (urllib.error.HTTPError, HTTPException, ValueError)):
                 silent.add(server)
         finally:

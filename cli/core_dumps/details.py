@@ -145,15 +145,16 @@ def _core_lines(core: Core, head: Head, dump: Dump) -> Iterator[str]:
         yield f"Length according to its headers: {show.size(core.expected_bytes)} ({core.expected_bytes} bytes)"
     yield f"Machine: {core.machine}, {core.form.bits} bits"
     yield from _dropped_lines(core)
-    yield (
-        "\n1 thread:" if core.thread_count == 1 else f"\n{core.thread_count} threads, the crashed one first:"
-    )
+    order = ", the crashed one first" * (core.thread_count > 1)
+    yield f"\n{show.count(core.thread_count, 'thread')}{order}:"
     for thread in core.threads[:MOST_SHOWN]:
         where = printable(_where(core, thread) or "not in a file")
         yield f"  {thread.tid:>8}  pc {thread.pc:#018x}  sp {thread.sp:#018x}  {where}"
     yield from _more(core.thread_count, MOST_SHOWN)
     paths = _paths(core)
-    yield f"\n{len(paths)} mapped files:" if paths else "\nThe core has no list of mapped files."
+    yield (
+        f"\n{show.count(len(paths), 'mapped file')}:" if paths else "\nThe core has no list of mapped files."
+    )
     for path in paths[: 4 * MOST_SHOWN]:
         yield f"  {head.build_ids.get(path, '-'):40}  {printable(path)}"
     yield from _more(len(paths), 4 * MOST_SHOWN)

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import drgn
 
+from core_dump_format.text import printable
+from core_dumps import show
 from core_dumps.dump import DELETED
 from core_dumps.tree import DEBUG_DIRECTORY, inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+MOST_NAME = 2000
 _ERRORS = (LookupError, ValueError, NotImplementedError, OSError, drgn.FaultError, drgn.BadDataError)
 """What drgn raises of a core that it cannot read."""
 
@@ -26,6 +29,7 @@ _ERRORS = (LookupError, ValueError, NotImplementedError, OSError, drgn.FaultErro
 def main() -> None:
     """Print the backtraces, that of the crashed thread first."""
     core, tree, program, symbols, most_frames = sys.argv[1:]
+    show.never_fail_on_a_character()
     prog = drgn.Program()
     try:
         prog.set_core_dump(core)
@@ -108,9 +112,9 @@ def _place(prog: Any, frame: Any, address: int) -> str:  # noqa: ANN401  likewis
     name = _name(frame)
     with contextlib.suppress(LookupError, UnicodeDecodeError):
         source = frame.source()
-        return f"{name} () at {source.filename}:{source.line}"
+        return f"{name} () at {printable(source.filename, MOST_NAME)}:{source.line}"
     with contextlib.suppress(LookupError):
-        return f"{name} () from {prog.module(address).name}"
+        return f"{name} () from {printable(prog.module(address).name, MOST_NAME)}"
     return f"{name} ()"
 
 
@@ -120,7 +124,7 @@ def _name(frame: Any) -> str:  # noqa: ANN401  likewise
         name: str = frame.name
     except UnicodeDecodeError as error:
         name = bytes(error.object).decode("utf-8", "backslashreplace")
-    return "??" if name.startswith("0x") else name
+    return "??" if name.startswith("0x") else printable(name, MOST_NAME)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def _look_after(bucket: Bucket, *, verify: bool, prune: bool, yes: bool, json: J
         tables.print_json(show.console(), rows, json)
     stays = sum(not row["removed"] for row in rows)
     if stays:
-        raise CliError(f"{stays} modules could not be removed")
+        raise CliError(f"{show.count(stays, 'module')} could not be removed")
     if wrong:
         raise CliError("the bucket held wrong modules: who can write to it?")
 
@@ -162,7 +162,7 @@ def _confirm(count: int, *, yes: bool) -> None:
     Raises:
         CliError: the answer is no.
     """
-    if not yes and not typer.confirm(f"Remove {count} modules?"):
+    if not yes and not typer.confirm(f"Remove {show.count(count, 'module')}?"):
         raise CliError("nothing was removed")
 
 

@@ -57,7 +57,7 @@ def gather(  # noqa: PLR0913, PLR0917  a dump, its core, and where files come fr
         modules = modules.with_found(places)
     if os.environ.get("DEBUGINFOD_URLS"):
         build_ids = [module.build_id for module in modules.missing if module.build_id]
-        modules = modules.with_found(fetch_all(build_ids, cache))
+        modules = modules.with_found(fetch_all(build_ids, cache, note))
     return modules
 
 

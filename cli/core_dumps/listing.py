@@ -158,7 +158,7 @@ def rm(
             return
         if not yes and not sys.stdin.isatty():
             raise UsageError("rm asks before it deletes, and there is no terminal: give --yes")
-        if not yes and not typer.confirm(f"Delete {len(dumps)} dumps?"):
+        if not yes and not typer.confirm(f"Delete {show.count(len(dumps), 'dump')}?"):
             raise CliError("nothing was deleted")
         _delete(bucket, dumps)
 
@@ -193,7 +193,7 @@ def _delete(bucket: Bucket, dumps: list[Dump]) -> None:
         typer.echo(f"deleted {deleted} of {len(dumps)}")
     if deleted < len(dumps):
         untried = f", {len(dumps) - tried} were not tried" if tried < len(dumps) else ""
-        raise CliError(f"{tried - deleted} dumps could not be deleted{untried}")
+        raise CliError(f"{show.count(tried - deleted, 'dump')} could not be deleted{untried}")
 
 
 @app.command()

@@ -7,10 +7,9 @@ import shlex
 from typing import TYPE_CHECKING
 
 from core_dump_format.text import printable
-from core_dumps import show
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from core_dumps.buildid import Module, Modules
     from core_dumps.dump import Dump
@@ -19,10 +18,10 @@ MOST_LISTED = 20
 _DIGEST = re.compile(r"[a-z0-9]{1,16}:[0-9a-f]{32,128}")
 
 
-def note_missing(modules: Modules, dump: Dump) -> None:
-    """Print which files were not found and how to get them."""
+def note_missing(modules: Modules, dump: Dump, note: Callable[[str], None]) -> None:
+    """Tell the user which files were not found and how to get them."""
     for line in _lines(modules, dump):
-        show.note(line)
+        note(line)
 
 
 def _lines(modules: Modules, dump: Dump) -> Iterator[str]:

@@ -128,9 +128,8 @@ class Selection:
         finally:
             bucket.close()
             if bucket.failures:
-                count, reason = len(bucket.failures), bucket.failures[-1]
-                objects = "object" if count == 1 else "objects"
-                self.note(f"{count} metadata {objects} could not be read; the last one: {reason}")
+                objects = show.count(len(bucket.failures), "metadata object")
+                self.note(f"{objects} could not be read; the last one: {bucket.failures[-1]}")
             if self.verbose:
                 counts = ", ".join(f"{count} {name}" for name, count in sorted(bucket.requests.items()))
                 show.note(f"requests: {counts or 'none'}")

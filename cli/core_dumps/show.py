@@ -50,6 +50,11 @@ def size(count: int | None) -> str:
     return f"{amount:.1f}{_SUFFIXES[unit]}" if unit else f"{count}B"
 
 
+def count(number: int, noun: str) -> str:
+    """Return `1 dump` or `2 dumps`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def moment(timestamp: int) -> str:
     """Return Unix seconds as local time, as coredumpctl does."""
     if not 0 <= timestamp < _LAST_TIMESTAMP:

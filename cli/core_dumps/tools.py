@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core_dump_format.text import printable
-from core_dumps import show
 from core_dumps.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 DRGN = "drgn"
 """It is a package of this Python, not a program."""
@@ -37,7 +36,7 @@ class Files:
     """Files with separate symbols."""
 
 
-def choose(named: str | None) -> str:
+def choose(named: str | None, note: Callable[[str], None]) -> str:
     """Return the debugger that the user named, else the first one that is installed.
 
     Raises:
@@ -51,7 +50,7 @@ def choose(named: str | None) -> str:
     if found is None:
         raise UsageError("no debugger is installed: install gdb, or on Linux (x86-64) `pip install drgn`")
     if found != _KNOWN[0]:
-        show.note(f"gdb is not installed: using {found}")
+        note(f"gdb is not installed: using {found}")
     return found
 
 
@@ -83,7 +82,7 @@ def check(files: Files) -> None:
             )
 
 
-def for_machine(program: str, machine: str | None) -> str:
+def for_machine(program: str, machine: str | None, note: Callable[[str], None]) -> str:
     """Return the path of a debugger; gdb-multiarch instead of gdb if the core is of another machine."""
     if program == DRGN:
         return program
@@ -93,5 +92,5 @@ def for_machine(program: str, machine: str | None) -> str:
         return path
     multiarch = shutil.which(_MULTIARCH)
     if multiarch is None:
-        show.note(f"this core is of {machine}, which gdb on this machine may not read: install {_MULTIARCH}")
+        note(f"this core is of {machine}, which gdb on this machine may not read: install {_MULTIARCH}")
     return multiarch or path

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from core_dump_format.text import printable
 from core_dumps import backtrace, cache, debugger, gathering, serving, tables
+from core_dumps.cautions import cautions
 from core_dumps.errors import CliError
 from core_dumps.progress import Bars
 
@@ -16,14 +17,31 @@ if TYPE_CHECKING:
     from core_dumps.bucket import Bucket
     from core_dumps.debugger import Session
     from core_dumps.dump import Dump
-    from core_dumps.options import Selection
     from core_dumps.tools import Files
 
+MOST_NOTES = 1000
 MOST_LINE = 10_000
 """Characters of a line."""
 
 
-def open_session(selection: Selection, bucket: Bucket, dump: Dump, files: Files, *, full: bool) -> Session:
+class Once:
+    """Tells the user each line once, though it is about several dumps."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        """Tell lines with `note`."""
+        self._note = note
+        self._said: set[str] = set()
+
+    def __call__(self, line: str) -> None:
+        """Tell a line, unless it was told before."""
+        if line not in self._said and len(self._said) < MOST_NOTES:
+            self._said.add(line)
+            self._note(line)
+
+
+def open_session(
+    bucket: Bucket, dump: Dump, files: Files, note: Callable[[str], None], *, full: bool
+) -> Session:
     """Download a dump into the cache and find the files that belong to it; the user gets notes about both.
 
     Raises:
@@ -31,12 +49,11 @@ def open_session(selection: Selection, bucket: Bucket, dump: Dump, files: Files,
     """
     notes: list[str] = []
     with Bars() as bars:
-        core = cache.load(bucket, dump, bars, full=full)
+        core = cache.load(bucket, dump, bars, notes.append, full=full)
         modules = gathering.gather(bucket, dump, core, files.roots, bars, notes.append)
-    selection.warn(dump)
-    for line in notes:
-        selection.note(line)
-    return debugger.prepare(core, dump, modules, files)
+    for line in (*cautions(dump), *notes):
+        note(line)
+    return debugger.prepare(core, dump, modules, files, note)
 
 
 class Traces:
@@ -104,6 +121,6 @@ class Traces:
             CliError: there is one.
         """
         if self._problems and self._count > 1:
-            raise CliError(f"{len(self._problems)} of {self._count} dumps have no backtrace")
+            raise CliError(f"no backtrace of {len(self._problems)} of {self._count} dumps")
         if self._problems:
             raise self._problems[0]

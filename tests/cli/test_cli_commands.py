@@ -547,6 +547,31 @@ def test_manual_page_is_the_one_of_this_code(cli):
     assert cli.run("man").stdout == page.read_text(), "core-dumps man > docs/core-dumps.1"
 
 
+@pytest.mark.parametrize(
+    ("words", "absent"),
+    [
+        (["--help"], {"botocore", "boto3", "rich", "elftools", "importlib.metadata", "json", "drgn"}),
+        (["list", "--help"], {"botocore", "boto3", "rich", "elftools", "importlib.metadata", "drgn"}),
+        (["list"], {"boto3", "elftools", "drgn", "http.server"}),
+    ],
+    ids=["help", "help of list", "list"],
+)
+def test_command_imports_only_its_own_modules(filled, words, absent):
+    """botocore takes 0.3 s, rich and importlib.metadata as long as typer."""
+    code = "import sys; from core_dumps.start import main; sys.argv[0] = 'core-dumps'\ntry: main()\nfinally: "
+    code += "print('\\n'.join(sys.modules), file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=filled.variables(),
+        cwd=filled.home,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "core_dumps.options" in done.stderr.split()
+    assert not absent & set(done.stderr.split())
+
+
 def test_completion_knows_commands_and_options(cli):
     cli.environ["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"  # whichever shell runs the tests
     assert "_CORE_DUMPS_COMPLETE=complete_bash" in cli.run("--show-completion", "bash").stdout

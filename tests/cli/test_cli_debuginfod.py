@@ -105,7 +105,7 @@ def test_debuggers_of_this_machine_open_a_core_with_the_files_in_the_bucket(cras
         code, told = server.end()
     assert code == 0, "Ctrl-C is its normal end"
     assert f"sent {crashed.program} (" in told
-    assert "serving 4 files of 1 dumps" in told
+    assert "serving 4 files of 1 dump until" in told
 
 
 def test_nothing_else_is_served(crashed, cli):

@@ -69,6 +69,8 @@ def test_drgn_is_taken_where_gdb_is_missing_and_a_note_says_so(cli, gz, monkeypa
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "pip install drgn" in cli.run("bt", code=2).stderr
     assert "drgn is not installed" in cli.run("bt", "--debugger", "drgn", code=2).stderr
+    monkeypatch.undo()
+    assert "drgn takes none" in cli.run("bt", "--debugger", "drgn", "-A", "x", code=2).stderr
 
 
 def test_debugger_is_chosen_in_one_order(tools, monkeypatch):  # noqa: F811
@@ -76,16 +78,16 @@ def test_debugger_is_chosen_in_one_order(tools, monkeypatch):  # noqa: F811
         (tools / program).write_text("#!/bin/sh\n")
         (tools / program).chmod(0o755)
     monkeypatch.setenv("PATH", str(tools))
-    assert choice.choose(None) == "gdb"
+    assert choice.choose(None, str) == "gdb"
     (tools / "gdb").unlink()
-    assert choice.choose(None) == "drgn"
+    assert choice.choose(None, str) == "drgn"
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert choice.choose(None) == "lldb"
+    assert choice.choose(None, str) == "lldb"
     (tools / "lldb").unlink()
-    assert choice.choose(None) == "eu-stack"
+    assert choice.choose(None, str) == "eu-stack"
     (tools / "eu-stack").unlink()
     with pytest.raises(UsageError, match="install gdb"):
-        choice.choose(None)
+        choice.choose(None, str)
 
 
 @needs_gdb

@@ -107,7 +107,7 @@ def test_backtraces_of_several_dumps_have_headings_and_one_failure_ends_none(two
         "core-app-1772000003-3-11.gz", "core-app-1772000002-2-11.gz", "core-app-1772000001-1-11.gz",
     ]  # fmt: skip
     assert done.stdout.count("#0  main () at a.c:3") == 2
-    assert "core-dumps: 1 of 3 dumps have no backtrace\n" in done.stderr
+    assert "core-dumps: no backtrace of 1 of 3 dumps\n" in done.stderr
     assert "gzip" in done.stderr
     done = cli.run("bt", "-n", "2", "--debugger", program, "/bin/app", code=1)
     assert done.stdout.count("#0  main") == 1
@@ -131,6 +131,15 @@ def test_backtraces_of_several_dumps_take_the_space_of_one(two):
     cli.run("bt", "-n", "2", "--debugger", program, "--json=short")
     assert list(kept.glob("*.core")) == [first], "it was there before"
     assert set(counts.read_text().split()) == {"1", "2"}
+
+
+def test_each_note_is_told_once_for_all_dumps_and_not_at_all_if_the_user_is_quiet(two):
+    cli, program = two
+    done = cli.run("bt", "--all", "--debugger", program)
+    assert done.stderr.count("to get them: ") == 1
+    assert done.stderr.count("the kernel left the list of mapped files out") == 1
+    assert cli.run("bt", "--all", "-q", "--debugger", program).stderr == ""
+    assert cli.run("bt", "-q", "--debugger", program).stderr == ""
 
 
 def test_more_frames_than_the_limit_are_shown_if_the_user_asks_for_them(two):
