@@ -13,13 +13,16 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 from tests.support import collector, deploy, s3
+from tests.support.cloudformation import Stack
 
 from core_dump_collector.config import Settings
 from core_dump_format.keys import literal_folder
 
 IAM = deploy.ROOT / "iam"
 TEMPLATE = deploy.ROOT / "ecs/core-dumps.yaml"
-PERMISSIONS = ["write-only", "duplicate-detection", "kms", "tags"]
+TEMPLATES = [TEMPLATE, deploy.ROOT / "eks/core-dumps.yaml"]
+PERMISSIONS = ["write-only", "write-only-prefix", "duplicate-detection", "kms", "tags", "read", "read-tenant"]
+BUCKET_POLICIES = ["bucket-policy", "bucket-policy-prefix", "bucket-policy-other-account"]
 TRUST = ["trust-irsa", "trust-pod-identity", "trust-ecs"]
 ACCEPTED = {
     "CKV_AWS_18",  # access logs need a bucket of their own: the account's choice
@@ -32,8 +35,9 @@ def policy(name, bucket="my-core-dumps"):
     return json.loads((IAM / f"{name}.json").read_text().replace("my-core-dumps", bucket))
 
 
-def test_template_passes_cfn_lint():
-    deploy.succeed(deploy.tool("cfn-lint"), TEMPLATE)
+@pytest.mark.parametrize("template", TEMPLATES, ids=["ecs", "eks"])
+def test_template_passes_cfn_lint(template):
+    deploy.succeed(deploy.tool("cfn-lint"), template)
 
 
 def test_cfn_lint_finds_a_misspelt_property(tmp_path):
@@ -44,9 +48,8 @@ def test_cfn_lint_finds_a_misspelt_property(tmp_path):
 
 def test_policy_linter_finds_only_what_is_explained():
     options = ["--framework", "cloudformation", "--skip-download", "--output", "json", "--quiet"]
-    done = deploy.run(
-        deploy.tool("checkov"), "-f", TEMPLATE, *options, env=os.environ | {"LOG_LEVEL": "ERROR"}
-    )
+    files = [word for template in TEMPLATES for word in ("-f", template)]
+    done = deploy.run(deploy.tool("checkov"), *files, *options, env=os.environ | {"LOG_LEVEL": "ERROR"})
     report = json.loads(done.stdout)
     assert report["summary"]["passed"] >= 20
     assert {check["check_id"] for check in report["results"]["failed_checks"]} == ACCEPTED
@@ -61,8 +64,18 @@ def test_policies_are_what_iam_takes(tmp_path):
         name: {"Type": "AWS::IAM::ManagedPolicy", "Properties": {"PolicyDocument": policy(name)}}
         for name in PERMISSIONS
     }
-    resources = {name.title().replace("-", ""): value for name, value in (roles | policies).items()}
-    assert len(resources) == len(PERMISSIONS + TRUST)
+    buckets = {
+        name: {
+            "Type": "AWS::S3::BucketPolicy",
+            "Properties": {"Bucket": name, "PolicyDocument": policy(name)},
+        }
+        for name in BUCKET_POLICIES
+    }
+    key = policy("key-policy-other-account")
+    keys = {"key-policy-other-account": {"Type": "AWS::KMS::Key", "Properties": {"KeyPolicy": key}}}
+    every = roles | policies | buckets | keys
+    assert set(every) | {"lifecycle"} == {path.stem for path in IAM.glob("*.json")}
+    resources = {name.title().replace("-", ""): value for name, value in every.items()}
     template = tmp_path / "policies.json"
     template.write_text(json.dumps({"AWSTemplateFormatVersion": "2010-09-09", "Resources": resources}))
     deploy.succeed(deploy.tool("cfn-lint"), template)
@@ -80,7 +93,7 @@ def container():
 def test_task_gives_the_collector_settings_that_it_accepts_and_time_to_end():
     resources, task = container()
     given = {pair["Name"].lower(): pair["Value"] for pair in task["Environment"]}
-    assert given.pop("aws_region") == {"Ref": "AWS::Region"}
+    del given["aws_region"]
     assert set(given) <= set(Settings.model_fields)
     assert task["StopTimeout"] >= float(given["shutdown_seconds"]) + 20
     assert resources["Service"]["Properties"]["SchedulingStrategy"] == "DAEMON"
@@ -185,9 +198,11 @@ def test_rules_expire_dumps_and_no_modules(tmp_path):
     (expiring,) = [rule for rule in kept if "Expiration" in rule]
     folder = literal_folder(Settings.model_fields["key_template"].default)
     assert (expiring["Filter"]["Prefix"], expiring["Status"]) == (folder, "Enabled")
-    resources, _ = container()
-    own = resources["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
-    assert [rule["Prefix"] for rule in own if "ExpirationInDays" in rule] == [folder]
+    for template in TEMPLATES:
+        given = {"Cluster": "c"} | ({"Image": "i"} if template is TEMPLATE else {})
+        stack = Stack(template, given, "eu-central-1", "aws", "amazonaws.com")
+        own = stack.resources["Bucket"]["LifecycleConfiguration"]["Rules"]
+        assert [rule["Prefix"] for rule in own if "ExpirationInDays" in rule] == [folder]
 
 
 def test_enforcement_is_real_for_an_identity_that_may_only_read(watch_dir, tmp_path):
