@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 from tests.support import deploy
@@ -29,15 +30,24 @@ json.dump(found, sys.stdout)
 """
 
 
-def render(*values):
-    """Render the chart once for each set of values; return objects by kind and name, or the error."""
-    yaml = pytest.importorskip("yaml")
+def helm(script, **options):
+    """Run a script with Helm's library on the chart; return what it prints."""
     python = deploy.ROOT / ".venv/helm/bin/python"
     if not python.exists():
         pytest.skip("Helm is not installed: make deploy-tools")
-    rendered = json.loads(deploy.succeed(python, "-c", RENDER, CHART, input=json.dumps(values), stdin=None))
+    return deploy.succeed(python, "-c", script, CHART, **options)
+
+
+def templates(*values):
+    """Return the rendered text of each template, or the error, once for each set of values."""
+    return json.loads(helm(RENDER, input=json.dumps(values), stdin=None))
+
+
+def render(*values):
+    """Render the chart once for each set of values; return objects by kind and name, or the error."""
+    yaml = pytest.importorskip("yaml")
     found = []
-    for files in rendered:
+    for files in templates(*values):
         if isinstance(files, str):
             found.append(files)
             continue
@@ -64,6 +74,8 @@ def kustomized(folder):
 def kustomized_by(folder):
     yaml = pytest.importorskip("yaml")
     text = deploy.succeed(deploy.tool("kubectl"), "kustomize", folder)
+    # kustomize names the settings by their content; the chart has an annotation for that.
+    text = re.sub(r"core-dump-collector-[a-z0-9]{10}\b", "core-dump-collector", text)
     found = by_name(yaml.safe_load_all(text))
     del found["Namespace", "core-dump-handler"]  # helm install --create-namespace
     return found
@@ -163,3 +175,72 @@ def test_wrong_values_are_refused_with_the_place_of_the_mistake():
     for (values, place), error in zip(WRONG, render(*(LEAST | values for values, _ in WRONG)), strict=True):
         assert isinstance(error, str), values
         assert place in error, values
+
+
+LINT = """
+import json, sys
+from helm_python import chart
+print(json.dumps(chart.lint(sys.argv[1], values=json.loads(sys.argv[2]), strict=True), default=str))
+"""
+
+
+def test_notes_say_what_is_left_to_do_on_the_nodes():
+    wanted = {
+        "amazon-linux": "Install the helper on each node",
+        "configure-host": "It stays when the release goes",
+        "bottlerocket-dd": "Give each node the settings of bottlerocket/dd.toml",
+        "bottlerocket-file": "Give each node the settings of bottlerocket/file.toml",
+    }
+    assert list(wanted) == NODES
+    rendered = templates(*({**LEAST, "nodes": nodes, "bucket": "b-1"} for nodes in NODES))
+    for (nodes, said), files in zip(wanted.items(), rendered, strict=True):
+        (notes,) = [text for name, text in files.items() if name.endswith("NOTES.txt")]
+        directory = "/var/core_dumps" if nodes.startswith("bottlerocket") else "/core_dumps"
+        assert said in notes
+        assert f"uploads the dumps in {directory} to b-1" in notes
+        assert "pod-security.kubernetes.io/enforce=privileged" in notes
+        assert f"core-dump-collector check {directory}" in notes
+
+
+FIRST_RELEASE = {
+    "nodes": "amazon-linux",
+    "bucket": "my-core-dumps",
+    "region": "eu-central-1",
+    "roleArn": "",
+    "keyTemplate": "",
+    "settings": {"FINGERPRINT": "false"},
+    "image": {"repository": "r/c", "tag": "", "digest": "", "pullPolicy": "IfNotPresent"},
+    "imagePullSecrets": [],
+    "fullnameOverride": "core-dump-collector",
+    "nodeSelector": {},
+    "tolerations": [{"operator": "Exists"}],
+    "maxUnavailable": "10%",
+    "resources": {"limits": {"memory": "1Gi"}},
+    "priorityClass": {"create": True, "name": "core-dump-collector"},
+    "networkPolicy": {"create": True, "ports": [443]},
+    "kernelLog": False,
+    "podMonitor": False,
+}
+"""Every value of the chart's first version: later versions take them, so that `helm upgrade --reuse-values` works."""
+
+
+def test_upgrade_takes_the_values_of_the_first_version_and_changes_nothing_that_kubernetes_keeps():
+    (documents,) = render(FIRST_RELEASE)
+    found = by_name(documents)
+    assert set(found) == {
+        (kind, "core-dump-collector")
+        for kind in ("ConfigMap", "DaemonSet", "NetworkPolicy", "PriorityClass", "ServiceAccount")
+    }
+    # The selector of a DaemonSet and the value of a PriorityClass cannot be changed.
+    selector = found["DaemonSet", "core-dump-collector"]["spec"]["selector"]
+    assert selector == {"matchLabels": {"app.kubernetes.io/name": "core-dump-collector"}}
+    assert found["PriorityClass", "core-dump-collector"]["value"] == 1000000
+    assert found["PriorityClass", "core-dump-collector"]["preemptionPolicy"] == "Never"
+
+
+def test_chart_passes_helms_own_linter():
+    given = json.dumps(LEAST)
+    report = json.loads(helm(LINT.replace("sys.argv[2]", repr(given))))
+    assert report["total_charts_linted"] == 1
+    assert [message for message in report["messages"] if message["severity"] > 1] == []
+    assert not report["errors"]

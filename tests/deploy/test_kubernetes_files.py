@@ -15,7 +15,7 @@ from core_dump_collector.config import Settings
 
 FOLDER = deploy.ROOT / "kubernetes"
 OVERLAYS = ["amazon-linux", "bottlerocket-dd", "bottlerocket-file", "configure-host"]
-SOURCES = ["base", *(f"overlays/{name}" for name in OVERLAYS), "example", "components/podmonitor"]
+SOURCES = ["base", *(f"overlays/{name}" for name in [*OVERLAYS, "mixed"]), "example", "components/podmonitor"]
 VERSIONS = ["1.30", "1.37"]
 PRIVILEGED = ["CKV_K8S_16", "CKV_K8S_20", "CKV_K8S_28", "CKV_K8S_37"]
 EXCEPTIONS = {
@@ -173,3 +173,68 @@ def test_one_image_is_used_everywhere():
     images = {line.split()[-1] for path in FOLDER.rglob("*.yaml") for line in Path(path).read_text().splitlines()
               if line.strip().startswith("image:") and "example" not in path.parts}  # fmt: skip
     assert len(images) == 1
+
+
+def test_mixed_fleet_is_one_apply_of_two_daemonsets_that_share_no_node_and_no_pod(rendered):
+    objects = rendered["overlays/mixed"][1]
+    names = [(found["kind"], found["metadata"]["name"]) for found in objects]
+    assert len(set(names)) == len(names)
+    for kind in ("Namespace", "ServiceAccount", "PriorityClass", "NetworkPolicy"):
+        assert [found for found, _ in names].count(kind) == 1
+    linux, bottlerocket = [found for found in objects if found["kind"] == "DaemonSet"]
+    for daemon, nodes, directory in (
+        (linux, "amazon-linux", "/core_dumps"),
+        (bottlerocket, "bottlerocket", "/var/core_dumps"),
+    ):
+        pod = daemon["spec"]["template"]
+        assert daemon["spec"]["selector"]["matchLabels"]["core-dump-handler/nodes"] == nodes
+        assert daemon["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        assert pod["spec"]["nodeSelector"]["core-dump-handler/nodes"] == nodes
+        assert pod["spec"]["serviceAccountName"] == "core-dump-collector"
+        (container,) = pod["spec"]["containers"]
+        assert container["args"] == ["run", directory]
+        (source,) = [item["configMapRef"]["name"] for item in container["envFrom"]]
+        (settings,) = [found["data"] for found in objects if found["metadata"]["name"] == source]
+        assert ("{namespace}" in settings["KEY_TEMPLATE"]) is (nodes == "amazon-linux")
+    (policy,) = [found for found in objects if found["kind"] == "NetworkPolicy"]
+    selected = policy["spec"]["podSelector"]["matchLabels"].items()
+    for daemon in (linux, bottlerocket):
+        assert selected <= daemon["spec"]["template"]["metadata"]["labels"].items()
+
+
+def test_changed_setting_rolls_out_and_an_unchanged_one_does_not(tmp_path):
+    """By the name of the ConfigMap, which the pods' template contains; role, bucket and image are set from outside."""
+    yaml = pytest.importorskip("yaml")
+    shutil.copytree(FOLDER, tmp_path / "kubernetes")
+    (tmp_path / "mine").mkdir()
+
+    def render(bucket):
+        data = {"BUCKET_NAME": bucket, "AWS_REGION": "us-gov-west-1"}
+        map_, role = ({"name": "core-dump-collector", "namespace": "core-dump-handler"} for _ in range(2))
+        role["annotations"] = {"eks.amazonaws.com/role-arn": "arn:aws-us-gov:iam::1:role/r"}
+        patches = [
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": map_, "data": data},
+            {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": role},
+        ]
+        (tmp_path / "mine/kustomization.yaml").write_text(
+            json.dumps(
+                {
+                    "resources": ["../kubernetes/overlays/amazon-linux"],
+                    "images": [{"name": "registry.example.com/core-dump-collector", "newName": "r/c"}],
+                    "patches": [{"patch": json.dumps(patch)} for patch in patches],
+                }
+            )
+        )
+        rendered = deploy.succeed(deploy.tool("kubectl"), "kustomize", tmp_path / "mine")
+        return {found["kind"]: found for found in yaml.safe_load_all(rendered)}
+
+    first, same, other = render("a-bucket"), render("a-bucket"), render("b-bucket")
+    assert first == same
+    templates = [found["DaemonSet"]["spec"]["template"]["spec"] for found in (first, other)]
+    names = [spec["containers"][0]["envFrom"][0]["configMapRef"]["name"] for spec in templates]
+    assert names == [found["ConfigMap"]["metadata"]["name"] for found in (first, other)]
+    assert len(set(names)) == 2
+    assert other["ConfigMap"]["data"]["BUCKET_NAME"] == "b-bucket"
+    assert other["ConfigMap"]["data"]["KEY_TEMPLATE"].startswith("dumps/"), "what is not named stays"
+    assert templates[0]["containers"][0]["image"] == "r/c:0.1.0"
+    assert first["ServiceAccount"]["metadata"]["annotations"]["eks.amazonaws.com/role-arn"].endswith("role/r")

@@ -105,6 +105,15 @@ def test_directory_of_the_system_is_refused_and_helper_conf_stays(tmp_path, name
     assert conf_of(tmp_path).read_text() == "LEVEL=3\n"
 
 
+@needs_root
+def test_configuration_that_is_a_link_is_not_replaced(tmp_path):
+    conf_of(tmp_path).parent.mkdir(parents=True)
+    conf_of(tmp_path).symlink_to("/dev/null")
+    done = deploy.run(SYSCTL / "install.sh", "--root", tmp_path, "--watch-dir", "/data")
+    assert (done.returncode, "is not a regular file" in done.stderr) == (1, True)
+    assert conf_of(tmp_path).is_symlink()
+
+
 def test_dry_run_of_a_move_is_refused():
     done = deploy.run(SYSCTL / "install.sh", "--dry-run", "--watch-dir", "/data")
     assert (done.returncode, "--dry-run cannot show" in done.stderr) == (2, True)
@@ -136,9 +145,8 @@ def test_component_moves_the_daemonset_and_what_configure_host_installs(tmp_path
     (tmp_path / "rendered.yaml").write_text(rendered)
     deploy.succeed(deploy.tool("kubernetes-validate"), "--strict", "-k", "1.30", tmp_path / "rendered.yaml")
     found = {item["kind"]: item for item in yaml.safe_load_all(rendered)}
-    assert found["ConfigMap"]["metadata"]["name"] == "core-dump-collector", (
-        "the setting itself is not applied"
-    )
+    settings = found["ConfigMap"]["metadata"]["name"]
+    assert settings.startswith("core-dump-collector-"), "the setting itself is not applied"
     spec = found["DaemonSet"]["spec"]["template"]["spec"]
     (container,) = spec["containers"]
     places = [container["args"][1], found["ConfigMap"]["data"]["WATCH_DIR"]]
@@ -146,5 +154,20 @@ def test_component_moves_the_daemonset_and_what_configure_host_installs(tmp_path
     places += [volume["hostPath"]["path"] for volume in spec["volumes"] if volume["name"] == "core-dumps"]
     assert places == ["/data/core_dumps"] * 4
     for init in spec.get("initContainers", []):
-        source = {"name": "core-dump-collector", "key": "WATCH_DIR", "optional": True}
+        source = {"name": settings, "key": "WATCH_DIR", "optional": True}
         assert init["env"] == [{"name": "WATCH_DIR", "valueFrom": {"configMapKeyRef": source}}]
+
+
+def test_bottlerocket_nodes_of_a_mixed_fleet_keep_the_directory_of_their_core_pattern(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    folder = deploy.moved(tmp_path, "overlays/mixed", "/data/core_dumps")
+    rendered = deploy.succeed(deploy.tool("kubectl"), "kustomize", folder)
+    daemons = [found for found in yaml.safe_load_all(rendered) if found["kind"] == "DaemonSet"]
+    directories = {
+        found["metadata"]["name"]: found["spec"]["template"]["spec"]["containers"][0]["args"][1]
+        for found in daemons
+    }
+    assert directories == {
+        "core-dump-collector": "/data/core_dumps",
+        "core-dump-collector-bottlerocket": "/var/core_dumps",
+    }
