@@ -81,14 +81,14 @@ test-coverage-count: $(READY) packages ## 1,000 crashes, a fifth of them lost in
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .
 
-dist: $(READY) packages $(VENV)/release/bin/cyclonedx-py ## a release in dist/: wheel, source, RPM, CycloneDX bill of materials, hashes
+dist: $(READY) packages $(VENV)/release/bin/cyclonedx-py ## a release in dist/: wheel, source, RPM and deb, CycloneDX bill of materials, hashes
 	rm -rf dist
 	$(VENV)/release/bin/python -m build -q --sdist --wheel -o dist .
-	@$(MAKE) -s rpm
+	@$(MAKE) -s deb collector-packages
 	$(VENV)/release/bin/cyclonedx-py requirements collector/requirements.txt --pyproject pyproject.toml \
 	  --output-reproducible -o dist/core-dump-handler-$$($(BIN)/python -c 'import core_dump_helper as h; print(h.VERSION)').cdx.json
 	cd dist && sha256sum -- * > SHA256SUMS
-	DEPLOY_TIER=dist $(BIN)/python -m pytest -q tests/deploy/test_dist.py
+	DEPLOY_TIER=dist $(BIN)/python -m pytest -q tests/deploy/test_dist.py tests/deploy/test_packages.py
 
 $(VENV)/release/bin/cyclonedx-py: $(READY)
 	$(PYTHON) -m venv $(VENV)/release

@@ -18,6 +18,7 @@ MACHINE = (
     "tests/deploy/test_cri.py",
     "tests/deploy/test_image.py",
     "tests/deploy/test_package.py",
+    "tests/deploy/test_packages.py",
     "tests/deploy/test_sysctl_host.py",
     "tests/integration/test_check.py",
     "tests/integration/test_daemon_observes.py",

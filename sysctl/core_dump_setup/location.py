@@ -35,6 +35,8 @@ def choose(tree: Tree, name: str, shipped: bytes) -> None:
     if name == directory.settings(tree).WATCH_DIR:
         return
     text = tree.read(directory.CONFIG)
+    if text is None and tree.exists(directory.CONFIG):
+        raise SetupError(tree.path(directory.CONFIG) + " is not a regular file: set WATCH_DIR where it leads")
     text = SETTING.sub(b"", shipped if text is None else text).rstrip(b"\n")
     tree.place(directory.CONFIG, text + b"\nWATCH_DIR=" + os.fsencode(name) + b"\n")
 

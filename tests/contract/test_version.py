@@ -23,6 +23,7 @@ def test_all_programs_have_the_same_version():
 def test_files_that_name_a_release_name_this_one():
     releases = {
         "sysctl/core-dump-handler.spec": r"^Version: (.+)$",
+        "sysctl/core-dump-collector.spec": r"^Version: (.+)$",
         "kubernetes/base/daemonset.yaml": r"core-dump-collector:(\S+)",
         "kubernetes/overlays/configure-host/init.yaml": r"core-dump-collector:(\S+)",
         "tests/deploy/targets.mk": r"core-dump-collector:(\S+)",

@@ -1,9 +1,19 @@
-.PHONY: requirements rpm image test-image test-cri vm
+.PHONY: requirements rpm deb collector-packages image test-image test-cri vm
 
 rpm: ## the RPM for Amazon Linux, into dist/
 	@mkdir -p dist build/rpm
 	rpmbuild -bb --quiet --define "_topdir $(CURDIR)/build/rpm" --define "_sourcedir $(CURDIR)" sysctl/core-dump-handler.spec
 	@cp build/rpm/RPMS/noarch/*.rpm dist/ && ls dist/*.rpm
+
+deb: rpm ## the helper as a Debian package, from that RPM
+	sysctl/rpm2deb.sh dist/core-dump-handler-*.noarch.rpm dist
+
+collector-packages: $(READY) ## the collector as RPM and Debian package, with an environment of its own for Python 3.11
+	@mkdir -p dist build/rpm
+	sysctl/collector-tree.sh build/collector $(BIN)/python
+	rpmbuild -bb --quiet --define "_topdir $(CURDIR)/build/rpm" --define "_sourcedir $(CURDIR)/build/collector" sysctl/core-dump-collector.spec
+	@cp build/rpm/RPMS/*/core-dump-collector-*.rpm dist/
+	sysctl/rpm2deb.sh dist/core-dump-collector-*.rpm dist
 
 IMAGE ?= core-dump-collector:0.1.0
 image: ## IMAGE=name:tag [IMAGE_OPTIONS='--build-arg BASE=...']: the collector's container image
@@ -21,7 +31,7 @@ test-cri: $(READY) ## run the pods of kubernetes/ with containerd, as the kubele
 
 vm: $(READY) ## install, boot, crash and uninstall in virtual machines (qemu); root
 	@tests/deploy/roots.sh $(abspath $(BIN)/python) vm
-	DEPLOY_TIER=vm $(BIN)/python -m pytest --timeout 900 tests/deploy/test_vm.py
+	DEPLOY_TIER=vm $(BIN)/python -m pytest --timeout 900 tests/deploy/test_vm.py tests/deploy/test_walk.py
 
 requirements: ## pin what the image holds anew, with hashes
 	$(PYTHON) -m venv $(VENV)/pip-tools

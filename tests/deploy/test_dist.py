@@ -18,10 +18,14 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("DEPLOY_TIER") != "dist", reason="looks at what `make dist` has built"
 )
 DIST = deploy.ROOT / "dist"
+ARCH = {"x86_64": ("x86_64", "amd64"), "aarch64": ("aarch64", "arm64")}[os.uname().machine]
 NAMES = {
     f"core_dump_handler-{VERSION}-py3-none-any.whl",
     f"core_dump_handler-{VERSION}.tar.gz",
     f"core-dump-handler-{VERSION}-1.noarch.rpm",
+    f"core-dump-handler_{VERSION}-1_all.deb",
+    f"core-dump-collector-{VERSION}-1.{ARCH[0]}.rpm",
+    f"core-dump-collector_{VERSION}-1_{ARCH[1]}.deb",
     f"core-dump-handler-{VERSION}.cdx.json",
 }
 

@@ -609,6 +609,6 @@ def test_second_run_waits_for_the_first(tmp_path):
     assert not lock.exists()
 
 
-@pytest.mark.parametrize("script", ["install.sh", "uninstall.sh"])
+@pytest.mark.parametrize("script", sorted(path.name for path in SYSCTL.glob("*.sh")))
 def test_scripts_pass_shellcheck(script):
     deploy.succeed(deploy.tool("shellcheck"), SYSCTL / script)
