@@ -138,18 +138,18 @@ def archive(root, target):
         subprocess.run(command, shell=True, cwd=root, stdout=out, check=True)
 
 
-def boot(root, scratch, before="", after=""):
-    """Boot a root directory, run commands before and after the crash; return what its report printed."""
+def boot(root, scratch, before="", after="", report=""):
+    """Boot a root directory, run commands before and after the crash, or others; return what was printed."""
     (root / "etc/systemd/system/crashy.service").write_text(CRASHY)
     (root / "etc/systemd/system/report.service").write_text(REPORT)
     wants = root / "etc/systemd/system/default.target.wants"
     wants.mkdir(exist_ok=True)
     (wants / "report.service").symlink_to("../report.service")
-    report = START.replace("BEFORE", before) + SCRIPT.replace("AFTER", after)
-    (root / "report").write_text(report)
+    usual = START.replace("BEFORE", before) + SCRIPT.replace("AFTER", after)
+    (root / "report").write_text(report or usual)
     archive(root, scratch / "root.cpio")
     (kernel,) = CACHE.glob("kernel/boot/vmlinuz-*")
-    command = [deploy.tool("qemu-system-x86_64"), "-accel", "tcg,thread=multi", "-cpu", "max", "-m", "3072"]
+    command = [deploy.tool("qemu-system-x86_64"), "-accel", "tcg,thread=multi", "-cpu", "max", "-m", "4096"]
     command += ["-smp", "2", "-nographic", "-no-reboot", "-net", "none", "-kernel", kernel]
     # No login prompt: it would hang up the terminal that the report goes to.
     given = "console=ttyS0 quiet rdinit=/lib/systemd/systemd systemd.show_status=false panic=-1"
