@@ -19,7 +19,7 @@ from core_dump_helper.system import CHUNK, log
 
 TYPE_CHECKING = False  # `typing` costs 7 ms
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from core_dump_format.front import Front
     from core_dump_format.nearby import Nearby
@@ -58,8 +58,8 @@ class VitalPart:
         """Why the dump is trimmed, and how many bytes of memory are missing."""
         self.was_killed = False
         """Whether memory may be missing in a trimmed dump because the process was killed while it was read."""
-        self.rest: list[memoryview] = []
-        """The memory after the front of a trimmed dump."""
+        self.rest: Iterable[memoryview] = ()
+        """The memory after the front of a trimmed dump, copied into chunks once the process is released."""
         self.origin: Origin | None = None
         """Front, state and memory of the process, from which its frames are computed."""
 
@@ -85,7 +85,7 @@ class VitalPart:
         """Cut the pieces to `limit` bytes in all; return how many bytes they are now."""
         if self.end > limit:
             self.state = "partial"
-            self.rest = []
+            self.rest = ()
         left = limit
         for number, piece in enumerate(self.pieces):
             self.pieces[number] = piece[:left]
@@ -149,7 +149,7 @@ def _prepare(front: Front, crash: Crash, limit: int, trim: Trim | None) -> Vital
         vital = _trim(front, trim, selected)
     else:
         order = Reordered(front, selected.pieces, selected.page)
-        vital = VitalPart(order, _chunks(order.head, selected.pieces), "whole")
+        vital = VitalPart(order, list(_chunks(order.head, selected.pieces)), "whole")
         vital.runs = order.runs()
     vital.origin = front, process, _keep(selected.pieces)
     if not selected.is_whole or vital.was_killed:
@@ -164,12 +164,12 @@ def _trim(front: Front, trim: Trim, selected: Selected | None) -> VitalPart:
 
     if not selected:
         order, _ = fit(front, Content([], 0, []), os.sysconf("SC_PAGESIZE"), 0)
-        vital = VitalPart(order, _chunks(order.head, []), "none")
+        vital = VitalPart(order, list(_chunks(order.head, [])), "none")
     else:
         content = Content(selected.pieces, selected.vital_pieces, selected.untouched)
         order, kept = fit(front, content, selected.page, trim.limit_bytes)
         fits = kept.pieces[: kept.vital_pieces] == content.pieces[: content.vital_pieces]
-        pieces = _chunks(order.head, kept.pieces[: kept.vital_pieces])
+        pieces = list(_chunks(order.head, kept.pieces[: kept.vital_pieces]))
         vital = VitalPart(order, pieces, "whole" if fits else "partial")
         vital.rest = _chunks(b"", kept.pieces[kept.vital_pieces :])
         vital.was_killed = selected.was_killed
@@ -250,13 +250,14 @@ def _keep(pieces: list[tuple[int, int, bytes]]) -> list[tuple[int, bytes]]:
     return kept
 
 
-def _chunks(head: bytes, pieces: list[tuple[int, int, bytes]]) -> list[memoryview]:
-    """Return head and memory in chunks, because the compressor flushes after each, and a full disk costs a whole one.
+def _chunks(head: bytes, pieces: list[tuple[int, int, bytes]]) -> Iterator[memoryview]:
+    """Yield head and memory in chunks, because the compressor flushes after each, and a full disk costs a whole one.
 
     The first chunk of memory holds the newest frames of the crashing thread; each is four times as long as the last.
     """
     view = memoryview(head)
-    chunks = [view[start : start + CHUNK] for start in range(0, len(head), CHUNK)]
+    for start in range(0, len(head), CHUNK):
+        yield view[start : start + CHUNK]
     pending: list[memoryview] = []
     length = room = FIRST_CHUNK
     for _, _, content in pieces:
@@ -266,10 +267,11 @@ def _chunks(head: bytes, pieces: list[tuple[int, int, bytes]]) -> list[memoryvie
             room -= len(pending[-1])
             rest = rest[len(pending[-1]) :]
             if not room:
-                chunks.append(memoryview(b"".join(pending)))
+                yield memoryview(b"".join(pending))
                 length = room = min(CHUNK, 4 * length)
                 pending = []
-    return chunks + ([memoryview(b"".join(pending))] if pending else [])
+    if pending:
+        yield memoryview(b"".join(pending))
 
 
 def file_crc32(descriptor: int, size: int) -> int:
