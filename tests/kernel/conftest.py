@@ -44,6 +44,8 @@ class Node:
     """Processes that will crash, or have."""
     listener: subprocess.Popen | None = None
     """Receives the dumps, where the kernel sends them to a socket."""
+    inside: list[str] = field(default_factory=list)
+    """The beginning of a command that runs in an image (tests/support/images.py)."""
 
     @contextlib.contextmanager
     def installed(

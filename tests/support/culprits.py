@@ -82,7 +82,7 @@ def is_gone(pid: int) -> bool:
 
 def run(node: Any, *command: object, name: bytes, **how: Any) -> None:
     """Start a program that crashes of its own accord."""
-    node.start(*command, name=name, **NO_OUTPUT, **how)
+    node.start(*node.inside, *command, name=name, **NO_OUTPUT, **how)
 
 
 def kill(node: Any, pid: int, number: int = signal.SIGSEGV) -> None:
@@ -205,7 +205,7 @@ def node_js(node: Any) -> Iterator[Path]:
 def java(node: Any) -> Iterator[Path]:
     """Crash OpenJDK."""
     (node.directory / "Culprit.java").write_text(JAVA)
-    command = ["/usr/bin/java", "-Xmx256m", "Culprit.java"]
+    command = [*node.inside, "/usr/bin/java", "-Xmx256m", "Culprit.java"]
     process = node.start(
         *command, name=b"java", cwd=node.directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -221,7 +221,7 @@ def redis_server(node: Any) -> Iterator[tuple[int, Callable[..., str]]]:
     socket = node.directory / "redis.sock"
     options = ["--port", "0", "--unixsocket", socket, "--dir", node.directory, "--save", ""]
     options += ["--enable-debug-command", "yes"]
-    with server("/usr/bin/redis-server", *options) as process:
+    with server(*node.inside, "/usr/bin/redis-server", *options) as process:
 
         def send(*words: str) -> str:
             command: list[Any] = ["redis-cli", "-s", socket, *words]
@@ -256,7 +256,7 @@ def nginx(node: Any) -> Iterator[Path]:
     """Crash a worker of nginx."""
     config = node.directory / "nginx.conf"
     config.write_text(textwrap.dedent(NGINX).replace("DIRECTORY", str(node.directory)))
-    with server("/usr/sbin/nginx", "-c", config, "-p", node.directory) as process:
+    with server(*node.inside, "/usr/sbin/nginx", "-c", config, "-p", node.directory) as process:
         wait_until(lambda: (node.directory / "nginx.sock").exists() and children(process.pid), 30, "nginx")
         yield Path("/usr/sbin/nginx")
         kill(node, children(process.pid)[0])
@@ -273,7 +273,7 @@ def postgresql(node: Any) -> Iterator[Path]:
             [*user, binaries / "initdb", "-N", "-D", data / "db"], check=True, cwd=data, **NO_OUTPUT
         )
         options = ["-D", data / "db", "-k", data, "-c", "listen_addresses=", "-c", "shared_buffers=32MB"]
-        with server(*user, binaries / "postgres", *options, cwd=data):
+        with server(*node.inside, *user, binaries / "postgres", *options, cwd=data):
             query: list[Any] = [*user, "psql", "-h", data, "-d", "postgres", "-Atc"]
             work = "create temporary table t as select generate_series(1, 300000) n; select pg_sleep(600)"
 
@@ -294,7 +294,7 @@ def chromium(node: Any) -> Iterator[Path]:
     """Crash the process of Chromium that renders a page."""
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-breakpad", "--no-first-run"]
     flags += ["--disable-dev-shm-usage", f"--user-data-dir={node.directory / 'profile'}"]
-    with server("/usr/bin/chromium", *flags, PAGE) as process:
+    with server(*node.inside, "/usr/bin/chromium", *flags, PAGE) as process:
         wait_until(lambda: renderers(process.pid), 60, "the page")
         yield Path("/usr/lib/chromium/chromium")
         kill(node, renderers(process.pid)[0])
