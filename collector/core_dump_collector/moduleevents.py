@@ -11,6 +11,8 @@ class Kind(StrEnum):
 
     SENDING = "sending"
     FAILED = "failed"
+    INTERRUPTED = "interrupted"
+    """Lists go first; modules wait for the next pass."""
     UPLOADED = "uploaded"
     PRESENT = "present"
     UNPROVEN = "unproven"

@@ -40,7 +40,7 @@ from core_dump_format.names import PARTIAL_SUFFIX
 from core_dump_format.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from core_dump_collector.options import UploadOptions
 
@@ -51,10 +51,16 @@ SETTLED_SECONDS = 60.0
 """A partial file, or a receipt without a list, is left alone for so long."""
 ORPHAN_SECONDS = 3600.0
 """A list whose dump is not in the watch directory is kept for so long."""
+LOOK_SECONDS = 1.0
+"""Between modules, new lists are looked for after so long."""
 MOST_FAILURES = 3
 """A pass ends after so many lists, or modules, have failed."""
 _OF_THE_STORE = frozenset(RetryReason) - {RetryReason.CHECKSUM, RetryReason.UNPROVEN, RetryReason.SERVER}
 """Failures that every other object would meet too."""
+
+
+class _ListsDueError(Exception):
+    """Modules wait, because lists are small and a dump without its list names no file."""
 
 
 class Pass:
@@ -67,6 +73,7 @@ class Pass:
         self._report = report
         self._client: Store | None = None
         self._failure: RetryableError | OSError | None = None
+        self._looked_at = 0.0
 
     def run(self, *, lists: bool, modules: bool) -> None:
         """Clean up; then, if wanted, publish lists or store modules.
@@ -81,7 +88,10 @@ class Pass:
                 if lists:
                     self._each(list(found.receipts), lambda dump: self._publish(files, dump, found))
                 if modules:
-                    self._each(found.modules, lambda file: self._send(files, file))
+                    known = found.receipts.keys()
+                    self._each(found.modules, lambda file: self._send(files, file, known))
+        except _ListsDueError:
+            self._report(Event(Kind.INTERRUPTED, ""))
         except (RetryableError, OSError) as error:
             self._failure = error
         finally:
@@ -199,8 +209,12 @@ class Pass:
         files.remove(dump + RECEIPT_SUFFIX)
         self._report(Event(kind, file.name, file.size_bytes, detail))
 
-    def _send(self, files: ModuleFiles, file: File) -> None:
-        """Store one module and delete it; one that cannot be read is left for its age to remove."""
+    def _send(self, files: ModuleFiles, file: File, known: Collection[str]) -> None:
+        """Store one module and delete it; one that cannot be read is left for its age to remove.
+
+        Raises:
+            _ListsDueError: a dump that is not `known` was stored meanwhile, and its list waits.
+        """
         try:
             fd = files.open(file.name)
         except OSError:
@@ -213,6 +227,10 @@ class Pass:
                 self._report(Event(outcome, file.name, size, detail))
         finally:
             os.close(fd)
+        if time.monotonic() - self._looked_at > LOOK_SECONDS:
+            here, self._looked_at = files.scan(), time.monotonic()
+            if (here.receipts.keys() & here.lists.keys()) - set(known):
+                raise _ListsDueError
 
     def _store_open(self, name: str, part: FilePart) -> tuple[Kind, str]:
         parsed = parse_module_name(name)

@@ -97,7 +97,7 @@ class ModuleUploads:
         self._lists, self._modules = Backoff(settings.retry_seconds), Backoff(settings.retry_seconds)
         self._sent: Backoff | None = None
         """The backoff of the last pass, for lists or for modules."""
-        self._failed = False
+        self._failed = self._interrupted = False
         self.due = time.monotonic() if settings.modules else math.inf
         """When `advance` has something to do, on the monotonic clock."""
         if not settings.modules:
@@ -173,7 +173,8 @@ class ModuleUploads:
             return
         finally:
             sender.close()
-        self._process, self._pipe, self._failed = process, receiver, False
+        self._process, self._pipe = process, receiver
+        self._failed = self._interrupted = False
         self._sent = self._modules if modules else self._lists if lists else None
         self._set_deadline(now, 0)
         self.due = now
@@ -192,6 +193,7 @@ class ModuleUploads:
             while self._pipe.poll():
                 event = self._pipe.recv()
                 self._failed |= event.kind is Kind.FAILED
+                self._interrupted |= event.kind is Kind.INTERRUPTED
                 self._apply(event, now)
         if now >= self._deadline:
             self._process.kill()
@@ -214,7 +216,7 @@ class ModuleUploads:
             metrics.module_lists.labels(kind.removeprefix("list ")).inc()
         if kind is Kind.FAILED:
             log.warning("modules wait for another attempt", reason=event.name, detail=event.detail)
-        elif kind is not Kind.SENDING:
+        elif kind not in {Kind.SENDING, Kind.INTERRUPTED}:
             shown = {"detail": event.detail} if event.detail else {}
             write = log.warning if kind in DROPPED else log.info
             write("module", file=event.name, result=kind.value, bytes=event.size_bytes, **shown)
@@ -225,7 +227,7 @@ class ModuleUploads:
         self._process = self._pipe = None
         if self._sent is not None:
             self._sent.apply(now, failed=failed)
-        if self._sent is self._modules and not failed:
+        if self._sent is self._modules and not failed and not self._interrupted:
             self._modules_due = None
         self.due = now + POLL_SECONDS
 

@@ -131,6 +131,14 @@ def test_lists_and_modules_are_sent_in_turns(uploads, watch_dir):
     assert sorted(turns) == [(False, True)] * 2 + [(True, False)] * 2
 
 
+def test_modules_that_lists_have_interrupted_are_not_delayed_again(uploads, watch_dir):
+    support.put_module(watch_dir, b"library")
+    assert advance(uploads, 200)[-1][1:] == (False, True)
+    uploads._pipe, uploads._interrupted = mock.Mock(), True
+    uploads._end(uploads.due, failed=False)
+    assert advance(uploads, POLL_SECONDS)
+
+
 def test_what_fills_the_disk_is_sent_even_if_there_is_no_room_for_the_mark(uploads, watch_dir, monkeypatch):
     support.put_module(watch_dir, b"library")
     full = OSError(errno.ENOSPC, "No space left on device")

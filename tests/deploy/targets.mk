@@ -21,17 +21,17 @@ image: ## IMAGE=name:tag [IMAGE_OPTIONS='--build-arg BASE=...']: the collector's
 
 test-image: $(READY) ## build the image with Docker and collect a crash from another container; root
 	@tests/deploy/roots.sh $(abspath $(BIN)/python)
-	DEPLOY_TIER=image $(BIN)/python -m pytest --timeout 900 tests/deploy/test_image.py tests/deploy/test_requirements.py
+	DEPLOY_TIER=image $(BIN)/python -m pytest --timeout 900 tests/deploy/test_image.py tests/deploy/test_requirements.py $(PYTEST_FLAGS)
 
 test-cri: $(READY) ## run the pods of kubernetes/ with containerd, as the kubelet does; root
 	@tests/deploy/roots.sh $(abspath $(BIN)/python)
 	$(BIN)/pip install -q --disable-pip-version-check --group cri
 	DEPLOY_TIER=cri unshare --mount --net sh -c 'ip link set lo up && exec "$$@"' sh \
-	  $(BIN)/python -m pytest --timeout 900 tests/deploy/test_cri.py
+	  $(BIN)/python -m pytest --timeout 900 tests/deploy/test_cri.py $(PYTEST_FLAGS)
 
 vm: $(READY) ## install, boot, crash and uninstall in virtual machines (qemu); root
 	@tests/deploy/roots.sh $(abspath $(BIN)/python) vm
-	DEPLOY_TIER=vm $(BIN)/python -m pytest --timeout 900 tests/deploy/test_vm.py tests/deploy/test_walk.py
+	DEPLOY_TIER=vm $(BIN)/python -m pytest --timeout 900 tests/deploy/test_vm.py tests/deploy/test_walk.py $(PYTEST_FLAGS)
 
 requirements: ## pin what the image holds anew, with hashes
 	$(PYTHON) -m venv $(VENV)/pip-tools

@@ -11,8 +11,10 @@ import re
 import socket
 import stat
 import tempfile
+import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -199,6 +201,27 @@ def test_pod_that_is_deleted_while_the_store_is_down_is_named_by_its_dump(node, 
     assert key.startswith(f"shop/{POD}/app/core-")
     assert sidecar["identity_source"] == "runtime"
     assert sidecar["image"] == crashing.spec["containers"][0]["image"]
+
+
+def test_pod_ends_as_fast_with_modules_as_without(node, record_property):
+    watch_dir, pattern = install_helper(node)
+    (watch_dir / ".modules").mkdir(mode=0o700)
+    (watch_dir / ".modules/collector").touch()
+    ends = {"yes": [], "no": []}
+    with kernel.core_pattern(pattern):
+        for number in range(8):
+            modules = ("yes", "no")[number % 2]
+            settings = {"WATCH_DIR": watch_dir, "KEEP_FREE_PERCENT": 1, "RATE_LIMIT": 0, "MODULES": modules}
+            kernel.write_config(node.root.parent / "helper.conf", settings)
+            (watch_dir / ".helper/modules").unlink(missing_ok=True)  # so that every file is copied again
+            with node.pod("shop", f"cart-{number}", application(), {}) as pod:
+                wait_until(partial(pod.exited, "app"), 60, "the crash")
+                crashed = time.monotonic()
+            ends[modules].append(time.monotonic() - crashed)
+            wait_until(lambda: not list(watch_dir.rglob("*.partial")), 60, "the end of the copy")
+    record_property("seconds_to_remove_a_pod", ends)
+    assert list((watch_dir / ".modules").glob("module-*"))
+    assert min(ends["yes"]) < 1.5 * max(ends["no"]) + 1
 
 
 @pytest.mark.parametrize(("components", "watched"), [((), 0), (("kernel-log",), 1)])

@@ -112,8 +112,11 @@ def test_known_file_is_neither_read_nor_copied_again(taken, process_with):
         for path in (taken.watch_dir / ".modules").glob("module-*"):
             path.unlink()  # the collector has taken it
         second = crash(taken, pid, time_of_crash=1700000001)
-    assert second.modules == first.modules
-    assert stored(taken) == {}
+        assert second.modules == first.modules
+        assert stored(taken) == {}
+        (taken.watch_dir / ".helper/modules").unlink()  # an operator wants it sent again
+        crash(taken, pid, time_of_crash=1700000002)
+    assert stored(taken).keys() >= {module.sha256 for module in first.modules if module.sha256}
 
 
 def test_same_content_in_another_image_is_stored_once(taken, process_with, tmp_path):

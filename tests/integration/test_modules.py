@@ -14,8 +14,9 @@ from tests.support import cores, modules, s3
 from tests.support.collector import command_of, descendants, running, wait_until
 from tests.support.manners import Manners, fake_s3
 from tests.support.modules import make_pass, put_list, put_module
-from tests.support.uploads import KEY, NAME, connected, send
+from tests.support.uploads import KEY, NAME, connected, options, send
 
+from core_dump_collector import modulepass
 from core_dump_collector.jobs import Outcome
 from core_dump_collector.moduleevents import Kind
 from core_dump_collector.modulepass import MOST_WAITING_BYTES
@@ -363,6 +364,36 @@ def test_events_name_what_was_done(watch_dir):
     with fake_s3(Manners()) as store, connected(store.environ()):
         (event,) = make_pass(watch_dir)
     assert (event.kind, event.name, event.detail) == (Kind.LIST_PUBLISHED, f"{NAME}.json", KEY)
+
+
+def test_list_of_a_dump_that_is_stored_meanwhile_goes_before_further_modules(watch_dir, monkeypatch):
+    for content in (LIBRARY, PROGRAM):
+        put_module(watch_dir, content)
+    store_module = modulepass.store_module
+
+    def while_it_is_sent(*of):
+        put_list(watch_dir, NAME, modules.module(LIBRARY))
+        modulefiles.note_stored(str(watch_dir), NAME, modulefiles.Receipt("dumps", KEY))
+        return store_module(*of)
+
+    monkeypatch.setattr(modulepass, "store_module", while_it_is_sent)
+    with fake_s3(Manners()) as store, connected(store.environ()):
+        events = []
+        modulepass.run(str(watch_dir), options(), events.append, lists=False, modules=True)
+        monkeypatch.setattr(modulepass, "store_module", store_module)
+        assert kinds(events) == [Kind.INTERRUPTED, Kind.SENDING, Kind.UPLOADED]
+        assert kinds(make_pass(watch_dir)) == [Kind.LIST_PUBLISHED, Kind.UPLOADED]
+
+
+def test_list_that_the_bucket_refuses_does_not_interrupt_modules(watch_dir):
+    for content in (LIBRARY, PROGRAM):
+        put_module(watch_dir, content)
+    put_list(watch_dir, NAME, modules.module(LIBRARY))
+    modulefiles.note_stored(str(watch_dir), NAME, modulefiles.Receipt("dumps", KEY))
+    with fake_s3(Manners()) as store, connected(store.environ()):
+        events = []
+        modulepass.run(str(watch_dir), options(), events.append, lists=False, modules=True)
+    assert kinds(events) == [Kind.SENDING] * 2 + [Kind.UPLOADED] * 2
 
 
 def ignores(pid, number):
