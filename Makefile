@@ -63,7 +63,9 @@ test-programs: $(READY) packages ## crash PostgreSQL, Redis, Java, Chromium and 
 
 test-fingerprints: $(READY) packages ## ONLY=redis-server,go: crash 94 bugs in many languages, compare fingerprints; minutes
 	@sh tests/support/packages.sh programs
-	FINGERPRINTS=$(or $(ONLY),1) $(BIN)/python -m pytest -n 0 -s tests/kernel/test_fingerprints.py $(PYTEST_FLAGS)
+	@$(if $(ONLY),,rm -f $(VENV)/fingerprints.jsonl)
+	FINGERPRINTS=$(or $(ONLY),1) FOUND=$(VENV)/fingerprints.jsonl \
+	  $(BIN)/python -m pytest -n 0 -s tests/kernel/test_fingerprints.py $(PYTEST_FLAGS)
 
 test-socket: $(READY) packages ## Linux 6.16: the kernel tier over a socket, 1,000 swaps, 500 crashes at once; minutes
 	TRANSPORT=@@ $(BIN)/python -m pytest tests/kernel $(PYTEST_FLAGS)
