@@ -11,7 +11,9 @@ from core_dump_helper.settings import Settings as HelperSettings
 
 COLLECTOR = {name.upper() for field in Settings.model_fields for name in names_of(field)}
 HELPER = set(HelperSettings.defaults())
-OTHERS = re.compile("AWS_[A-Z0-9_]+|CORE_DUMPS_CACHE|CORE_DUMP_ROOT|DEBUGINFOD_URLS|MALLOC_ARENA_MAX|NO_COLOR|PYTHON[A-Z]*")
+OTHERS = re.compile(
+    "AWS_[A-Z0-9_]+|CORE_DUMPS_CACHE|CORE_DUMP_ROOT|DEBUGINFOD_URLS|MALLOC_ARENA_MAX|NO_COLOR|PYTHON[A-Z]*"
+)
 """Variables of boto3, of `core-dumps`, of the bootstrap script, of debuggers and of Python."""
 NOT_SETTINGS = re.compile(
     "RLIMIT_CORE|O_[A-Z]+|IN_[A-Z_]+|F_[A-Z]+|PR_[A-Z_]+|CAP_[A-Z_]+|NT_[A-Z]+|PN_XNUM|MADV_[A-Z_]+|DAC_OVERRIDE|[A-Z]+_IA|TRUNCATED_REASONS"
