@@ -26,6 +26,8 @@ VITAL_REASONS = ("rate_limit", "keep_free", "max_total_bytes", "no_slot")
 VITAL_SLOTS, VITAL_SLOT = 4, "vital-slot"
 SLOT_SECONDS = 0.5
 """A crash that gets no slot in this time keeps its vital part, if that is allowed; small dumps need less."""
+LEAST_SLOT_SECONDS = 0.1
+"""It tries for so long even if it was slow to come here: other helpers hold the guard of free slots for moments."""
 OPEN_SECONDS = 10
 """For which a crash that waits for a slot keeps its files open."""
 RESERVED_SECONDS = 10
@@ -160,7 +162,8 @@ class Limits:
         """Wait for a slot; return `no_slot` if it is one that is reserved for vital parts, else an empty string."""
         slots = Slots(records, self._settings.MAX_CONCURRENT, self._origin, self._memory)
         self._slots = [slots]
-        waited_until = deadline - self._settings.DEADLINE_SECONDS + SLOT_SECONDS
+        begun = deadline - self._settings.DEADLINE_SECONDS
+        waited_until = max(begun + SLOT_SECONDS, time.monotonic() + LEAST_SLOT_SECONDS)
         if slots.acquire(min(deadline, waited_until)):
             return ""
         disk = self._vital_disk("no_slot", records)

@@ -6,12 +6,17 @@ import os
 import stat
 import subprocess
 import threading
+import time
 
 import pytest
 from tests.support.collector import wait_until
 from tests.support.cores import simple as elf
 
 from core_dump_collector.node.dumpfile import DumpFile
+from core_dump_helper import slots
+from core_dump_helper.crash import parse_arguments
+from core_dump_helper.limits import Limits, RateLimiter
+from core_dump_helper.settings import Settings
 
 
 def test_waiting_for_a_slot_takes_nothing_from_the_time_that_a_dump_has(station):
@@ -67,3 +72,19 @@ def test_dump_that_is_cut_short_is_flagged_where_there_are_no_attributes(station
             assert (b"salvaged" in dump.attributes().values()) == bool(promised)
     finally:
         subprocess.run(["umount", "-l", station.watch_dir], check=True)
+
+
+def test_slow_helper_does_not_take_a_guard_that_is_held_for_a_moment_for_a_missing_slot(
+    directory, records, monkeypatch
+):
+    """Of many crashes at once, each helper needs more than half a second to come here, and slots are free."""
+    held = iter([True] * 3)
+    lock = slots.lock
+    monkeypatch.setattr(
+        slots, "lock", lambda file, seconds: not (seconds and next(held, False)) and lock(file, seconds)
+    )
+    crash, settings = parse_arguments(["-P1"]), Settings()
+    limits = Limits(crash, {"origin": b"user:1"}, directory, settings, may_read_memory=True)
+    deadline = time.monotonic() + settings.DEADLINE_SECONDS - 1
+    assert limits._wait(records, RateLimiter(records, "0"), deadline, lambda: None) == ""
+    limits.release_slots()
