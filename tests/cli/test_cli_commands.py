@@ -162,8 +162,8 @@ def test_options_may_stand_before_the_command_or_without_one(filled):
         filled.run("-n", "2", "--node", "n1").stdout == filled.run("list", "-n", "2", "--node", "n1").stdout
     )
     assert filled.run("-1").stdout == filled.run("list", "-1").stdout
-    done = filled.run("-q", "--node", "n1", "info", "app", "--no-core")
-    assert done.stdout == filled.run("info", "app", "--no-core", "--node", "n1", "-q").stdout
+    done = filled.run("-q", "--node", "n1", "info", "app", "--no-core", "--json=short")
+    assert done.stdout == filled.run("info", "app", "--no-core", "--json=short", "--node", "n1", "-q").stdout
     assert "No such option: --bogus" in filled.run("--bogus", code=2).stderr
     assert "No such command 'bogus'" in filled.run("bogus", code=2).stderr
     assert filled.run("--version").stdout.startswith("core-dumps ")
