@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import subprocess
 
 import pytest
 from tests.kernel.conftest import attributes, core_of
@@ -28,8 +29,8 @@ def with_budget(node, megabytes):
     return dataclasses.replace(node, watch_dir=watch_dir), config
 
 
-@pytest.mark.parametrize("crash", culprits.ALL, ids=lambda crash: crash.__name__)
-def test_trimmed_program_has_the_backtraces_of_the_whole_one(node, crash):
+def crash_into_budgets(node, crash):
+    """Crash a program; return its executable, the kernel's own core, and a node with the dump for each budget."""
     budgets = {megabytes: with_budget(node, megabytes) for megabytes in (1, 16, 64)}
     with node.installed():
         node.keep_copy(*(config for _, config in budgets.values()))
@@ -37,10 +38,15 @@ def test_trimmed_program_has_the_backtraces_of_the_whole_one(node, crash):
         for each, _ in budgets.values():
             wait_until(each.has_dump, 300, "the dump")
         node.settle()
-    whole = node.directory / "copy"
+    return program, node.directory / "copy", {megabytes: each for megabytes, (each, _) in budgets.items()}
+
+
+@pytest.mark.parametrize("crash", culprits.ALL, ids=lambda crash: crash.__name__)
+def test_trimmed_program_has_the_backtraces_of_the_whole_one(node, crash):
+    program, whole, budgets = crash_into_budgets(node, crash)
     told = read(program, whole, crash)
     assert all(text.count("#") > 3 for text in told.values()), told
-    for megabytes, (each, _) in budgets.items():
+    for megabytes, each in budgets.items():
         found, core = attributes(each.dump()), node.directory / "core"
         core.write_bytes(core_of(each.dump()))
         if whole.stat().st_size <= megabytes * MIB:
@@ -63,3 +69,43 @@ def read(program, core, crash):
     told = Backtraces(program, core, crash).read()
     missing = r"<error: Cannot access memory at address 0x[0-9a-f]+>"
     return {name: re.sub(missing, "", text) for name, text in told.items()}
+
+
+def said_by(*command, given=None):
+    """Return what a tool prints, without the path of the core."""
+    done = subprocess.run(
+        command, input=given, capture_output=True, text=True, errors="replace", timeout=300, check=False
+    )
+    return done.stdout.replace(str(command[-1]), "CORE")
+
+
+def goroutines(program, core, _directory):
+    """Return the stacks of all goroutines as Delve shows them."""
+    options = ["--allow-non-terminal-interactive=true"]
+    return said_by("dlv", *options, "core", program, core, given="goroutines -t 20\nquit\n")
+
+
+def pystack(program, core, directory):
+    """Return the Python stacks of all threads, without the threads' numbers: some of a trimmed dump are wrong."""
+    python = os.path.realpath(program)
+    if not (directory / "venv").exists():
+        subprocess.run([python, "-m", "venv", directory / "venv"], check=True)
+        subprocess.run([directory / "venv/bin/pip", "install", "-q", "pystack"], check=True)
+    told = said_by(directory / "venv/bin/pystack", "core", core, python)
+    return "\n".join(sorted(line for line in told.splitlines() if line.startswith("    (Python) ")))
+
+
+@pytest.mark.parametrize(
+    ("crash", "tool", "enough_megabytes"),
+    [(culprits.golang, goroutines, 16), (culprits.python, pystack, 64)],
+    ids=["go", "python"],
+)
+def test_tool_of_a_language_reads_a_trimmed_dump_of_enough_megabytes(node, crash, tool, enough_megabytes):
+    program, whole, budgets = crash_into_budgets(node, crash)
+    told = tool(program, whole, node.directory)
+    assert told.count("\n") > 50
+    for megabytes, each in budgets.items():
+        core = node.directory / "core"
+        core.write_bytes(core_of(each.dump()))
+        if megabytes >= enough_megabytes:
+            assert tool(program, core, node.directory) == told
