@@ -110,7 +110,7 @@ def test_debs_scripts_refuse_what_the_rpms_refuse(deb, tmp_path):
         line for line in script.partition("esac\n")[2].splitlines() if line
     ]
     needs = deploy.succeed("dpkg-deb", "-f", package, "Depends").strip()
-    assert needs == "python3,pigz"
+    assert needs.replace(" ", "") == "python3,pigz"
 
 
 def test_collectors_spec_and_unit_agree():
