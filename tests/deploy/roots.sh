@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes what the heavy tiers run in, below .cache: python-root (base of the image), vm-root, walk-root and kernel (make vm).
+# Makes what the heavy tiers run in, below .cache: python-root (base of the image), vm-root, walk-root and kernel (make vm)
 set -eu
 cd "$(dirname "$0")/../.."
 python=${1:-python3}
@@ -35,14 +35,18 @@ if [ "${2:-}" = vm ] && [ ! -e .cache/vm-root/ready ]; then
     (cd .cache && apt-get download -qq "$image" && dpkg-deb -x "$image"_*.deb kernel && rm "$image"_*.deb)
     touch .cache/vm-root/ready
 fi
-if [ "${2:-}" = vm ] && [ ! -e .cache/walk-root/ready ]; then # a Debian with systemd-coredump, and what `make run` installs
+[ "${2:-}" = vm ] || exit 0
+# walk-root: a Debian with systemd-coredump, and the wheels that `make run` installs.
+"$python" -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))
+print(*p["dependency-groups"]["demo"], *p["project"]["optional-dependencies"]["cli"], sep="\n")
+print("pip>=25.1", "editables", "hatchling>=1.26", sep="\n")' >.cache/walk.txt
+if ! cmp -s .cache/walk.txt .cache/walk-root/ready; then
     rm -rf .cache/walk-root
     cp -a .cache/vm-root .cache/walk-root
     rm .cache/walk-root/ready
     chroot .cache/walk-root sh -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends systemd-coredump make >/dev/null'
     rm -rf .cache/walk-root/var/lib/apt/lists .cache/walk-root/usr/share/doc .cache/walk-root/var/cache/apt
     cp -a .cache/python-root/wheels .cache/walk-root/wheels
-    "$python" -m pip download -q --only-binary=:all: --python-version 3.11 -d .cache/walk-root/wheels 'moto[s3,server]>=5.1' \
-        'pip>=25.1' 'editables>=0.3' 'hatchling>=1.26' 'pyelftools>=0.31' 'rich>=13.7' 'typer>=0.12'
-    touch .cache/walk-root/ready
+    "$python" -m pip download -q --only-binary=:all: --python-version 3.11 -d .cache/walk-root/wheels -r .cache/walk.txt
+    cp .cache/walk.txt .cache/walk-root/ready
 fi

@@ -138,7 +138,7 @@ def archive(root, target):
         subprocess.run(command, shell=True, cwd=root, stdout=out, check=True)
 
 
-def boot(root, scratch, before="", after="", report=""):
+def boot(root, scratch, before="", after="", report="", seconds=600):
     """Boot a root directory, run commands before and after the crash, or others; return what was printed."""
     (root / "etc/systemd/system/crashy.service").write_text(CRASHY)
     (root / "etc/systemd/system/report.service").write_text(REPORT)
@@ -156,7 +156,7 @@ def boot(root, scratch, before="", after="", report=""):
     command += ["-initrd", scratch / "root.cpio", "-append", given + " systemd.getty_auto=no"]
     console = scratch / "console.log"  # a file, so that a machine that never ends can be looked into
     with console.open("wb") as out:
-        done = deploy.run(*command, capture_output=False, stdout=out, stderr=out, timeout=600)
+        done = deploy.run(*command, capture_output=False, stdout=out, stderr=out, timeout=seconds)
     said = console.read_text(errors="replace")
     assert done.returncode == 0, said[-3000:]
     assert "THE END" in said, said[-3000:]
