@@ -19,6 +19,7 @@ MACHINE = (
     "tests/deploy/test_image.py",
     "tests/deploy/test_package.py",
     "tests/deploy/test_packages.py",
+    "tests/deploy/test_socket_host.py",
     "tests/deploy/test_sysctl_host.py",
     "tests/integration/test_check.py",
     "tests/integration/test_daemon_observes.py",

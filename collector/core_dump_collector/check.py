@@ -151,11 +151,17 @@ def _check_pattern(directory: str) -> Iterator[Finding]:
                 Level.FAIL,
                 f"{shown}, but {helper.program} cannot be executed: every dump is lost; {_INSTALL}",
             )
-        case Target.OTHER_DIRECTORY if helper is not None:
-            theirs = corepattern.configured_directory(helper.config)
+        case Target.NO_PROGRAM:
             yield Finding(
                 Level.FAIL,
-                f"{helper.config}: WATCH_DIR={printable(theirs)} is not {directory}; make them the same directory",
+                f"{shown}, but nothing listens there: every dump is lost; start core-dump-listener.service",
+            )
+        case Target.OTHER_DIRECTORY:
+            config = helper.config if helper else corepattern.CONFIG
+            theirs = corepattern.configured_directory(config)
+            yield Finding(
+                Level.FAIL,
+                f"{config}: WATCH_DIR={printable(theirs)} is not {directory}; make them the same directory",
             )
         case _:
             yield Finding(Level.GOOD, shown)

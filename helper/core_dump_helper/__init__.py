@@ -19,7 +19,7 @@ VERSION = "0.1.0"
 HELP = """core-dump-helper: the kernel starts it through kernel.core_pattern, once for each crash.
 
   core-dump-helper [-C<path>] -P%P -p%p -i%I -u%u -g%g -s%s -t%t -c%c -d%d -F%F -h%h -- %e   < core
-  core-dump-helper --listen PATH [-C<path>]  receive the cores over a socket, from Linux 6.16 on
+  core-dump-helper --listen PATH [-C<path>] [-R<path>]   receive cores over a socket; make the file -R when ready
   core-dump-helper --calibrate [-C<path>]   measure the compressors of this host and remember the fastest
   core-dump-helper --check [-C<path>]       tell whether a crash on this host would leave a dump
   core-dump-helper --help | --version       print this text or the version
@@ -57,7 +57,7 @@ def main() -> int:
     if argv[0] == "--listen":
         from core_dump_helper.listen import listen
 
-        return listen(argv[1] if len(argv) > 1 else "", crash.config)
+        return listen(argv[1:], crash.config)
     if argv[0] in ("--calibrate", "--check", "--copy-modules"):
         return run_tool(argv, crash.config or CONFIG)
     try:

@@ -29,6 +29,8 @@ HEAD_BYTES, MAX_HEAD_BYTES = 4 << 10, 32 << 10
 """Read before the pipe is enlarged: the program headers of 72 mappings, and of 580 if that is not enough."""
 HEAD_SECONDS = 0.5
 """The kernel writes the headers at once; without them after so long, the limits are checked first."""
+MOVE_SECONDS = 10
+"""The kernel writes the rest of a small core as fast as it is read."""
 MAX_FILES = 96
 """Opened behind the code of a process; each takes about 10 us of the time for which it is held."""
 MODULES = ".modules"
@@ -67,12 +69,8 @@ class Held:
             container: its ID, or nothing.
             owns_proc: whether /proc/PID belongs to the process that crashed.
         """
-        self._read_head(time.monotonic() + HEAD_SECONDS)
-        most = self._settings.MAX_DUMP_BYTES or CHUNK
-        if 0 < self._length <= min(most, CHUNK) and self._count(watch):
-            self.open_files(watch, container)
-            self.look(owns_proc, 0)
-            self.was_let_go = True
+        if self._is_small() and self._count(watch):
+            self._open_all(watch, container, owns_proc)
             enlarge_pipe(self.core)
             os.setpriority(os.PRIO_PROCESS, 0, NICE)  # others may still hold their processes
 
@@ -96,6 +94,50 @@ class Held:
             return True
         os.close(released)
         return False
+
+    def read_small(self, watch: int, container: bytes, owns_proc: bool) -> bool:
+        """Do the same for a core that comes over a socket, which holds less: read it into a pipe.
+
+        Returns:
+            Whether the process is released.
+        """
+        if not (self._is_small() and self._count(watch)):
+            return False
+        reading, writing = os.pipe()
+        try:
+            if not enlarge_pipe(writing):
+                os.close(reading)
+                return False
+            self._open_all(watch, container, owns_proc)
+            self._move(writing)
+        finally:
+            os.close(writing)
+        os.close(self.core)
+        self.core = reading
+        os.setpriority(os.PRIO_PROCESS, 0, NICE)
+        return True
+
+    def _is_small(self) -> bool:
+        self._read_head(time.monotonic() + HEAD_SECONDS)
+        return 0 < self._length <= min(self._settings.MAX_DUMP_BYTES or CHUNK, CHUNK)
+
+    def _open_all(self, watch: int, container: bytes, owns_proc: bool) -> None:
+        self.open_files(watch, container)
+        self.look(owns_proc, 0)
+        self.was_let_go = True
+
+    def _move(self, pipe: int) -> None:
+        """Read the rest of a small core into a pipe that holds it; what takes too long is missing at its end."""
+        left, end = self._length - len(self.head), time.monotonic() + MOVE_SECONDS
+        poll = select.poll()
+        poll.register(self.core, select.POLLIN)
+        while left > 0 and time.monotonic() < end:
+            if not poll.poll(100):
+                continue
+            block = os.read(self.core, left)
+            if not block:
+                return
+            left -= os.write(pipe, block)
 
     def open_files(self, watch: int, container: bytes) -> None:
         """Open the files behind the crash and read that of the container runtime; no failure costs the dump."""

@@ -17,6 +17,7 @@ MODES = "/proc/sys/kernel/core_modes"
 MOST_CONNECTIONS = "/proc/sys/net/core/somaxconn"
 FIRST_PID_NAMESPACE = "pid:[4026531836]"
 """PROC_PID_INIT_INO in linux/proc_ns.h."""
+SOCK_DGRAM = 2
 PR_SET_DUMPABLE = 4
 MOST_DESCRIPTORS = 8192
 SYSTEMD_DESCRIPTOR = 3
@@ -27,8 +28,9 @@ class UnusableError(Exception):
     """No listener is possible here; the message says why."""
 
 
-def listen(path: str, config: str) -> int:
-    """Receive cores at a path until the process is told to stop; return an exit code."""
+def listen(argv: list[str], config: str) -> int:
+    """Receive cores at the path that `argv` begins with, until the process is told to stop; return an exit code."""
+    path = argv[0] if argv else ""
     try:
         directory = socketpath.open_directory(path)
         check_kernel()
@@ -46,6 +48,10 @@ def listen(path: str, config: str) -> int:
     warn(path)
     listener = Listener(connections, path, config, memory, is_kept=is_kept)
     log("listening at " + path, 6)
+    leave_journal()
+    tell_systemd()
+    for mark in (word[2:] for word in argv[1:] if word.startswith("-R")):
+        os.close(os.open(mark, os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
     listener.run()
     return 0
 
@@ -73,6 +79,26 @@ def inherit(path: str) -> socket | None:
         raise UnusableError("systemd listens at %a instead of %s" % (connections.getsockname(), path))
     fcntl.fcntl(SYSTEMD_DESCRIPTOR, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
     return connections
+
+
+def leave_journal() -> None:
+    """Log to the kernel alone where that is possible: the journal's own crash must not wait for the journal."""
+    try:
+        os.close(os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY))
+        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:  # in a pod, where nothing else shows the lines
+        return
+    os.dup2(null, 2)
+    os.close(null)
+
+
+def tell_systemd() -> None:
+    """Say that the listener is ready, where systemd waits for that: sd_notify(3)."""
+    path = os.environ.pop("NOTIFY_SOCKET", "")
+    if path:
+        told = socket(socketpath.AF_UNIX, SOCK_DGRAM)
+        told.sendto(b"READY=1", "\0" + path[1:] if path[0] == "@" else path)
+        told.close()
 
 
 def make_socket(path: str, directory: int) -> socket:

@@ -12,13 +12,14 @@ import os
 import select
 import time
 from _socket import socket
+from resource import RLIMIT_NOFILE, getrlimit
 
 from core_dump_helper import socketpath
 from core_dump_helper.handler import Handler
 from core_dump_helper.peer import Peer
 from core_dump_helper.request import ask_for_core
 from core_dump_helper.settings import CONFIG, Settings
-from core_dump_helper.system import Refused, log
+from core_dump_helper.system import Refused, log, set_alarm
 from core_dump_helper.turns import Turns, Waiting
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
     from core_dump_helper.corecopy import CoreCopy
     from core_dump_helper.ownmemory import OwnMemory
 
-MAX_WAITING = 512
+MAX_WAITING = 2048
 """Connections that wait in this process; further ones wait in the socket's backlog."""
+OTHER_DESCRIPTORS = 600
+"""Beside those of the connections that wait: two for each."""
 LOOK_SECONDS = 0.1
 """Between two looks at connections that wait."""
 IDLE_SECONDS = 0.5
-"""A listener whose name another one has taken ends when nothing has come for so long: the kernel may have found the
-name just before."""
+"""A listener to which the kernel is no longer led ends when nothing has come for so long."""
 DRAIN_SECONDS = 10
 """A listener that nothing replaces ends after so long, however many crashes come."""
 COMPLAINT_SECONDS = 60
@@ -55,29 +57,30 @@ class SocketHandler(Handler):
     def prepare(self) -> None:
         """Refuse what the kernel refuses to pipe: the crash of a program that a handler started."""
         if self.crash.rlimit == "1":
-            self.load_settings()
             raise Refused("", "RLIMIT_CORE is 1, as in the programs that handle crashes")
         super().prepare()
 
     def let_go(self, directory: int) -> None:
-        """Leave the process held: its core comes once the kernel was asked for it, and does not fit into the socket."""
-
-    def create(self, directory: int, suffix: str) -> tuple[int, str]:
-        """Let the kernel send the core, then create the dump."""
+        """Let the kernel send the core; read a small one at once, which releases the process."""
         try:
             ask_for_core(self._connection)
         except OSError as error:
             raise Refused("", "the process was killed before its core began: %s" % error.strerror) from error
         self.held.core = self._connection.detach()
-        return super().create(directory, suffix)
+        if self.held.read_small(directory, self.container(), self.owns_proc()):
+            self._end_turn()
 
     def record_result(self, dump: int, copy: CoreCopy, truncated: str, took_ms: int) -> None:
-        """Tell the listener that the core is read and the slot is free."""
+        """Tell the listener that the core is read."""
+        if not self.held.was_let_go:
+            self._end_turn()
+        super().record_result(dump, copy, truncated, took_ms)
+
+    def _end_turn(self) -> None:
         try:
             os.write(self._released, b".")
-        except OSError:  # the listener was killed; the dump is whole all the same
+        except BrokenPipeError:  # the listener was killed
             pass
-        super().record_result(dump, copy, truncated, took_ms)
 
 
 class Listener:
@@ -99,6 +102,8 @@ class Listener:
         self._complained, self._strangers = 0.0, 0
         self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._may_accept = True
+        most, _ = getrlimit(RLIMIT_NOFILE)
+        self._most_waiting = max(1, min(MAX_WAITING, (most - OTHER_DESCRIPTORS) // 2))
         connections.setblocking(False)
 
     def run(self) -> None:
@@ -122,9 +127,10 @@ class Listener:
         """Return whether this process may end; stop accepting as soon as nothing can come any more."""
         if self._stopped and self._may_accept:
             now = time.monotonic()
-            is_replaced = not socketpath.has_name(self._path, self._inode)
+            leads_here = socketpath.is_in_pattern(self._path) and socketpath.has_name(self._path, self._inode)
             is_idle = now - max(self._stopped, self._last_accepted) > IDLE_SECONDS
-            if self._is_kept or (is_replaced and is_idle) or now - self._stopped > DRAIN_SECONDS:
+            is_over = self._is_kept if leads_here else is_idle
+            if is_over or now - self._stopped > DRAIN_SECONDS:
                 self._may_accept = False
                 self._connections.close()
         return not (self._may_accept or self._turns.waiting or self._turns.children)
@@ -143,13 +149,15 @@ class Listener:
         settings.load(self._config or CONFIG, lambda _: None)  # each child logs the lines that are wrong
         most = self._memory.most_children(settings.MAX_CONCURRENT)
         has_vital = settings.VITAL_LIMIT != "0" and settings.VITAL_BYTES > 0
-        self._turns.set_limits(most, settings.DEADLINE_SECONDS, has_vital=has_vital)
+        self._turns.set_limits(
+            most, self._memory.most_processes(), settings.DEADLINE_SECONDS, has_vital=has_vital
+        )
 
     def _wait(self) -> None:
-        """Wait for a connection, a child or a signal; note which children have let go of their slot or ended."""
+        """Wait for a connection, a child or a signal; note whose turn is over and which children have ended."""
         turns, poll = self._turns, select.poll()
         poll.register(self._wakeup[0], select.POLLIN)
-        if self._may_accept and len(turns.waiting) < MAX_WAITING:
+        if self._may_accept and len(turns.waiting) < self._most_waiting:
             poll.register(self._connections.fileno(), select.POLLIN)
         for descriptor in turns.children:
             poll.register(descriptor, select.POLLIN)
@@ -159,14 +167,14 @@ class Listener:
                 os.read(descriptor, 4096)
             elif descriptor in turns.children:
                 if os.read(descriptor, 1):
-                    turns.children[descriptor].holds_slot = False
+                    turns.children[descriptor].has_turn = False
                 else:
                     os.close(descriptor)
                     del turns.children[descriptor]
 
     def _accept(self) -> None:
         """Take connections off the backlog; close those that do not come from the kernel."""
-        while len(self._turns.waiting) < MAX_WAITING:
+        while len(self._turns.waiting) < self._most_waiting:
             try:
                 descriptor, _ = self._connections._accept()  # type: ignore[attr-defined]  # noqa: SLF001
             except BlockingIOError:
@@ -185,7 +193,8 @@ class Listener:
                 self._strangers += 1
                 self._complain("%s; %d connections were closed" % (error, self._strangers))
             else:
-                self._turns.waiting.append(Waiting(connection, peer, peer.origin(), self._last_accepted))
+                waiting = Waiting(connection, peer, peer.origin(), self._last_accepted)
+                self._turns.add(waiting, self._most_waiting)
 
     def _complain(self, text: str) -> None:
         """Log a line at most once in COMPLAINT_SECONDS."""
@@ -226,6 +235,7 @@ class Listener:
                 os.close(descriptor)
             for other in self._turns.waiting:
                 other.close()
+            set_alarm(self._settings.DEADLINE_SECONDS)
             self._memory.sacrifice()
             waiting.connection.setblocking(True)
             code = SocketHandler(waiting, self._config, self._memory, released).handle()

@@ -15,6 +15,8 @@ NO_LIMIT_BYTES = 1 << 60
 MAX_LEVELS = 32
 CHILD_BYTES = 16 << 20
 """A child takes no less, with a dump of any size."""
+SMALL_CHILD_BYTES, MOST_PROCESSES = 8 << 20, 64
+"""Taken by a child that holds a small core, which is released already."""
 VITAL_FACTOR = 3
 """Bytes of memory that a byte of the vital part takes."""
 OOM_SCORE_PATH = "/proc/self/oom_score_adj"
@@ -42,6 +44,10 @@ class OwnMemory:
             most = min(most, max(1, self.limit_bytes // 2 // CHILD_BYTES - VITAL_SLOTS))
         self._children = most + VITAL_SLOTS
         return most
+
+    def most_processes(self) -> int:
+        """Return how many children may exist: most of them only hold a small core."""
+        return min(MOST_PROCESSES, self.limit_bytes // 2 // SMALL_CHILD_BYTES or MOST_PROCESSES)
 
     def vital_bytes(self) -> int:
         """Return how many bytes a child may read of the vital part, if all children read theirs at the same time."""

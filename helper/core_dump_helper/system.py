@@ -152,12 +152,13 @@ def set_alarm(deadline_seconds: int) -> None:
     _signal.alarm(deadline_seconds + ALARM_SECONDS)
 
 
-def enlarge_pipe(pipe: int) -> None:
-    """Let a pipe hold 1 MiB, so that reader and writer switch less often; leave any other file alone."""
+def enlarge_pipe(pipe: int) -> bool:
+    """Let a pipe hold 1 MiB, so that reader and writer switch less often; return False for any other file."""
     try:
         fcntl.fcntl(pipe, SET_PIPE_SIZE, CHUNK)
     except OSError:
-        pass
+        return False
+    return True
 
 
 def secure_process() -> int:

@@ -1,7 +1,7 @@
 """Owns whose turn it is: which of the connections that wait gets a child, as `slots` shares out the pipe's helpers.
 
-A child is a process, so connections wait in the listener instead: two descriptors each. The child still takes its slot
-as every helper does, because another listener, or the pipe, may hold some.
+A child is a process, so connections wait in the listener instead: two descriptors each. A child has its turn until the
+crashed process is released, which is soon for a small core. It still takes its slot as every helper does.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 NORMAL, LATE = "normal", "late"
 """Kinds of children: late ones exist for crashes that got no slot in SLOT_SECONDS and may keep their vital part."""
-ENDING = 2
-"""Times as many children may exist as may dump: those that have let go of their slot wait for the disk."""
 
 
 class Waiting:
@@ -40,7 +38,8 @@ class Child:
     def __init__(self, origin: bytes, kind: str) -> None:
         """Store who pays for the crash, and NORMAL or LATE."""
         self.origin, self.kind = origin, kind
-        self.holds_slot = True
+        self.has_turn = True
+        """Whether the crashed process waits for it."""
 
 
 class Turns:
@@ -51,18 +50,31 @@ class Turns:
         self.waiting: list[Waiting] = []
         self.children: dict[int, Child] = {}
         self.limits = {NORMAL: 0, LATE: 0}
-        """How many children of each kind may dump at one time."""
-        self.deadline_seconds = 0
+        """How many children of each kind may have their turn at one time."""
+        self.most, self.deadline_seconds = 0, 0
 
-    def set_limits(self, most: int, deadline_seconds: int, *, has_vital: bool) -> None:
-        """Store how many children may dump, after which time a crash is refused, and whether vital parts are kept."""
-        self.limits = {NORMAL: most, LATE: VITAL_SLOTS if has_vital else 0}
-        self.deadline_seconds = deadline_seconds
+    def set_limits(self, turns: int, most: int, deadline_seconds: int, *, has_vital: bool) -> None:
+        """Store how many children may have their turn, how many may exist, and when a crash is refused.
+
+        `has_vital` says that vital parts are kept of crashes that wait for long.
+        """
+        self.limits = {NORMAL: turns, LATE: VITAL_SLOTS if has_vital else 0}
+        self.most, self.deadline_seconds = max(most, sum(self.limits.values())), deadline_seconds
+
+    def add(self, waiting: Waiting, room: int) -> None:
+        """Let a connection wait; beyond its origin's share of the `room` for connections, its crash is refused soon.
+
+        An origin may have as many as it leaves free.
+        """
+        own = sum(other.origin == waiting.origin for other in self.waiting)
+        if own >= room - len(self.waiting):
+            waiting.since -= self.deadline_seconds
+        self.waiting.append(waiting)
 
     def ready(self, now: float) -> Iterator[tuple[Waiting, Child]]:
         """Yield connections whose turn it is, and their children, the oldest first; they no longer wait."""
         for waiting in list(self.waiting):
-            if len(self.children) >= ENDING * sum(self.limits.values()):
+            if len(self.children) >= self.most:
                 return
             kind = self._kind(waiting, now)
             if kind:
@@ -79,8 +91,9 @@ class Turns:
         return ""
 
     def _has_turn(self, origin: bytes, kind: str) -> bool:
-        """Return whether an origin has fewer children of a kind than are free."""
-        holders = [
-            child.origin for child in self.children.values() if child.kind == kind and child.holds_slot
-        ]
-        return holders.count(origin) < self.limits[kind] - len(holders)
+        """Return whether an origin has fewer children of a kind than are free, and fewer than are free of all."""
+        children = self.children.values()
+        own = sum(child.origin == origin for child in children)
+        holders = [child.origin for child in children if child.kind == kind and child.has_turn]
+        has_room = own < self.most - len(children) or kind == LATE
+        return has_room and holders.count(origin) < self.limits[kind] - len(holders)

@@ -55,7 +55,7 @@ def ours(tree: Tree, shipped: bytes) -> tuple[str, str]:
         path = FILE
         found.update(values(tree.read(FILE) or b""))
     pattern, limit = found.get("kernel.core_pattern", ""), found.get("kernel.core_pipe_limit", "")
-    if not kernel.is_ours(pattern):
+    if not kernel.starts_helper(pattern):
         raise SetupError("%s: kernel.core_pattern=%s does not start the helper" % (tree.path(path), pattern))
     if len(os.fsencode(pattern)) > kernel.LIMIT:
         size = len(os.fsencode(pattern))

@@ -6,7 +6,7 @@ import argparse
 import os
 import subprocess
 
-from core_dump_setup import boot, commands, interrupts, kernel, location, reassert, release
+from core_dump_setup import boot, commands, interrupts, kernel, listener, location, reassert, release
 from core_dump_setup.errors import SetupError, complain, escape_unprintable, warn
 from core_dump_setup.files import RECORD, Tree
 
@@ -22,12 +22,18 @@ COMMANDS = {
     "deactivate": "put the saved pattern back, if the one in use is ours",
     "uninstall": "deactivate, then remove the files; dumps and helper.conf stay",
     "reassert": "give the pattern back if something else took it and REASSERT=yes; core-dump-reassert.timer does it",
+    "use-socket": "let the kernel send cores to the socket; core-dump-listener.service does it when it is ready",
+    "use-pipe": "let the kernel start the helper; core-dump-listener.service does it before it ends",
     "cgroup": "make the cgroup that helpers move into; core-dump-cgroup.service does it at every boot",
 }
 OPTIONS = {
     "--force": (
         ("install", "activate"),
         "replace any handler, not only the distribution's; uninstalling restores it",
+    ),
+    "--socket": (
+        ("install", "activate"),
+        "receive cores over a socket, from Linux 6.16 on; stays so until deactivate",
     ),
     "--no-test": (("install", "activate"), "crash no process"),
     "--keep-test-dump": (("install", "activate", "test"), "leave the dump of the test to the collector"),
@@ -38,6 +44,8 @@ OPTIONS = {
     "--dry-run": (("install", "activate", "deactivate", "uninstall"), "only say what would be done"),
     "--host": (("install", "uninstall"), "fail where the running kernel cannot be set"),
 }
+WITHOUT_LOCK = ("use-socket", "use-pipe")
+"""Commands of a unit that `activate` starts and waits for."""
 EXPECTED = (SetupError, OSError, subprocess.SubprocessError, interrupts.Interrupted, KeyboardInterrupt)
 """Errors that need no traceback."""
 FILES = (
@@ -66,6 +74,8 @@ def main(arguments: list[str]) -> int:
         return 1
     tree = Tree(options.root, dry_run=options.dry_run)
     os.umask(0o022)
+    if options.command in WITHOUT_LOCK:
+        return _switch(options.command, tree)
     interrupts.catch()
     try:
         tree.lock()
@@ -87,6 +97,20 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _switch(command: str, tree: Tree) -> int:
+    """Change the core pattern for a unit that the run with the lock has started; return the exit code."""
+    try:
+        if command == "use-socket":
+            listener.use_socket()
+        else:
+            setup = commands.Setup(tree, "", commands.Options())
+            listener.use_pipe(boot.ours(tree, setup.shipped(boot.NAME))[0])
+    except EXPECTED as error:
+        complain(str(error) or type(error).__name__)
+        return 1
+    return 0
+
+
 def _undo(tree: Tree, error: BaseException, command: str) -> None:
     """Undo a run that failed and say what remains of it."""
     complain(str(error) or type(error).__name__)
@@ -105,6 +129,7 @@ def _run(options: argparse.Namespace, tree: Tree) -> None:
         purge=options.purge,
         host=options.host,
         watch_dir=options.watch_dir,
+        socket=options.socket,
     )
     setup = commands.Setup(tree, _checkout(), wanted)
     step = {
@@ -166,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
                 default=argparse.SUPPRESS,
                 help="set WATCH_DIR in helper.conf: the helper, the collector's unit and tmpfiles.d follow it",
             )
-        if command not in ("test", "cgroup", "reassert"):
+        if command not in ("test", "cgroup", "reassert", *WITHOUT_LOCK):
             sub.add_argument(
                 "--root",
                 metavar="DIR",

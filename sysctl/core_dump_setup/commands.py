@@ -11,7 +11,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-from core_dump_setup import boot, cgroup, directory, kernel, location, proof, reassert, release
+from core_dump_setup import boot, cgroup, directory, kernel, listener, location, proof, reassert, release
 from core_dump_setup.disk import remove_any
 from core_dump_setup.errors import SetupError, say, warn
 from core_dump_setup.files import DIST, RECORD, STATE, Tree
@@ -24,7 +24,11 @@ CONFIGURATION = {
 }
 """Files of /etc that an operator may edit, and where a checkout has them; boot.FILE is placed after the proof, and
 location.TMPFILES when the directory is known."""
-UNITS = ((cgroup.UNIT, cgroup.UNIT_NAME), *zip(reassert.UNITS, reassert.UNIT_NAMES))
+UNITS = (
+    (cgroup.UNIT, cgroup.UNIT_NAME),
+    *zip(reassert.UNITS, reassert.UNIT_NAMES),
+    *zip(listener.UNITS, listener.UNIT_NAMES),
+)
 """Files of systemd, and what a checkout calls them."""
 CALIBRATION_SECONDS = 60
 DRAIN_SECONDS = 30
@@ -34,12 +38,13 @@ DRAIN_SECONDS = 30
 class Options:
     """What the command line asks for."""
 
-    force: bool
-    test: bool
-    keep_dump: bool
-    purge: bool
-    host: bool
-    watch_dir: str
+    force: bool = False
+    test: bool = True
+    keep_dump: bool = False
+    purge: bool = False
+    host: bool = False
+    socket: bool = False
+    watch_dir: str = ""
 
 
 class Setup:
@@ -102,6 +107,8 @@ class Setup:
 
     def _check(self) -> None:
         """Stop before anything is changed if a configuration file or the handler in use forbids the installation."""
+        if self.options.socket:
+            listener.check(live=self.live)
         boot.ours(self.tree, self.shipped(boot.NAME))
         directory.check(self.tree)
         self._check_foreign()
@@ -120,6 +127,8 @@ class Setup:
         boot.mask_services(self.tree)
         if not self.tree.exists(cgroup.WANTED):
             self.tree.link(cgroup.WANTED, cgroup.UNIT)
+        if self.options.socket:
+            listener.switch(self.tree, on=True)
         wanted = directory.settings(self.tree).REASSERT == "yes"
         reassert.switch(self.tree, on=wanted)
         if self.live:
@@ -139,6 +148,8 @@ class Setup:
         self._calibrate()
         cgroup.use(self.tree)
         kernel.use(self.tree, pattern, limit)
+        if listener.is_wanted(self.tree) or self.options.socket:
+            listener.start(self.tree)
         if self.options.test and not self.tree.dry_run:
             proof.prove(watched, keep=self.options.keep_dump)
 
@@ -201,7 +212,10 @@ class Setup:
         if not self.live:
             raise SetupError("the pattern is not set here: the kernel starts its helpers in another root")
         if directory.settings(self.tree).REASSERT == "yes":
-            reassert.reassert(self.tree, *boot.ours(self.tree, self.shipped(boot.NAME)))
+            pattern, limit = boot.ours(self.tree, self.shipped(boot.NAME))
+            reassert.reassert(self.tree, pattern, limit)
+            if kernel.starts_helper(kernel.current("core_pattern")) and listener.is_open():
+                listener.use_socket()
 
     def deactivate(self) -> None:
         """Give the kernel its former pattern and remove what sets ours at boot.
@@ -213,6 +227,8 @@ class Setup:
         if self.live:
             if not self.tree.dry_run:
                 reassert.apply_now(on=False)
+                if listener.is_wanted(self.tree):
+                    listener.stop()
             kernel.restore(self.tree)
         elif kernel.starts_helper_in(self.tree.root or "/"):
             raise SetupError(
@@ -222,6 +238,7 @@ class Setup:
         self.tree.discard(boot.FILE, self._shipped_or_nothing(boot.NAME), purge=self.options.purge)
         boot.warn_of_kept_file(self.tree)
         boot.unmask_services(self.tree)
+        listener.switch(self.tree, on=False)
         self.tree.remove(cgroup.WANTED)
         if self.live and not self.tree.dry_run:
             self._reload_systemd()

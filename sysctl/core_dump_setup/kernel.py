@@ -12,6 +12,8 @@ from core_dump_setup.release import HELPER
 
 SYSCTL = "/proc/sys/kernel"
 SAVED = STATE + "/previous-core-pattern"
+SOCKET = "/run/core-dump-listener/kernel"
+"""Where our listener listens."""
 LIMIT = 127
 """Bytes of a core pattern; the kernel cuts longer ones without a word (core(5))."""
 DEFAULTS = ("", "core", "core.%p", "|/bin/false")
@@ -62,9 +64,19 @@ def current(name: str) -> str:
         raise SetupError("cannot read kernel.%s: %s" % (name, error.strerror)) from error
 
 
-def is_ours(pattern: str) -> bool:
+def starts_helper(pattern: str) -> bool:
     """Say whether a pattern starts the helper."""
     return pattern == "|" + HELPER or pattern.startswith("|" + HELPER + " ")
+
+
+def is_socket(pattern: str) -> bool:
+    """Say whether a pattern leads to our listener."""
+    return pattern in ("@" + SOCKET, "@@" + SOCKET)
+
+
+def is_ours(pattern: str) -> bool:
+    """Say whether a pattern leads to the helper, in either way."""
+    return starts_helper(pattern) or is_socket(pattern)
 
 
 def is_default(pattern: str) -> bool:

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 
@@ -48,6 +49,24 @@ def test_helper_that_writes_elsewhere_is_not_ours(helper, tmp_path):
     (tmp_path / "helper.conf").chmod(0o644)
     (tmp_path / "helper.conf").write_text("")
     assert target(helper, f"{tmp_path}/dumps") is Target.OTHER_DIRECTORY, "the default is /core_dumps"
+
+
+def test_socket_of_our_listener_leads_where_the_helper_writes(helper, tmp_path, monkeypatch):
+    path = tmp_path / "core-dump-listener" / "kernel"
+    monkeypatch.setattr(corepattern, "CONFIG", str(tmp_path / "helper.conf"))
+    assert target(f"@@{path}", f"{tmp_path}/dumps") is Target.NO_PROGRAM
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        for at in ("@", "@@"):
+            assert target(f"{at}{path}", f"{tmp_path}/dumps") is Target.HERE
+        assert target(f"@@{path}", str(tmp_path)) is Target.OTHER_DIRECTORY
+    assert target(f"@@{tmp_path}/other/kernel", f"{tmp_path}/dumps") is Target.ELSEWHERE
+
+
+def test_socket_of_a_listener_in_a_container_is_judged_by_its_name(contained):
+    assert target("@@/var/core-dump-listener/kernel", "/core_dumps") is Target.HERE
+    assert target("@@/run/systemd/coredumpd/kernel", "/core_dumps") is Target.ELSEWHERE
 
 
 def test_process_of_this_machine_is_not_contained_and_one_in_its_own_namespaces_is():

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -210,9 +211,9 @@ class Quiet:
         pass
 
 
-def turns(most=8, waiting=(), **how):
+def turns(most=8, waiting=(), processes=64, **how):
     found = Turns()
-    found.set_limits(most, 300, **{"has_vital": True} | how)
+    found.set_limits(most, processes, 300, **{"has_vital": True} | how)
     found.waiting = [Waiting(Quiet(), Quiet(), origin, 0.0) for origin in waiting]
     return found
 
@@ -245,16 +246,38 @@ def test_no_late_children_exist_where_no_vital_part_is_kept():
 
 
 def test_crash_beyond_the_deadline_gets_a_child_that_refuses_it():
-    found = turns(1, [b"a"] * 3, has_vital=False)
+    found = turns(1, [b"a"] * 3, processes=2, has_vital=False)
     assert start(found, 1)
-    assert start(found, 300) == [(b"a", LATE)], "and no more children than twice the limit exist"
+    assert start(found, 300) == [(b"a", LATE)], "no more than two may exist"
 
 
-def test_child_that_has_let_go_of_its_slot_makes_room():
+def test_child_whose_process_is_released_makes_room():
     found = turns(2, [b"a"] * 3, has_vital=False)
     start(found, 0.1)
-    next(iter(found.children.values())).holds_slot = False
+    next(iter(found.children.values())).has_turn = False
     assert start(found, 0.1) == [(b"a", NORMAL)]
+
+
+def test_children_of_one_origin_that_wait_for_slots_leave_room_for_others():
+    found = turns(8, [b"noisy"] * 100, processes=16, has_vital=False)
+    for _ in range(20):
+        start(found, 0.1)
+        for child in found.children.values():
+            child.has_turn = False
+    assert len(found.children) == 8
+    found.waiting.append(Waiting(Quiet(), Quiet(), b"quiet", 0.0))
+    assert start(found, 0.1) == [(b"quiet", NORMAL)]
+
+
+def test_connections_of_one_origin_leave_room_for_those_of_others():
+    found = turns(2, processes=4, has_vital=False)
+    for _ in range(100):
+        found.add(Waiting(Quiet(), Quiet(), b"noisy", 1000.0), 64)
+    patient = [waiting for waiting in found.waiting if waiting.since == 1000.0]
+    assert len(patient) == 32, "half of the table; further ones are refused"
+    found.waiting = patient
+    found.add(Waiting(Quiet(), Quiet(), b"quiet", 1000.0), 64)
+    assert (b"quiet", NORMAL) in start(found, 1000.1)
 
 
 # When something fails
@@ -298,7 +321,7 @@ def test_dump_is_finished_though_its_listener_was_killed(monkeypatch):
     ended, released = os.pipe()
     os.close(ended)
     handler = object.__new__(SocketHandler)
-    handler._released = released
+    handler._released, handler.held = released, SimpleNamespace(was_let_go=False)
     finished = []
     monkeypatch.setattr(Handler, "record_result", lambda *given: finished.append(given))
     handler.record_result(-1, None, "", 0)

@@ -84,6 +84,10 @@ def test_everything_that_the_pipe_tells_of_a_crash_is_known(node, transport):
 def test_listener_is_small_and_leaves_no_core_and_is_not_killed_first(node):
     with node.installed(transport="@@", **QUICKLY):
         node.crash()
+        first, node.listener = node.listener, listener.start(node.directory, node.socket)
+        first.terminate()  # it has compiled its modules, which takes memory for a moment
+        assert first.wait(30) == 0
+        node.crash(name=b"second")
         pid = node.listener.pid
         resident = int(status_of(pid, "VmRSS")[0]) * 1024
         assert resident <= MOST_RESIDENT
@@ -94,6 +98,37 @@ def test_listener_is_small_and_leaves_no_core_and_is_not_killed_first(node):
         children[0].wait(60)
         node.listener.send_signal(signal.SIGSEGV)
         assert node.listener.wait(10) == -signal.SIGSEGV, "it does not wait for itself"
+
+
+@pytest.mark.parametrize(
+    ("missing", "lost"),
+    [
+        ("", ()),
+        ("sys_ptrace", ("signal", "exe")),
+        ("dac_read_search", ("vital",)),
+        ("checkpoint_restore", ("frames",)),
+    ],
+)
+def test_each_capability_of_the_receiver_is_needed(node, missing, lost):
+    os.chmod(node.directory, 0o755)
+    kept = [name for name in ("sys_ptrace", "dac_read_search", "checkpoint_restore") if name != missing]
+    bound = [
+        "setpriv",
+        "--bounding-set",
+        ",".join(["-all", *(f"+{name}" for name in kept)]),
+        "--no-new-privs",
+    ]
+    user = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    with node.installed(transport="@@", how={"prefix": bound}, **QUICKLY):
+        node.crash(6, megabytes=12, threads=2, before=user)
+    found = attributes(node.dump())
+    found = {name: value for name, value in found.items() if (name, value) != ("vital", b"none")}
+    assert not found.keys() & set(lost)
+    assert {"signal", "exe", "vital", "frames"} - found.keys() <= {
+        *lost,
+        *(["vital", "frames"] if lost else []),
+    }
+    assert "truncated" not in found
 
 
 def test_connection_of_a_stranger_is_closed_at_once_and_costs_no_child(node):

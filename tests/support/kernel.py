@@ -125,10 +125,21 @@ def core_pattern(
         before = [word for path in values for word in (str(path), path.read_text())]
         with guardian(RESTORE, *before, keep=[lock]):
             for path, value in values.items():
-                path.write_text(value)
+                set_value(path, value)
                 if path.read_text() != value:
                     raise ValueError(f"the kernel made {path.read_text()!r} of {value!r}")
             yield before[1].rstrip("\n")
+
+
+def set_value(path: Path, value: str) -> None:
+    """Set a value of the kernel; it takes a socket's pattern from the mount namespace of kthreadd alone."""
+    try:
+        path.write_text(value)
+    except OSError:
+        if not value.startswith("@"):
+            raise
+        command = ["nsenter", "--mount=/proc/2/ns/mnt", "tee", str(path)]
+        subprocess.run(command, input=value.encode(), stdout=subprocess.DEVNULL, check=True)
 
 
 def write_config(path: Path, settings: Mapping[str, object]) -> Path:

@@ -14,6 +14,8 @@ from core_dump_collector.node.ownership import is_trusted
 
 PATH = "/proc/sys/kernel/core_pattern"
 HELPER = "core-dump-helper"
+SOCKET_DIRECTORY = "core-dump-listener"
+"""Of the socket at which the helper listens."""
 CONFIG = "/etc/core-dump-handler/helper.conf"
 WATCH_DIR = "/core_dumps"
 """Where the helper writes if its configuration does not say."""
@@ -29,7 +31,7 @@ class Target(StrEnum):
     ELSEWHERE = "elsewhere"
     """The pattern names another program or directory."""
     NO_PROGRAM = "no_program"
-    """The pattern names our helper, which is missing or cannot be executed."""
+    """The pattern names our helper, which is missing or cannot be executed, or its socket, which is missing."""
     OTHER_DIRECTORY = "other_directory"
     """Our helper writes to another directory than the one that is watched."""
 
@@ -60,16 +62,25 @@ def helper_call(pattern: str) -> HelperCall | None:
     return HelperCall(words[0], configs[0] if configs else CONFIG)
 
 
+def socket_path(pattern: str) -> str:
+    """Return the path at which our helper listens, on the node or in a container; empty for another pattern."""
+    path = pattern.removeprefix("@").removeprefix("@")
+    is_ours = pattern.startswith("@") and os.path.basename(os.path.dirname(path)) == SOCKET_DIRECTORY
+    return path if is_ours else ""
+
+
 def target(pattern: str, directory: str) -> Target:
     """Tell where a crash leads, as far as this process can see."""
     helper = helper_call(pattern)
-    if helper is None:
+    path = socket_path(pattern)
+    if helper is None and not path:
         return Target.HERE if _writes_to(pattern, directory) else Target.ELSEWHERE
     if is_contained():
         return Target.HERE
-    if not _is_executable(helper.program):
+    if not (_is_executable(helper.program) if helper else _is_socket(path)):
         return Target.NO_PROGRAM
-    return Target.HERE if _is_same(configured_directory(helper.config), directory) else Target.OTHER_DIRECTORY
+    config = helper.config if helper else CONFIG
+    return Target.HERE if _is_same(configured_directory(config), directory) else Target.OTHER_DIRECTORY
 
 
 def leads_to(directory: str) -> bool:
@@ -127,6 +138,13 @@ def _writes_to(pattern: str, directory: str) -> bool:
 def _is_executable(program: str) -> bool:
     try:
         return stat.S_ISREG(os.stat(program).st_mode) and os.access(program, os.X_OK)
+    except (OSError, ValueError):
+        return False
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.lstat(path).st_mode)
     except (OSError, ValueError):
         return False
 
