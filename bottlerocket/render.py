@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Print user data for a Bottlerocket node: a TOML file of this folder, completed with its bootstrap script.
 
-usage: bottlerocket/render.py {dd,file} > user-data.toml      (Python 3.11, no packages)
+usage: bottlerocket/render.py {socket,dd,file} > user-data.toml      (Python 3.11, no packages)
 """
 
 from __future__ import annotations
@@ -12,11 +12,7 @@ import sys
 import tomllib
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-WAYS = ("dd", "file")
-NO_SOCKET = (
-    "socket cannot be used: the collector receives no dumps from a socket, and the kernel loses every dump that no "
-    "program receives; use dd or file"
-)
+WAYS = ("socket", "dd", "file")
 PATTERN_LIMIT = 127
 """Bytes of kernel.core_pattern that the kernel keeps (core(5)); it cuts longer patterns without an error."""
 
@@ -36,7 +32,8 @@ def render(name: str) -> str:
     """
     with open(os.path.join(FOLDER, f"{name}.toml"), encoding="utf-8") as file:
         text = file.read()
-    text = text.replace("@USER_DATA_FILE@", script("file")).replace("@USER_DATA_DD@", script("dd"))
+    for way in WAYS:
+        text = text.replace(f"@USER_DATA_{way.upper()}@", script(way))
     pattern = tomllib.loads(text)["settings"]["kernel"]["sysctl"]["kernel.core_pattern"]
     if len(pattern.encode()) > PATTERN_LIMIT:
         raise ValueError(
@@ -52,9 +49,6 @@ def render(name: str) -> str:
 def main() -> int:
     """Print the user data that the command line asks for; return the exit code."""
     way = sys.argv[1] if len(sys.argv) == 2 else ""  # noqa: PLR2004
-    if way == "socket":
-        sys.stderr.write(NO_SOCKET + "\n")
-        return 1
     if way not in WAYS:
         sys.stderr.write(__doc__ or "")
         return 2

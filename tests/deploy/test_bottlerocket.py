@@ -20,7 +20,7 @@ from tests.support import collector, deploy, kernel, s3
 FOLDER = deploy.ROOT / "bottlerocket"
 PREPARE = FOLDER / "bootstrap/prepare.sh"
 WATCH_DIR = Path("/var/core_dumps")
-WAYS = ["file", "dd"]
+WAYS = ["file", "dd", "socket"]
 APPLICATION_UID = 1234
 CONTAINER = """
 set -e
@@ -50,9 +50,9 @@ def test_rendered_toml_holds_only_what_the_node_knows(way):
     (bootstrap,) = settings["bootstrap-containers"].values()
     assert set(settings) == {"kernel", "bootstrap-containers"}
     assert set(bootstrap) == {"mode", "essential", "user-data"}
-    assert (bootstrap["mode"], bootstrap["essential"]) == ("always", True)
+    assert (bootstrap["mode"], bootstrap["essential"]) == ("always", False), "a node boots without"
     script = base64.b64decode(bootstrap["user-data"], validate=True).decode()
-    assert script.startswith("#!/bin/sh\nset -- " + ("file" if way == "file" else "dd"))
+    assert script.startswith(f"#!/bin/sh\nset -- {way}\n")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -72,12 +72,12 @@ def test_every_pattern_in_the_repository_fits_into_the_kernels_limit():
     assert {where: size for where, size in found.items() if size > deploy.PATTERN_LIMIT} == {}
 
 
-def test_socket_way_is_refused_with_the_reason_while_nothing_receives_dumps():
-    done = deploy.run(FOLDER / "render.py", "socket")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.count("\n") == 1
-    assert "loses every dump" in done.stderr
-    assert "use dd or file" in done.stderr
+def test_socket_of_the_pattern_lies_where_the_pod_listens():
+    pattern = pattern_of("socket")
+    overlay = (deploy.ROOT / "kubernetes/overlays/bottlerocket-socket/receiver.yaml").read_text()
+    assert pattern.startswith("@@/")
+    assert f"--listen, {pattern[2:]}," in overlay
+    assert f"path: {os.path.dirname(pattern[2:])}\n" in overlay
 
 
 def prepare(tmp_path, way):
@@ -93,11 +93,11 @@ def access(path):
 
 
 @needs_root
-@pytest.mark.parametrize(("way", "mode"), [("file", 0o1733), ("dd", 0o700)])
+@pytest.mark.parametrize(("way", "mode"), [("file", 0o1733), ("dd", 0o700), ("socket", 0o700)])
 @pytest.mark.parametrize("wrong", [0o777, 0o2770, 0o6755, 0o1777, 0])
 def test_bootstrap_script_makes_the_directory_and_repairs_it(tmp_path, way, mode, wrong):
     (tmp_path / "var").mkdir()
-    directory = tmp_path / "var/core_dumps"
+    directory = tmp_path / ("var/core-dump-listener" if way == "socket" else "var/core_dumps")
     assert "repaired" not in prepare(tmp_path, way)
     assert access(directory) == (0, 0, mode)
     os.chown(directory, 1234, 5678)
@@ -151,7 +151,7 @@ def test_settings_name_no_sysctl_that_an_older_kernel_refuses(way):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        ("none", "must be file or dd"),
+        ("none", "must be socket, dd or file"),
         ("var missing", "not a bootstrap container?"),
         ("link", "is a symbolic link"),
     ],

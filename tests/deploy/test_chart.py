@@ -10,7 +10,7 @@ import pytest
 from tests.support import deploy
 
 CHART = deploy.ROOT / "charts/core-dump-handler"
-NODES = ["amazon-linux", "configure-host", "bottlerocket-dd", "bottlerocket-file"]
+NODES = ["amazon-linux", "configure-host", "bottlerocket-socket", "bottlerocket-dd", "bottlerocket-file"]
 LEAST = {
     "bucket": "my-core-dumps",
     "region": "eu-central-1",
@@ -130,7 +130,7 @@ def test_mixed_fleet_is_two_releases_that_share_no_name():
         {**LEAST, "nodeSelector": {"os": "linux"}},
         {
             **LEAST,
-            "nodes": "bottlerocket-dd",
+            "nodes": "bottlerocket-socket",
             "fullnameOverride": "core-dumps-bottlerocket",
             "nodeSelector": {"os": "bottlerocket"},
             "priorityClass": {"create": False},
@@ -167,6 +167,8 @@ WRONG = [
     ({"nodes": "bottlerocket-file", "kernelLog": True}, "/kernelLog"),
     ({"directory": "core_dumps"}, "/directory"),
     ({"nodes": "bottlerocket-dd", "directory": "/data/dumps"}, "/directory"),
+    ({"nodes": "bottlerocket-socket", "helper": {"RATE_LIMIT": 5}}, "/helper/RATE_LIMIT"),
+    ({"helper": {"WATCH_DIR": "/x"}}, "WATCH_DIR"),
     ({"buckett": "x"}, "buckett"),
 ]
 

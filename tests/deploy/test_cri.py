@@ -5,12 +5,14 @@ The requests are made from what kubectl renders, on a directory that stands for 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import socket
 import stat
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -37,8 +39,8 @@ POD = "cart-7d4b9c-b5b5b"
 
 
 @pytest.fixture(scope="module")
-def runtime(tmp_path_factory):
-    """A containerd with the images of the specs."""
+def images(tmp_path_factory):
+    """An archive with the images of the specs."""
     if [name for _, name in socket.if_nameindex()] != ["lo"]:
         pytest.fail("pods would be connected to this machine's network: run by make test-cri")
     archive = tmp_path_factory.mktemp("images") / "images.tar"
@@ -46,22 +48,56 @@ def runtime(tmp_path_factory):
         for name, stands in IMAGES.items():
             engine.run("tag", stands, name)
         engine.run("save", "-o", archive, *IMAGES)
+    yield archive
+    archive.unlink()
+
+
+@contextlib.contextmanager
+def running_runtime(images, **how):
+    """Run a containerd with the images."""
     with (
         tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp", ignore_cleanup_errors=True) as directory,
-        containerd.running(Path(directory), "registry.k8s.io/pause:3.9") as runtime,
+        containerd.running(Path(directory), "registry.k8s.io/pause:3.9", **how) as runtime,
     ):
-        runtime.load(archive)
-        archive.unlink()
+        runtime.load(images)
+        yield runtime
+
+
+@contextlib.contextmanager
+def new_node(runtime):
+    """Make a node without pods."""
+    with (
+        tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp") as directory,
+        kubelet.node(runtime, Path(directory) / "root", NODE) as node,
+    ):
+        yield node
+
+
+@pytest.fixture(scope="module")
+def runtime(images):
+    """A containerd with the images of the specs."""
+    with running_runtime(images) as runtime:
         yield runtime
 
 
 @pytest.fixture
 def node(runtime):
     """A node without pods."""
-    with (
-        tempfile.TemporaryDirectory(prefix="cdh-", dir="/var/tmp") as directory,
-        kubelet.node(runtime, Path(directory) / "root", NODE) as node,
-    ):
+    with new_node(runtime) as node:
+        yield node
+
+
+@pytest.fixture(scope="module")
+def host_runtime(images):
+    """A containerd in this machine's own PID namespace, which a pod with hostPID then sees."""
+    with running_runtime(images, own_pids=False) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def host_node(host_runtime):
+    """A node without pods, whose processes are this machine's."""
+    with new_node(host_runtime) as node:
         yield node
 
 
@@ -76,10 +112,14 @@ def store(seaweed, bucket, tmp_path):
 
 def render(folder):
     """Return the objects of a kustomization, by kind."""
+    return {found["kind"]: found for found in render_all(folder)}
+
+
+def render_all(folder):
+    """Return the objects of a kustomization."""
     import yaml
 
-    rendered = deploy.succeed(deploy.tool("kubectl"), "kustomize", folder)
-    return {found["kind"]: found for found in yaml.safe_load_all(rendered)}
+    return list(yaml.safe_load_all(deploy.succeed(deploy.tool("kubectl"), "kustomize", folder)))
 
 
 def collector_of(overlay, store, scratch, *components):
@@ -97,14 +137,15 @@ def collector_of(overlay, store, scratch, *components):
         "patches": [{"patch": json.dumps(patch)}],
     }
     (mine / "kustomization.yaml").write_text(json.dumps(own))
-    objects = render(mine)
-    config = objects["ConfigMap"]
-    return objects["DaemonSet"]["spec"]["template"]["spec"], {config["metadata"]["name"]: config["data"]}
+    objects = render_all(mine)
+    maps = {found["metadata"]["name"]: found["data"] for found in objects if found["kind"] == "ConfigMap"}
+    (daemon,) = [found for found in objects if found["kind"] == "DaemonSet"]
+    return daemon["spec"]["template"]["spec"], maps
 
 
 def probe(pod, name):
     """Ask a container's probe, as the kubelet does; say whether it is content."""
-    (container,) = pod.spec["containers"]
+    container = pod.spec["containers"][0]
     asked = container[name]["httpGet"]
     (port,) = [port["containerPort"] for port in container["ports"] if port["name"] == asked["port"]]
     try:
@@ -264,3 +305,85 @@ def test_file_way_collects_what_the_kernel_writes_into_the_volume_of_a_pod(node,
     assert sidecar["signal"] == 11
     assert stat.S_IMODE(watch_dir.stat().st_mode) == 0o1733
     assert list(watch_dir.glob("core*")) == []
+
+
+def receiving(store, scratch):
+    """Return the pod spec and the config maps of the overlay with the receiver, for a machine with a full disk."""
+    spec, config_maps = collector_of("bottlerocket-socket", store, scratch)
+    config_maps["core-dump-receiver"]["helper.conf"] += "KEEP_FREE_PERCENT=1\nRATE_LIMIT=0\n"
+    return spec, config_maps
+
+
+def wait_until_ready(pod):
+    """Wait until both containers are started, as the kubelet does before it replaces the next pod."""
+    wait_until(lambda: probe(pod, "startupProbe"), 60, "start-up probe")
+    command = pod.spec["containers"][1]["startupProbe"]["exec"]["command"]
+    assert command == ["test", "-e", "/run/receiver/ready"]
+
+    def is_ready():
+        assert not pod.exited("receiver"), pod.said("receiver")
+        return (pod.volume("ready") / "ready").exists()
+
+    wait_until(is_ready, 60, "the receiver")
+
+
+def test_core_of_a_pod_is_sent_to_the_receiver_in_another_pod(host_node, store, bucket, tmp_path):
+    spec, config_maps = receiving(store, tmp_path)
+    pattern = f"@@{host_node.root}/var/core-dump-listener/kernel"
+    with host_node.pod("core-dump-handler", "core-dump-collector-x2x9z", spec, config_maps) as pod:
+        wait_until_ready(pod)
+        with kernel.core_pattern(pattern), host_node.pod("shop", POD, application(), {}) as crashing:
+            wait_until(lambda: crashing.exited("app"), 60, "the crash")
+            key, sidecar = collected(bucket)
+        status = status_of(pod, "receiver")
+        allowed = sum(1 << number for number in (2, 19, 40))
+        assert int(status["CapEff"], 16) == allowed, "DAC_READ_SEARCH, SYS_PTRACE, CHECKPOINT_RESTORE"
+        assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+        assert pod.stop("receiver") == 0, pod.said("receiver")
+        assert pod.stop("collector") == 0
+    assert re.match(rf"dumps/[0-9-]{{10}}/shop/{POD}/{NODE}/core-", key)
+    assert [sidecar[name] for name in ("namespace", "pod", "container")] == ["shop", POD, "app"]
+    assert (sidecar["state"], sidecar["uid"], sidecar["signal"]) == ("complete", APPLICATION_UID, 11)
+    assert sidecar["compressor"] == "isal", "compressed at creation"
+    assert sidecar["exe"]
+    listener = host_node.root / "var/core-dump-listener"
+    assert stat.S_IMODE(listener.stat().st_mode) == 0o700
+
+
+def test_rolling_update_of_the_receiver_loses_no_crash(host_node, store, bucket, tmp_path):
+    spec, config_maps = receiving(store, tmp_path)
+    program = kernel.build(kernel.CRASHER, tmp_path / "crash", "-pthread")
+    stop, crashed = threading.Event(), []
+
+    def crash():
+        while not stop.is_set():
+            crashed.append(int(kernel.crash(program, 6, name=b"storm").stdout))
+
+    with contextlib.ExitStack() as pods:
+
+        def start(number):
+            name = f"core-dump-collector-{number}"
+            return host_node.pod("core-dump-handler", name, spec, config_maps)
+
+        old = pods.enter_context(start(0))
+        wait_until_ready(old)
+        with kernel.core_pattern(f"@@{host_node.root}/var/core-dump-listener/kernel"):
+            threads = [threading.Thread(target=crash) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for number in range(1, 4):
+                new = pods.enter_context(start(number))
+                wait_until_ready(new)
+                assert old.stop("receiver") == 0
+                assert old.stop("collector") == 0
+                old = new
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+        def kept():
+            names = [key.rpartition("/")[2] for key in s3.keys_in(bucket) if key.endswith(".gz")]
+            return {int(name.split("-")[3]) for name in names if name.startswith("core-storm-")}
+
+        wait_until(lambda: set(crashed) <= kept(), 120, "every dump")
+    assert len(crashed) > 20

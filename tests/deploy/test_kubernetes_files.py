@@ -12,13 +12,18 @@ import pytest
 from tests.support import deploy
 
 from core_dump_collector.config import Settings
+from core_dump_helper.settings import Settings as HelperSettings
 
 FOLDER = deploy.ROOT / "kubernetes"
-OVERLAYS = ["amazon-linux", "bottlerocket-dd", "bottlerocket-file", "configure-host"]
+OVERLAYS = ["amazon-linux", "bottlerocket-socket", "bottlerocket-dd", "bottlerocket-file", "configure-host"]
 SOURCES = ["base", *(f"overlays/{name}" for name in [*OVERLAYS, "mixed"]), "example", "components/podmonitor"]
 VERSIONS = ["1.30", "1.37"]
 PRIVILEGED = ["CKV_K8S_16", "CKV_K8S_20", "CKV_K8S_28", "CKV_K8S_37"]
+RECEIVER = ["CKV_K8S_8", "CKV_K8S_9", "CKV_K8S_17", "CKV_K8S_25"]
+"""Its capabilities and host PIDs are explained where they stand. It ends when it cannot go on, and answers a start-up
+probe only."""
 EXCEPTIONS = {
+    "overlays/bottlerocket-socket": RECEIVER,
     "overlays/bottlerocket-file": ["CKV_K8S_25"],  # two capabilities, explained where they stand
     "overlays/configure-host": PRIVILEGED,  # its init container changes the host
     "example": ["CKV_K8S_21", "CKV2_K8S_6"],  # a Job to try out, in whatever namespace
@@ -43,15 +48,14 @@ def daemonset(rendered, overlay):
 
 
 def settings_of(rendered, overlay):
-    (found,) = [o["data"] for o in rendered[f"overlays/{overlay}"][1] if o["kind"] == "ConfigMap"]
+    maps = {o["metadata"]["name"]: o for o in rendered[f"overlays/{overlay}"][1] if o["kind"] == "ConfigMap"}
+    found = maps["core-dump-collector"]["data"]
     return found | {
         e["name"]: e.get("value", "") for e in daemonset(rendered, overlay)["containers"][0]["env"]
     }
 
 
-@pytest.mark.parametrize(
-    "overlay", ["amazon-linux", "bottlerocket-dd", "bottlerocket-file", "configure-host"]
-)
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_overlay_sets_the_region(rendered, overlay):
     assert re.fullmatch(r"[a-z]{2}(-[a-z]+)+-\d", settings_of(rendered, overlay)["AWS_REGION"])
 
@@ -126,12 +130,16 @@ def test_services_of_the_namespace_set_no_variable(rendered, overlay):
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_only_configure_host_is_privileged(rendered, overlay):
     spec = daemonset(rendered, overlay)
-    (collector,) = spec["containers"]
-    context = collector["securityContext"]
-    assert not context.get("privileged")
-    assert context["capabilities"]["drop"] == ["ALL"]
-    assert context["readOnlyRootFilesystem"]
-    assert not any(spec.get(key) for key in ("hostPID", "hostNetwork", "hostIPC"))
+    for container in spec["containers"]:
+        context = container["securityContext"]
+        assert not context.get("privileged")
+        assert context["capabilities"]["drop"] == ["ALL"]
+        assert context["readOnlyRootFilesystem"]
+    assert [container["name"] for container in spec["containers"]] == ["collector", "receiver"][
+        : 1 + (overlay == "bottlerocket-socket")
+    ]
+    assert not any(spec.get(key) for key in ("hostNetwork", "hostIPC"))
+    assert bool(spec.get("hostPID")) is (overlay == "bottlerocket-socket")
     assert bool(spec.get("initContainers")) is (overlay == "configure-host")
 
 
@@ -159,6 +167,35 @@ def test_kernel_log_component_adds_one_capability_and_replaces_none(overlay, wor
         (daemon,) = [o for o in yaml.safe_load_all(done.stdout) if o["kind"] == "DaemonSet"]
         context = daemon["spec"]["template"]["spec"]["containers"][0]["securityContext"]
         assert context["capabilities"] == {"drop": ["ALL"], "add": ["SYSLOG"]}
+
+
+def test_receiver_reads_settings_that_the_helper_takes(rendered, tmp_path):
+    documents = rendered["overlays/bottlerocket-socket"][1]
+    (config,) = [o["data"] for o in documents if o["metadata"]["name"] == "core-dump-receiver"]
+    path, problems = tmp_path / "helper.conf", []
+    path.write_text(config["helper.conf"])
+    helper = HelperSettings()
+    helper.load(str(path), problems.append)
+    assert problems == []
+    spec = daemonset(rendered, "bottlerocket-socket")
+    assert spec["terminationGracePeriodSeconds"] > helper.DEADLINE_SECONDS + 30
+    collector, receiver = spec["containers"]
+    assert collector["args"] == ["run", helper.WATCH_DIR]
+    mounts = {mount["name"]: mount["mountPath"] for mount in receiver["volumeMounts"]}
+    volumes = {volume["name"]: volume.get("hostPath", {}).get("path") for volume in spec["volumes"]}
+    assert mounts["core-dumps"] == volumes["core-dumps"] == helper.WATCH_DIR
+    assert mounts["listener"] == volumes["listener"] == os.path.dirname(receiver["args"][1])
+    image = (deploy.ROOT / "collector/Dockerfile").read_text()
+    assert f"site-packages {helper.PYTHON_PATH} " in image
+    assert receiver["command"][-1] == "/usr/share/core-dump-handler/helper/core-dump-helper"
+
+
+def test_receiver_is_replaced_by_one_that_listens_already(rendered):
+    (found,) = [o for o in rendered["overlays/bottlerocket-socket"][1] if o["kind"] == "DaemonSet"]
+    assert found["spec"]["updateStrategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    receiver = found["spec"]["template"]["spec"]["containers"][1]
+    mark = receiver["startupProbe"]["exec"]["command"][-1]
+    assert f"-R{mark}" in receiver["args"]
 
 
 def test_pod_monitor_selects_the_daemonsets_pods(rendered):

@@ -92,15 +92,18 @@ def protocol(scratch: Path) -> Any:
 
 
 @contextlib.contextmanager
-def running(directory: Path, sandbox_image: str) -> Iterator[Runtime]:
-    """Run containerd until the end of the block; whatever it started ends with it, even when the tests are killed."""
+def running(directory: Path, sandbox_image: str, *, own_pids: bool = True) -> Iterator[Runtime]:
+    """Run containerd until the end of the block.
+
+    With a PID namespace of its own, whatever it started ends with it, even when the tests are killed.
+    """
     import grpc
 
     (directory / "cni").mkdir()
     (directory / "cni/10-pods.conflist").write_text(network(directory))
     config = directory / "config.toml"
     config.write_text(CONFIG.format(directory=directory, sandbox_image=sandbox_image))
-    own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    own = ["unshare", "--mount", *(["--pid", "--fork", "--kill-child", "--mount-proc"] if own_pids else [])]
     command = guarded([*own, "sh", "-ec", START, "sh", deploy.tool("containerd"), "--config", str(config)])
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)

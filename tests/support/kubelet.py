@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tests.support.containerd import Runtime
 
 Spec = Mapping[str, Any]
-POD_FIELDS = {"containers", "volumes", "securityContext"}
+POD_FIELDS = {"containers", "volumes", "securityContext", "hostPID"}
 # What the API server, the scheduler and the kubelet's own loops do; probes and the grace period are the test's to use.
 POD_FIELDS |= {"serviceAccountName", "automountServiceAccountToken", "priorityClassName", "nodeSelector"}
 POD_FIELDS |= {"tolerations", "enableServiceLinks", "terminationGracePeriodSeconds", "restartPolicy"}
@@ -58,7 +58,7 @@ class Pod:
 
     def sandbox_config(self) -> Spec:
         """Return the request's part that describes the whole pod."""
-        context = {"namespace_options": {"pid": "CONTAINER"}, "seccomp": {"profile_type": "RuntimeDefault"}}
+        context = {"namespace_options": self.namespaces(), "seccomp": {"profile_type": "RuntimeDefault"}}
         return {
             "metadata": {"name": self.name, "namespace": self.namespace, "uid": self.uid},
             "hostname": self.name,
@@ -70,6 +70,10 @@ class Pod:
             },
             "linux": {"cgroup_parent": f"/kubepods/burstable/pod{self.uid}", "security_context": context},
         }
+
+    def namespaces(self) -> Spec:
+        """Return which processes the pod sees."""
+        return {"pid": "NODE" if self.spec.get("hostPID") else "CONTAINER"}
 
     def start(self) -> None:
         """Start the pod and its containers."""
@@ -108,9 +112,10 @@ class Pod:
             "log_path": f"{container['name']}/0.log",
             "linux": {
                 "resources": resources(container.get("resources", {})),
-                "security_context": security(
-                    self.spec.get("securityContext", {}), container["securityContext"]
-                ),
+                "security_context": {
+                    **security(self.spec.get("securityContext", {}), container["securityContext"]),
+                    "namespace_options": self.namespaces(),
+                },
             },
         }
 
@@ -129,7 +134,7 @@ class Pod:
 
     def mount(self, mount: Spec) -> Spec:
         """Return a mount of one of the pod's volumes."""
-        known(mount, {"name", "mountPath", "readOnly", "mountPropagation"})
+        known(mount, {"name", "mountPath", "readOnly", "mountPropagation", "subPath"})
         (volume,) = [volume for volume in self.spec["volumes"] if volume["name"] == mount["name"]]
         if "hostPath" in volume:
             known(volume["hostPath"], {"path", "type"})
@@ -138,16 +143,25 @@ class Pod:
                 path.mkdir(parents=True, exist_ok=True, mode=0o755)
             assert path.is_dir(), f"hostPath {path}"
         else:
-            assert "emptyDir" in volume
-            path = self.root / "var/lib/kubelet/pods" / self.uid / "volumes" / volume["name"]
+            path = self.volume(volume["name"])
             path.mkdir(parents=True, exist_ok=True)
             path.chmod(0o777)
+            if "configMap" in volume:
+                path.chmod(0o755)
+                for name, content in self.config_maps[volume["configMap"]["name"]].items():
+                    (path / name).write_text(content)
+            else:
+                assert "emptyDir" in volume
         return {
             "container_path": mount["mountPath"],
-            "host_path": str(path),
+            "host_path": str(path / mount.get("subPath", "")),
             "readonly": mount.get("readOnly", False),
             "propagation": PROPAGATION[mount.get("mountPropagation", "None")],
         }
+
+    def volume(self, name: str) -> Path:
+        """Return where the kubelet keeps one of the pod's own volumes."""
+        return self.root / "var/lib/kubelet/pods" / self.uid / "volumes" / name
 
     def address(self) -> str:
         """Return the pod's IP address."""
@@ -195,7 +209,8 @@ def resources(given: Spec) -> Spec:
 def security(pod: Spec, container: Spec) -> Spec:
     """Translate the security context of a container and its pod."""
     known(pod, {"runAsUser", "runAsGroup", "runAsNonRoot", "seccompProfile"})
-    known(container, {"allowPrivilegeEscalation", "readOnlyRootFilesystem", "capabilities"})
+    known(container, {"allowPrivilegeEscalation", "readOnlyRootFilesystem", "capabilities", "seLinuxOptions"})
+    known(container.get("seLinuxOptions", {}), {"level"})  # there is no SELinux here
     capabilities = known(container["capabilities"], {"add", "drop"})
     assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
     assert not (pod.get("runAsNonRoot") and pod["runAsUser"] == 0)
@@ -204,7 +219,6 @@ def security(pod: Spec, container: Spec) -> Spec:
             "add_capabilities": capabilities.get("add", []),
             "drop_capabilities": capabilities.get("drop", []),
         },
-        "namespace_options": {"pid": "CONTAINER"},
         "run_as_user": {"value": pod["runAsUser"]},
         "run_as_group": {"value": pod["runAsGroup"]},
         "readonly_rootfs": container["readOnlyRootFilesystem"],

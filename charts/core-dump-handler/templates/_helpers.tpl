@@ -11,7 +11,12 @@ app.kubernetes.io/name: {{ .Values.fullnameOverride }}
 {{ .Values.directory | default (hasPrefix "bottlerocket-" .Values.nodes | ternary "/var/core_dumps" "/core_dumps") }}
 {{- end }}
 {{- define "template" -}}
-{{ .Values.keyTemplate | default (hasPrefix "bottlerocket-" .Values.nodes | ternary "dumps/{date}/{node}/{name}" "dumps/{date}/{namespace}/{pod}/{node}/{name}") }}
+{{ .Values.keyTemplate | default (has .Values.nodes (list "bottlerocket-dd" "bottlerocket-file") | ternary "dumps/{date}/{node}/{name}" "dumps/{date}/{namespace}/{pod}/{node}/{name}") }}
+{{- end }}
+{{- define "helper.conf" -}}
+{{ range $key, $value := merge (dict "WATCH_DIR" "/var/core_dumps" "PYTHON_PATH" "/usr/share/core-dump-handler/site-packages") .Values.helper -}}
+{{ $key }}={{ $value }}
+{{ end }}
 {{- end }}
 {{- define "settings" -}}
 {{ $moved := dict -}}
