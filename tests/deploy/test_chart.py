@@ -190,6 +190,7 @@ def test_notes_say_what_is_left_to_do_on_the_nodes():
     wanted = {
         "amazon-linux": "Install the helper on each node",
         "configure-host": "It stays when the release goes",
+        "bottlerocket-socket": "Give each node the settings of bottlerocket/socket.toml",
         "bottlerocket-dd": "Give each node the settings of bottlerocket/dd.toml",
         "bottlerocket-file": "Give each node the settings of bottlerocket/file.toml",
     }

@@ -49,7 +49,7 @@ def daemonset(rendered, overlay):
 
 def settings_of(rendered, overlay):
     maps = {o["metadata"]["name"]: o for o in rendered[f"overlays/{overlay}"][1] if o["kind"] == "ConfigMap"}
-    found = maps["core-dump-collector"]["data"]
+    (found,) = [map_["data"] for name, map_ in maps.items() if name.startswith("core-dump-collector-")]
     return found | {
         e["name"]: e.get("value", "") for e in daemonset(rendered, overlay)["containers"][0]["env"]
     }

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import _socket
 import errno
 import os
 import socket
 import struct
 import subprocess
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.cores import simple as elf
 
 from core_dump_helper import ownmemory, request, socketpath
+from core_dump_helper.crash import parse_arguments
 from core_dump_helper.handler import Handler
 from core_dump_helper.limits import VITAL_SLOTS
 from core_dump_helper.listener import Listener, SocketHandler
@@ -123,6 +127,68 @@ def test_process_that_dumps_no_core_is_no_peer(tmp_path):
 
 def test_name_is_written_as_the_kernel_writes_it():
     assert [_as_e(name) for name in ("", ".", "..", "a/b", "...")] == ["!", "!", "!.", "a!b", "..."]
+
+
+# From the request to the dump
+
+
+class Kernel:
+    """Plays the kernel for one crash, whose process is this one."""
+
+    def __init__(self, station):
+        command = [str(word) for word in station.command()]
+        crash = parse_arguments(command[1:])
+        self.stream, theirs = socket.socketpair()
+        self.turn, released = os.pipe()
+        self.child = os.fork()
+        if not self.child:
+            self.stream.close()
+            peer = SimpleNamespace(crash=lambda config: crash)
+            connection = _socket.socket(fileno=theirs.detach())
+            waiting = SimpleNamespace(connection=connection, peer=peer, since=time.monotonic())
+            crash.config = str(station.directory / "helper.conf")
+            os._exit(SocketHandler(waiting, crash.config, ownmemory.OwnMemory(), released).handle())
+        theirs.close()
+        os.close(released)
+
+    def send(self, core):
+        """Send a core, as far as the helper reads it."""
+        self.stream.sendall(REQUEST)
+        assert self.stream.recv(16, socket.MSG_WAITALL) == KERNEL_WAIT
+        self.stream.sendall(ACCEPTED + core)
+        self.stream.shutdown(socket.SHUT_WR)
+
+    def wait_until_released(self):
+        """Wait until the helper lets the process go, and tells the listener."""
+        assert self.stream.recv(1) == b""
+
+    def end(self):
+        """Return the exit code of the helper's child."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+        assert os.read(self.turn, 2) == b"."
+        os.close(self.turn)
+        self.stream.close()
+        return code
+
+
+@pytest.mark.parametrize("size", [4096, 300_000, (1 << 20) - 4096, (1 << 20) + 1, 3 << 20, 9 << 20])
+def test_core_of_any_size_that_comes_over_a_socket_is_whole(station, size):
+    core = elf(os.urandom(size))
+    kernel = Kernel(station)
+    kernel.send(core)
+    kernel.wait_until_released()
+    assert kernel.end() == 0
+    assert station.core() == core
+    assert station.attributes()["bytes"] == station.attributes()["expected_bytes"]
+    assert "truncated" not in station.attributes()
+
+
+def test_small_core_that_ends_early_is_flagged_killed(station):
+    kernel = Kernel(station)
+    kernel.send(elf(b"small" * 1000)[:-100])
+    kernel.wait_until_released()
+    assert kernel.end() == 0
+    assert station.attributes()["truncated"] == "killed"
 
 
 # Where the socket may lie
