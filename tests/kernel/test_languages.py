@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+import sys
+import zipfile
 
 import pytest
 from tests.kernel.conftest import attributes, core_of
@@ -28,6 +30,16 @@ public class Crash {
     public static void main(String[] arguments) throws Exception { inner(); }
 }
 """
+DOTNET = """
+class Crash {
+    static void inner() { throw new System.InvalidOperationException("x"); }
+    static void Main() { inner(); }
+}
+"""
+DOTNET_VERSION = """{"runtimeOptions": {
+  "framework": {"name": "Microsoft.NETCore.App", "version": "3.1.0"},
+  "configProperties": {"System.Globalization.Invariant": true}
+}}"""
 NODE = "function inner() { throw new Error('x') } inner()"
 PYTHON = "import ctypes\ndef inner():\n    ctypes.string_at(0)\ninner()\n"
 RUST = """
@@ -124,6 +136,34 @@ def test_python_prints_its_stack_and_pystack_reads_the_dump(node):
     told = said_by(venv / "bin/pystack", "core", path, program)
     assert "in inner" in told
     assert "ctypes.string_at(0)" in told
+
+
+def dotnet(directory):
+    """Return .NET's program, from the package of Python that holds its runtime, and build crash.dll for it."""
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, "download", "--no-deps", "-d", directory, "dotnetcore2==3.1.23"], check=True)
+    with zipfile.ZipFile(next(directory.glob("dotnetcore2-*.whl"))) as wheel:
+        wheel.extractall(directory)
+    place = directory / "dotnetcore2/bin"
+    library = next(place.glob("shared/Microsoft.NETCore.App/*/System.Private.CoreLib.dll"))
+    for program in (place / "dotnet", library.parent / "createdump"):
+        program.chmod(0o755)
+    (directory / "crash.cs").write_text(DOTNET)
+    (directory / "crash.runtimeconfig.json").write_text(DOTNET_VERSION)
+    compiler = ["mcs", "-nostdlib", "-noconfig", f"-r:{library}", "-out:crash.dll", "crash.cs"]
+    subprocess.run(compiler, cwd=directory, check=True)
+    return place / "dotnet"
+
+
+def test_dotnet_prints_its_stack_dumps_and_writes_a_dump_of_its_own_if_told_to(node):
+    program = dotnet(node.directory)
+    own = {"COMPlus_DbgEnableMiniDump": "1", "COMPlus_DbgMiniDumpName": str(node.directory / "own")}
+    with node.installed():
+        told = run(node, program, "crash.dll", name=b"dotnet", env=os.environ | own)
+        path = core(node)
+    assert "at Crash.inner()" in told
+    assert (node.directory / "own").read_bytes()[:4] == b"\x7fELF"
+    assert "libcoreclr.so" in said_by("gdb", "-nx", "-batch", "-ex", "bt", program, path)
 
 
 def test_rust_dumps_a_panic_if_it_aborts(node):

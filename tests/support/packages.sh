@@ -30,6 +30,7 @@ if [ "${1:-}" = programs ]; then # what `make test-programs` crashes
     need nodejs /usr/bin/node
     need golang-go /usr/bin/go
     need delve /usr/bin/dlv
+    need mono-mcs /usr/bin/mcs
     need rustc /usr/bin/rustc "$HOME/.cargo/bin/rustc"
     need python3 /usr/bin/python3
     need elfutils /usr/bin/eu-stack
