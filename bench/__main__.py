@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "--only",
-        choices=["crashes", "small", "trimmed", "vital", "modules", "collector", "hold", "links"],
+        choices=["crashes", "small", "trimmed", "socket", "vital", "modules", "collector", "hold", "links"],
         help="one part of it; vital, modules, hold and links run only if asked for",
     )
     parser.add_argument(
@@ -70,16 +70,17 @@ def measure(root: Path, report: Report, options: argparse.Namespace) -> None:
     if options.only is None:  # the date stands for all tables
         lines = [[line] for line in machine.describe()]
         report.add(Table("machine", [time.strftime("%Y-%m-%d", time.gmtime())], lines))
+    asked_for = {
+        "small": crashes.run_small,
+        "trimmed": crashes.run_trimmed,
+        "socket": crashes.run_socket,
+        "vital": vital.run,
+        "modules": modules.run,
+    }
     if options.only in {None, "crashes"}:
         crashes.run(root, report, rounds)
-    if options.only == "small":
-        crashes.run_small(root, report, rounds)
-    if options.only == "trimmed":
-        crashes.run_trimmed(root, report, rounds)
-    if options.only == "vital":
-        vital.run(root, report, rounds)
-    if options.only == "modules":
-        modules.run(root, report, rounds)
+    if options.only in asked_for:
+        asked_for[options.only](root, report, rounds)
     if options.only == "links" and options.against:
         loopback.run(root, report, options.rounds or 6, options.against)
     elif options.only == "links":

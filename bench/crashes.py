@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bench import cgroup, hold, machine, plots, victims
@@ -157,6 +157,30 @@ class Crashes:
         )
         self.report.add(Table("hold: trimmed", head, rows, f"{self.rounds + 1} alternating rounds."))
 
+    def by_size(self, handlers: Sequence[Handler]) -> None:
+        """Compare handlers, of which the first is the usual one, on processes of each size."""
+        rows = []
+        for label, count, rounds in (
+            ("1 MiB", 1 << 20, 9),
+            ("100 MiB", 100 << 20, 7),
+            ("1 GiB", GIB, 5),
+            ("4 GiB", 4 * GIB, 1),
+        ):
+            image = self.shop.root / "sized"
+            what = f"zeros:{count}"
+            if count <= GIB:
+                victims.make_image(image, count)
+                what = f"image:{image}"
+            results, loads = self._compare(handlers, what, rounds)
+            held = [result.median("hold") for result in results]
+            ratios = [f"{one / held[0]:.2f}" for one in held[1:]]
+            rows.append((label, *map(seconds, held), *ratios, f"{rounds} rounds; {loads}"))
+        image.unlink()
+        head = ("process", *(handler.name for handler in handlers), "x", "machine")
+        self.report.add(
+            Table("socket: by size", head, rows, "4 GiB: touched zeros; others: memory of a service.")
+        )
+
     def small(self, name: str, handlers: Sequence[Handler], rounds: int, count: int) -> None:
         """Compare handlers on small processes, `count` at once."""
         before = machine.load()
@@ -216,6 +240,19 @@ def run_small(root: Path, report: Report, rounds: int) -> None:
         ]
         bare.small("hold: 0.5 MB", handlers, 9, 1)
         bare.small("hold: 64 at once", [handlers[0], *handlers[3:]], 3, 64)
+
+
+def run_socket(root: Path, report: Report, rounds: int) -> None:
+    """Compare the socket with the pipe, and with systemd-coredump."""
+    bare = Crashes(report, Workshop(root, None), None, rounds)
+    with bare.shop.listening("auto") as socket, bare.shop.systemd() as systemd:
+        handlers = [bare.shop.ours("auto"), socket, systemd]
+        bare.small("socket: 0.5 MB", handlers, 9, 1)
+        bare.small("socket: 64 at once", handlers, 5, 64)
+    with cgroup.group("crashes") as group, machine.warm_memory():
+        shop = Workshop(root, group)
+        with shop.listening("isal") as socket:
+            Crashes(report, shop, group, rounds).by_size([replace(shop.ours("isal"), most_rounds=9), socket])
 
 
 def run_trimmed(root: Path, report: Report, rounds: int) -> None:

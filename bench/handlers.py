@@ -31,7 +31,7 @@ DISCARD = BIG_PIPE + "b=[bytearray(1<<20)]\nwhile os.readv(0,b):pass"
 
 @dataclass(frozen=True)
 class Handler:
-    """One way to take a core: its pattern, without the `|`, and how people would write it."""
+    """One way to take a core: its pattern, without the `|` of a program, and how people would write it."""
 
     name: str
     pattern: str
@@ -40,6 +40,11 @@ class Handler:
     most_rounds: int = 3
     """One where it takes long, and differs too much for noise to matter."""
     writes: bool = True
+
+    @property
+    def kernel_pattern(self) -> str:
+        """Return the pattern as the kernel takes it."""
+        return self.pattern if self.pattern.startswith("@") else "|" + self.pattern
 
 
 class Workshop:
@@ -121,6 +126,26 @@ class Workshop:
             f"core-dump-helper {kernel.ARGUMENTS} with COMPRESSOR={compressor}",
             most_rounds=3 if compressor in {"auto", "isal"} else 1,
         )
+
+    @contextlib.contextmanager
+    def listening(self, compressor: str, buffer_bytes: int | None = None) -> Iterator[Handler]:
+        """Run the helper behind a socket, with the settings of `ours`."""
+        ours = self.ours(compressor, buffer_bytes)
+        name = compressor if buffer_bytes is None else f"{compressor}-{buffer_bytes >> 20}"
+        path = self.root / "s" / name
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.unlink(missing_ok=True)
+        join = self._group.join if self._group else ":"
+        line = f"{join}; exec {self.root / 'h'} --listen {path} -C{self.root}/{name}.conf"
+        server = subprocess.Popen(["/bin/sh", "-c", line], stderr=subprocess.DEVNULL)
+        try:
+            while not path.exists():
+                time.sleep(0.01)
+            pattern = f"@@{path}"
+            yield Handler(ours.name + ", socket", pattern, "core-dump-helper --listen", most_rounds=9)
+        finally:
+            server.kill()
+            server.wait()
 
     def trimming(self) -> Handler:
         """The helper that trims each dump to its default budget."""

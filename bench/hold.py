@@ -54,7 +54,7 @@ def take(handler: Handler, what: str, group: Group, workshop: Workshop) -> Crash
 def take_only(handler: Handler, what: str, group: Group) -> tuple[float, float]:
     """Crash one process; return seconds until it was released, and until the handler had ended."""
     present = len(group.members())
-    with victims.loaded(what) as pid, core_pattern("|" + handler.pattern, handler.pipe_limit):
+    with victims.loaded(what) as pid, core_pattern(handler.kernel_pattern, handler.pipe_limit):
         begin, (hold,) = victims.crash([pid])
     return hold, group.wait_empty(leave=present) - begin
 
@@ -81,9 +81,9 @@ def compare_paired(
     results = [Result(handler) for handler in handlers]
     for turn in range(rounds):
         ordered = results if turn % 2 == 0 else results[::-1]
-        with victims.many(what, len(ordered)) as pids, core_pattern("|" + ordered[0].handler.pattern):
+        with victims.many(what, len(ordered)) as pids, core_pattern(ordered[0].handler.kernel_pattern):
             for result, pid in zip(ordered, pids, strict=True):
-                PATTERN.write_text(f"|{result.handler.pattern}\n")
+                PATTERN.write_text(result.handler.kernel_pattern + "\n")
                 cpu, present = group.cpu_seconds(), len(group.members())
                 begin, (hold,) = victims.crash([pid])
                 whole = group.wait_empty(leave=present) - begin
@@ -135,7 +135,7 @@ def compare_small(
     for _ in range(rounds):
         for handler, mine in zip(handlers, times, strict=True):
             crowd = victims.many(what, count) if what else victims.small(count)
-            with crowd as pids, core_pattern("|" + handler.pattern, handler.pipe_limit):
+            with crowd as pids, core_pattern(handler.kernel_pattern, handler.pipe_limit):
                 _, holds = victims.crash(pids)
                 mine.extend(holds if count == 1 else [max(holds)])
             settle(workshop)
