@@ -17,6 +17,7 @@ MACHINE = (
     "tests/deploy/test_bottlerocket.py",
     "tests/deploy/test_cri.py",
     "tests/deploy/test_image.py",
+    "tests/deploy/test_location.py",
     "tests/deploy/test_package.py",
     "tests/deploy/test_packages.py",
     "tests/deploy/test_socket_host.py",
@@ -27,6 +28,12 @@ MACHINE = (
     "tests/torture/test_torture.py",
 )
 """Tests that change state of the whole machine: its core pattern, /usr/libexec, /core_dumps."""
+
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell starts background jobs so, and programs inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -112,9 +112,9 @@ def _place(prog: Any, frame: Any, address: int) -> str:  # noqa: ANN401  likewis
     name = _name(frame)
     with contextlib.suppress(LookupError, UnicodeDecodeError):
         source = frame.source()
-        return f"{name} () at {printable(source.filename, MOST_NAME)}:{source.line}"
+        return f"{name} () at {_shown(source.filename)}:{source.line}"
     with contextlib.suppress(LookupError):
-        return f"{name} () from {printable(prog.module(address).name, MOST_NAME)}"
+        return f"{name} () from {_shown(prog.module(address).name)}"
     return f"{name} ()"
 
 
@@ -124,7 +124,12 @@ def _name(frame: Any) -> str:  # noqa: ANN401  likewise
         name: str = frame.name
     except UnicodeDecodeError as error:
         name = bytes(error.object).decode("utf-8", "backslashreplace")
-    return "??" if name.startswith("0x") else printable(name, MOST_NAME)
+    return "??" if name.startswith("0x") else _shown(name)
+
+
+def _shown(name: str) -> str:
+    """Return a name that cannot steer a terminal; bytes that are not UTF-8 become escapes."""
+    return printable(name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"), MOST_NAME)
 
 
 if __name__ == "__main__":
