@@ -245,7 +245,7 @@ def test_pod_that_is_deleted_while_the_store_is_down_is_named_by_its_dump(node, 
     assert sidecar["image"] == crashing.spec["containers"][0]["image"]
 
 
-def test_pod_ends_as_fast_with_modules_as_without(node, record_property):
+def test_pod_ends_as_fast_with_modules_as_without(node):
     watch_dir, pattern = install_helper(node)
     (watch_dir / ".modules").mkdir(mode=0o700)
     (watch_dir / ".modules/collector").touch()
@@ -261,7 +261,6 @@ def test_pod_ends_as_fast_with_modules_as_without(node, record_property):
                 crashed = time.monotonic()
             ends[modules].append(time.monotonic() - crashed)
             wait_until(lambda: not list(watch_dir.rglob("*.partial")), 60, "the end of the copy")
-    record_property("seconds_to_remove_a_pod", ends)
     assert list((watch_dir / ".modules").glob("module-*"))
     assert statistics.median(ends["yes"]) < 1.25 * statistics.median(ends["no"]) + 0.25, ends
 
