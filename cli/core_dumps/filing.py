@@ -36,7 +36,7 @@ def modules(
     ] = False,
     prune: Annotated[
         bool,
-        typer.Option("--prune", help="Remove the modules that no dump needs and that are over 8 days old"),
+        typer.Option("--prune", help="Remove the modules that no dump needs and that are over 30 days old"),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without a question")] = False,
     json: Annotated[Json, typer.Option(help="Print JSON")] = Json.OFF,
@@ -147,7 +147,7 @@ def _prune(bucket: Bucket, said: Callable[[str], None], *, yes: bool) -> list[di
 
     lists = keeping.Lists(bucket)
     count, unneeded = keeping.find_unneeded(bucket, lists)
-    said(f"{len(unneeded)} of {count} modules are in no list and over 8 days old")
+    said(f"{len(unneeded)} of {count} modules are in no list and over {keeping.YOUNG_DAYS} days old")
     if not unneeded:
         return []
     _confirm(len(unneeded), yes=yes)

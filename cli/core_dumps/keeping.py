@@ -23,7 +23,8 @@ READERS = 24
 VERIFIERS = 4
 BATCH = 1000
 """Number of lists whose results are in memory at a time."""
-YOUNG_SECONDS = 30 * 86400
+YOUNG_DAYS = 30
+YOUNG_SECONDS = YOUNG_DAYS * 86400
 """A node sends a file again only after 7 days, and a list waits for its dump: up to three weeks cost no module."""
 _SHA256 = re.compile(rb"[0-9a-f]{64}")
 
