@@ -21,7 +21,9 @@ class _Group(typer.core.TyperGroup):
         self.commands = {name: self.commands[name] for name in _ORDER} | dict(self.commands)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  likewise
-        """Accept options before the command, as coredumpctl does; `list` is the command if there is none."""
+        """Accept options before the command, as coredumpctl does; without a command, run `list`."""
+        if not args and not ctx.resilient_parsing:  # the completion of an empty line offers all commands
+            args = ["list"]
         own = {name for option in self.get_params(ctx) for name in option.opts}
         if args and args[0].startswith("-") and args[0].partition("=")[0] not in own:
             valued = self._valued()
@@ -56,14 +58,10 @@ def _version(asked: bool) -> None:  # noqa: FBT001  called by typer
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
+@app.callback()
 def _app(
-    context: typer.Context,
     version: Annotated[  # noqa: ARG001, FBT002  its callback ends the program
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit")
     ] = False,
 ) -> None:
-    if context.invoked_subcommand is None:
-        command = typer.main.get_command(app).commands["list"]  # type: ignore[attr-defined]
-        with command.make_context("core-dumps list", []) as sub:
-            command.invoke(sub)
+    """Take the options of the program itself."""
