@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.support.collector import wait_until
 from tests.support.cores import AARCH64, AUXV, PRPSINFO, PRSTATUS, Shape, build
 from tests.support.front import Reply, cut, error, front
+from tests.support.gdb import crash
 
 from core_dump_format.stream import Seekable
 from core_dumps import debuginfod
@@ -160,8 +161,7 @@ def test_every_sysroot_reaches_gdb(cli, gz, tmp_path):
     link = [program, build_directory / "main.c", library, f"-Wl,-rpath,{build_directory}"]
     subprocess.run([*compile_, *link], check=True)
     core = tmp_path / "core"
-    script = ["-ex", "set debuginfod enabled off", "-ex", "run", "-ex", f"generate-core-file {core}"]
-    subprocess.run(["gdb", "-nx", "-batch", *script, program], check=True, capture_output=True)
+    crash(program, core)
     cli.put(NAME, gz(core.read_bytes()), {"bytes": core.stat().st_size})
     for root, file in (("one", program), ("two", library)):
         place = tmp_path / root / str(file).lstrip("/")

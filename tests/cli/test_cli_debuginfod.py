@@ -1,4 +1,4 @@
-"""`core-dumps debuginfod`: the files of a dump for any debugger, on loopback alone, verified, in bounded numbers."""
+"""`core-dumps debuginfod`: the files of a dump for any debugger, only on loopback, verified, in bounded numbers."""
 
 from __future__ import annotations
 

@@ -14,13 +14,14 @@ import pytest
 from tests.cli.test_cli_debugger import tools  # noqa: F401  a fixture
 from tests.cli.test_cli_modules import NAME, Crashed, frames, needs_gdb
 from tests.support.cores import I386, Shape, build
+from tests.support.gdb import crash
 
 from core_dumps import buildid
 from core_dumps import tools as choice
 from core_dumps.errors import UsageError
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("drgn") is None, reason="drgn has wheels for Linux on x86-64 alone"
+    importlib.util.find_spec("drgn") is None, reason="drgn has wheels only for Linux on x86-64"
 )
 DEEP = "int deep(int n) { volatile char b[64]; b[0] = n; return deep(n + 1) + b[0]; }\n"
 
@@ -33,7 +34,7 @@ def crashed(tmp_path_factory):
 
 
 def functions(lines):
-    """Return number, address, function and line of each frame, which is what both print."""
+    """Return number, address, function and line of each frame; both debuggers print these."""
     form = re.compile(r"#(\d+) +(?:0x([0-9a-f]+) in )?(\S+) \(.*\) at (?:.*/)?([^/ ]+)$")
     return [form.match(line).groups() for line in lines]
 
@@ -111,8 +112,7 @@ def test_stack_overflow_ends_with_a_note_in_every_debugger(cli, tmp_path, debugg
     (tmp_path / "deep.c").write_text(DEEP + "int main(void) { return deep(0); }\n")
     program, core = tmp_path / "deep", tmp_path / "core"
     subprocess.run(["gcc", "-g", "-O0", "-w", "-o", program, tmp_path / "deep.c"], check=True)
-    script = ["-ex", "set debuginfod enabled off", "-ex", "run", "-ex", f"generate-core-file {core}"]
-    subprocess.run(["gdb", "-nx", "-batch", *script, program], check=True, capture_output=True)
+    crash(program, core)
     cli.put(NAME.removesuffix(".gz"), core.read_bytes(), {"bytes": core.stat().st_size})
     lines = cli.run("bt", "--debugger", debugger).stdout.splitlines()
     assert lines[-1] == "(more frames follow; a backtrace has at most 256 of a thread)"
@@ -122,7 +122,7 @@ def test_stack_overflow_ends_with_a_note_in_every_debugger(cli, tmp_path, debugg
 
 @needs_gdb
 def test_name_that_is_no_text_is_escaped_and_costs_no_frame(cli, tmp_path):
-    """The program chooses the bytes of a name; a library's path is in the locale's encoding, whatever that was."""
+    """The program chooses the bytes of a name; the bytes of a library's path depend on the locale of its user."""
     folder = os.fsencode(tmp_path) + b"/\xff"
     os.mkdir(folder)
     sources = {
@@ -141,8 +141,7 @@ def test_name_that_is_no_text_is_escaped_and_costs_no_frame(cli, tmp_path):
         ["-g", *link],
     ):
         subprocess.run(["gcc", "-w", "-O0", *words], check=True)
-    script = ["-ex", "set debuginfod enabled off", "-ex", "run", "-ex", f"generate-core-file {core}"]
-    subprocess.run(["gdb", "-nx", "-batch", *script, program], check=True, capture_output=True)
+    crash(program, core)
     program.write_bytes(program.read_bytes().replace(b"die_BAD", b"d\xff\x1b[31m"))
     cli.put(NAME.removesuffix(".gz"), core.read_bytes(), {"bytes": core.stat().st_size})
     cli.environ["PYTHONIOENCODING"] = "ascii"

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import modules as support
+from tests.support.gdb import crash
 from tests.support.s3 import BUCKET
 
 from core_dump_format.core import read_core
@@ -47,8 +48,7 @@ class Crashed:
         link = [self.program, built / "main.c", self.library, f"-Wl,-rpath,{built}"]
         subprocess.run([*compile_, *link], check=True)
         self.core = folder / "core"
-        script = ["-ex", "set debuginfod enabled off", "-ex", "run", "-ex", f"generate-core-file {self.core}"]
-        subprocess.run(["gdb", "-nx", "-batch", *script, self.program], check=True, capture_output=True)
+        crash(self.program, self.core)
         self.backtrace = self.of_gdb(self.program)
         with self.core.open("rb") as file:
             files = read_core(Seekable(file.fileno())).files

@@ -1,4 +1,4 @@
-"""A trimmed dump is never called whole: every command tells that it is trimmed, why, and how much was left out."""
+"""A trimmed dump is never called whole: each command reports why it was trimmed, and how much was left out."""
 
 import gzip
 import json
