@@ -60,7 +60,7 @@ def _version(asked: bool) -> None:  # noqa: FBT001  called by typer
 
 @app.callback()
 def _app(
-    version: Annotated[  # noqa: ARG001, FBT002  its callback ends the program
+    version: Annotated[  # noqa: FBT002  its callback ends the program
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit")
     ] = False,
 ) -> None:

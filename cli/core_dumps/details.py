@@ -29,7 +29,7 @@ _LABELS = {
     "container_id": "Container ID", "pod_uid": "Pod UID", "threads": "Threads", "bytes": "Core Size",
     "expected_bytes": "Expected Size", "trimmed": "Trimmed", "truncated": "Truncated", "sensitive_reason": "Sensitive",
     "compressor": "Compressor", "duration_ms": "Dump Took", "uploaded_at": "Uploaded",
-    "build_id": "Build ID", "machine": "Machine", "fingerprint": "Fingerprint", "frames": "Frames", "crc32": "CRC-32",
+    "build_id": "Build ID", "machine": "Machine", "fingerprint": "Fingerprint", "frames": "Stack", "crc32": "CRC-32",
 }  # fmt: skip
 _REPEATS = {"ns_pid": "pid", "thread": "comm", "expected_bytes": "bytes"}
 """Fields that are left out if they repeat another one."""
@@ -94,7 +94,7 @@ def _facts(bucket: str, dump: Dump) -> Iterator[tuple[str, Text]]:
         if value is None or (field in _REPEATS and value == dump.get(_REPEATS[field])):
             continue
         if field == "frames":
-            yield from _stack(str(value))
+            yield from _stack(label, str(value))
         else:
             yield label, Text(_worded(dump, field, value))
     yield (
@@ -121,10 +121,10 @@ def _worded(dump: Dump, field: str, value: Value) -> str:
     return f"{text} ms" if field == "duration_ms" else text
 
 
-def _stack(frames: str) -> Iterator[tuple[str, Text]]:
+def _stack(label: str, frames: str) -> Iterator[tuple[str, Text]]:
     """Yield the frames of the crashed thread that the helper found, one a line."""
     for number, line in enumerate(where.stack(frames)):
-        yield "" if number else "Stack", Text(printable(line, 200))
+        yield "" if number else label, Text(printable(line, 200))
 
 
 def _dropped_lines(core: Core) -> Iterator[str]:

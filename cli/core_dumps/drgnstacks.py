@@ -1,7 +1,7 @@
 """Prints the backtraces of a core in gdb's form: `python -m core_dumps.drgnstacks CORE TREE PROGRAM SYMBOLS FRAMES`.
 
 It is a process of its own, because drgn is a native library that reads a stranger's core. Executables and libraries
-come from the tree alone; PROGRAM and SYMBOLS may be empty; FRAMES is the most that is printed of a thread.
+come only from the tree; PROGRAM and SYMBOLS may be empty; FRAMES is the largest number of frames of a thread.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import drgn
 from core_dump_format.text import printable
 from core_dumps import show
 from core_dumps.dump import DELETED
-from core_dumps.tree import DEBUG_DIRECTORY, inside
+from core_dumps.tree import DEBUG_DIRECTORY, FLAT, ROOT, SYMBOLS, inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MOST_NAME = 2000
 _ERRORS = (LookupError, ValueError, NotImplementedError, OSError, drgn.FaultError, drgn.BadDataError)
-"""What drgn raises of a core that it cannot read."""
+"""The exceptions of drgn for a core that it cannot read."""
 
 
 def main() -> None:
-    """Print the backtraces, that of the crashed thread first."""
+    """Print the backtraces of all threads, the crashed one first."""
     core, tree, program, symbols, most_frames = sys.argv[1:]
     show.never_fail_on_a_character()
     prog = drgn.Program()
@@ -40,7 +40,7 @@ def main() -> None:
     for number, thread in enumerate(threads, start=1):
         _write("\n" * (number > 1) + f"Thread {number} (LWP {thread.tid}):")
         for line in _lines(prog, thread, int(most_frames)):
-            _write(line.replace("\n", "\\n"))  # no name is a frame of its own
+            _write(line.replace("\n", "\\n"))  # a name with a line break must not look like another frame
 
 
 def _write(line: str) -> None:
@@ -51,7 +51,7 @@ def _write(line: str) -> None:
 def _load(prog: Any, tree: str, program: str, symbols: str) -> None:  # noqa: ANN401  drgn is not typed on all machines
     """Give drgn the files of the tree; it compares build IDs, and a file without one is used under its name."""
     options = prog.debug_info_options
-    options.directories = (os.path.join(tree, "debug"), DEBUG_DIRECTORY)
+    options.directories = (os.path.join(tree, SYMBOLS), DEBUG_DIRECTORY)
     options.try_module_name = False
     with contextlib.suppress(*_ERRORS):  # a damaged list of modules
         prog.create_loaded_modules()
@@ -66,13 +66,11 @@ def _load(prog: Any, tree: str, program: str, symbols: str) -> None:  # noqa: AN
 
 
 def _in_tree(tree: str, name: str) -> list[str]:
-    place = inside(name.removesuffix(DELETED))
-    if place is None:
+    raw = inside(name.removesuffix(DELETED))
+    if raw is None:
         return []
-    places = [
-        os.path.join(tree, "root", os.fsdecode(place)),
-        os.path.join(tree, "flat", os.path.basename(os.fsdecode(place))),
-    ]
+    path = os.fsdecode(raw)
+    places = [os.path.join(tree, ROOT, path), os.path.join(tree, FLAT, os.path.basename(path))]
     return [path for path in places if os.path.isfile(path)][:1]
 
 

@@ -1,4 +1,4 @@
-"""Owns the files that `debuginfod` serves: the modules of some dumps, by build ID, fetched when they are asked for."""
+"""Owns the files that `debuginfod` serves: the modules of dumps by build ID, each downloaded at its first request."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Silent:
 
 
 class Shelf:
-    """The modules of some dumps."""
+    """The modules of several dumps."""
 
     def __init__(
         self, bucket: Bucket, dumps: Iterable[Dump], cache: str, note: Callable[[str], None]
@@ -70,15 +70,16 @@ class Shelf:
         return len(self._modules)
 
     def find(self, build_id: str, kind: str) -> str | None:
-        """Return the path of an executable or library, or of one that holds its own debug information; else None."""
+        """Return the path of a module; None if the bucket has no right one.
+
+        The kind `debuginfo` takes a module with its own debug information.
+        """
         module = self._modules.get(build_id)
         if module is None:
             return None
         with self._locks[module.sha256]:
-            rows = [module]
-            place = stored.fetch_modules(self._bucket, rows, self._cache, _Silent(), self._note).get(
-                module.sha256
-            )
+            found = stored.fetch_modules(self._bucket, [module], self._cache, _Silent(), self._note)
+        place = found.get(module.sha256)
         name = printable(module.path.decode("utf-8", "backslashreplace"))
         if place is None:
             self._note(f"{name} (build ID {build_id}) is not in the bucket")

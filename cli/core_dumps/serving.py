@@ -16,7 +16,6 @@ from core_dumps import backtrace
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from core_dumps.backtrace import Backtrace
     from core_dumps.debugger import Session
 
     Find = Callable[[str, str], str | None]
@@ -69,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Server(ThreadingHTTPServer):
-    """A server with a bounded number of threads, none of which delays the end of the program."""
+    """A server with a bounded number of threads; they do not delay the end of the program."""
 
     daemon_threads = True
     block_on_close = False
@@ -93,7 +92,7 @@ class _Server(ThreadingHTTPServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401  likewise
-        """Say nothing of a client that went away."""
+        """Ignore a client that went away."""
 
 
 @contextlib.contextmanager
@@ -130,7 +129,7 @@ def run(session: Session, arguments: str) -> int:
         return backtrace.run(session.command(arguments, batch=False), environ)
 
 
-def trace(session: Session, arguments: str, backtrace: Backtrace) -> int:
+def trace(session: Session, arguments: str, output: backtrace.Backtrace) -> int:
     """Let a debugger print backtraces and return its exit status."""
     with _environ(session) as environ:
-        return backtrace.run(session.command(arguments, batch=True), environ)
+        return output.run(session.command(arguments, batch=True), environ)

@@ -22,6 +22,8 @@ MOST_PATH_BYTES = 3000
 """A path has at most 4,096 bytes; the rest is for the path of the tree itself."""
 DEBUG_DIRECTORY = "/usr/lib/debug"
 """Where distributions put separate symbols, and debuggers look for them by default."""
+ROOT, FLAT, SYMBOLS = "root", "flat", "debug"
+"""The directories of a tree."""
 _MERGED = (b"bin", b"sbin", b"lib", b"lib32", b"lib64", b"libx32")
 """Directories that are links into /usr on most systems (hier(7))."""
 
@@ -32,11 +34,11 @@ class Tree:
     def __init__(self, directory: str) -> None:
         """Make an empty one."""
         self.path = tempfile.mkdtemp(prefix=PREFIX, dir=directory)
-        self.root = os.path.join(self.path, "root")
+        self.root = os.path.join(self.path, ROOT)
         """Files under their paths in the process; a sysroot."""
-        self.flat = os.path.join(self.path, "flat")
+        self.flat = os.path.join(self.path, FLAT)
         """Files under their last names, for libraries that were loaded by a relative path."""
-        self.symbols = os.path.join(self.path, "debug")
+        self.symbols = os.path.join(self.path, SYMBOLS)
         """Files with separate symbols by build ID; a debug-file-directory."""
         for part in (self.root, self.flat, self.symbols):
             os.mkdir(part, 0o700)
