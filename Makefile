@@ -38,7 +38,7 @@ docs: $(READY) ## write the tables, manual pages and alerts that come from other
 	$(BIN)/python tests/support/manuals.py --write
 	$(BIN)/core-dumps man > docs/core-dumps.1
 
-bench: ## ONLY=part AGAINST=revision: benchmarks beside the peers; the parts: python -m bench --help
+bench: ## ONLY=part AGAINST=revision: benchmarks, also of the peers; the parts: python -m bench --help
 	@$(MAKE) -s VENV=.venv-bench .venv-bench/bin/pip
 	.venv-bench/bin/pip install -q --disable-pip-version-check --group bench -e '.[cli]'
 	.venv-bench/bin/python -m bench $(if $(ONLY),--only $(ONLY)) $(if $(AGAINST),--against $(AGAINST))

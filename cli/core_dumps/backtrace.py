@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MOST_LINE_BYTES = 64 * 1024
 MOST_SKIPPED = 1000
-"""Lines before a backtrace that are kept, in case there is none."""
+"""So many lines before a backtrace are kept; they are written if no backtrace follows."""
 MOST_FRAMES = 256
 """Frames of a thread in a backtrace; a stack overflow has tens of thousands."""
 _RESOLVED = re.compile(
@@ -32,7 +32,7 @@ _ENDLESS = f"(more frames follow; a backtrace has at most {MOST_FRAMES} of a thr
 
 
 def run(line: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
-    """Run a debugger on this terminal and return its exit status. Ctrl-C is for the debugger alone."""
+    """Run a debugger on this terminal and return its exit status. Only the debugger reacts to Ctrl-C."""
     before = signal.signal(signal.SIGINT, lambda *_: None)  # a handler ends at exec(2), SIG_IGN would not
     try:
         return subprocess.run(line, check=False, env=environ).returncode  # noqa: S603  a list, no shell
@@ -46,7 +46,7 @@ def _lines(output: IO[bytes] | None) -> Iterator[bytes]:
 
 
 class Backtrace:
-    """The output of a debugger from its first thread on; the lines before it are progress, and repeat `info`."""
+    """The output of a debugger from its first thread on; earlier lines report progress, or repeat `info`."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         """Write lines with `write`."""
@@ -100,7 +100,7 @@ class Backtrace:
             self._beyond = None
 
     def _explain(self, code: int, errors: str) -> None:
-        """Write what was skipped if there was no backtrace, and the errors if the debugger failed."""
+        """Write the skipped lines if no backtrace followed, and the errors if the debugger failed."""
         self._end_thread(goes_on=False)
         failed = code and not self.is_cut  # eu-stack calls a long stack a failure
         for text in [*(() if self._begun else self._skipped), *(errors.splitlines() if failed else ())]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def cautions(dump: Dump) -> Iterator[str]:
-    """Yield a line for each."""
+    """Yield a line for each warning about a dump."""
     if dump.trimmed:
         yield f"this dump was trimmed on its node ({dump.trimmed}): {trimmed_note(dump)}"
     elif dump.truncated:

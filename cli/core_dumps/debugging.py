@@ -1,7 +1,7 @@
 """Owns the commands that bring a debugger to a dump: `bt`, `debug`, `debuginfod`."""
 
 # ruff: noqa: FBT002, PLR0913, PLR0917  the parameters of a command are its options
-# ruff: noqa: PLC0415  each command imports only what it needs: completion and --help must be quick
+# ruff: noqa: PLC0415  each command imports its own modules only: completion and --help must be quick
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Owns the command `modules`: the executables and libraries of a dump, and the bucket's modules as a whole."""
 
 # ruff: noqa: FBT002  the parameters of a command are its options
-# ruff: noqa: PLC0415  each command imports only what it needs: completion and --help must be quick
+# ruff: noqa: PLC0415  each command imports its own modules only: completion and --help must be quick
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _look_after(bucket: Bucket, *, verify: bool, prune: bool, yes: bool, json: J
 
 
 def _nothing(_: str) -> None:
-    """Say nothing: JSON says it."""
+    """Print nothing: the JSON output contains the same facts."""
 
 
 def _verify(bucket: Bucket, said: Callable[[str], None], *, yes: bool) -> list[dict[str, Any]]:
@@ -167,7 +167,7 @@ def _confirm(count: int, *, yes: bool) -> None:
 
 
 def _remove(bucket: Bucket, reasons: dict[str, str], said: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Delete objects and return what became of each."""
+    """Delete objects and return the result for each."""
     rows = []
     for key, problem in bucket.delete_objects(reasons):
         rows.append({"key": key, "reason": reasons[key], "removed": problem is None, "problem": problem})

@@ -17,7 +17,7 @@ _CUT = ("EXE", "PATH", "WHERE")
 """Columns that are cut, the first one first; node and pod never are."""
 _LITTLE = ("UID", "SIZE")
 _MUCH = ("FINGERPRINT", "BUILDS", "FIRST")
-"""Columns that are left out one after the other while the rest is too wide: before paths are cut short, and after."""
+"""Columns that are left out one after the other while the rest is too wide: `_LITTLE` before paths are cut short."""
 
 
 class Columns:

@@ -1,7 +1,7 @@
 """Owns the commands about sets of dumps: `list`, `rm`, `stats`."""
 
 # ruff: noqa: FBT002, PLR0913, PLR0917  the parameters of a command are its options
-# ruff: noqa: PLC0415  each command imports only what it needs: completion and --help must be quick
+# ruff: noqa: PLC0415  each command imports its own modules only: completion and --help must be quick
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def rm(
 
 
 def _deletions(deletions: Iterable[Deletion], dumps: list[Dump]) -> list[dict[str, Any]]:
-    """Return what became of each dump, as JSON."""
+    """Return the result for each dump, as JSON."""
     problems = {deletion.dump.key: deletion.problem for deletion in deletions}
     return [
         {

@@ -1,7 +1,7 @@
 """Owns the commands about one dump: `info`, `get`, `share`."""
 
 # ruff: noqa: FBT002  the parameters of a command are its options
-# ruff: noqa: PLC0415  each command imports only what it needs: completion and --help must be quick
+# ruff: noqa: PLC0415  each command imports its own modules only: completion and --help must be quick
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ class Selection:
         """Return the dumps.
 
         Raises:
-            NoMatchError: there is none.
+            NoMatchError: the iterator is empty.
         """
         if (first := next(dumps, None)) is None:
             raise self.no_match(bucket)

@@ -40,7 +40,7 @@ def choose(named: str | None, note: Callable[[str], None]) -> str:
     """Return the debugger that the user named, else the first one that is installed.
 
     Raises:
-        UsageError: it is not installed, or none is.
+        UsageError: the named debugger is not installed, or no debugger is.
     """
     if named is not None:
         if not _is_installed(named):

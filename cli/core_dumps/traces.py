@@ -1,4 +1,4 @@
-"""Owns the backtraces of one dump or several: a session for each, and the problems of those that have none."""
+"""Owns the backtraces of one dump or several: the sessions of the debugger, and the dumps with a problem."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_LINE = 10_000
 
 
 class Once:
-    """Tells the user each line once, though it is about several dumps."""
+    """Tells the user each line only once, even if several dumps cause it."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         """Tell lines with `note`."""
@@ -57,7 +57,7 @@ def open_session(
 
 
 class Traces:
-    """The backtraces of some dumps."""
+    """The backtraces of one dump or several."""
 
     def __init__(self, files: Files, arguments: str) -> None:
         """Run the debugger of `files` with more arguments."""
@@ -89,7 +89,7 @@ class Traces:
                     os.unlink(session.core)
 
     def write(self, session: Session | None, write: Callable[[str], None]) -> CliError | None:
-        """Write the lines of a backtrace; return the problem if it is none."""
+        """Write the lines of a backtrace; return the problem if the debugger failed or named no function."""
         if session is None:
             return self._problems[-1]
 
@@ -118,7 +118,7 @@ class Traces:
         """Raise the problem of the only dump, or the number of dumps with a problem.
 
         Raises:
-            CliError: there is one.
+            CliError: a dump has a problem.
         """
         if self._problems and self._count > 1:
             raise CliError(f"no backtrace of {len(self._problems)} of {self._count} dumps")
