@@ -167,6 +167,7 @@ def test_dumps_without_files_are_named(crashed, cli):
 def test_clients_that_say_nothing_take_no_more_than_their_share(monkeypatch):
     monkeypatch.setattr(serving, "MOST_CLIENTS", 4)
     monkeypatch.setattr(serving._Handler, "timeout", 0.5)
+    monkeypatch.setattr(serving._Server, "request_queue_size", 32)  # nobody waits to connect
     before = threading.active_count()
     with contextlib.ExitStack() as stack:
         address = stack.enter_context(serving.served(lambda *_: __file__))
