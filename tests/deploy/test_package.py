@@ -49,24 +49,30 @@ def build(tmp_path):
 
 
 @pytest.fixture
-def rpm(tmp_path):
-    """Run rpm in a copy-on-write root without /proc: the running kernel is out of its reach."""
+def inside(tmp_path):
+    """Run programs in a copy-on-write root without /proc: the running kernel is out of their reach."""
     if os.geteuid() != 0:
         pytest.skip("mounts a root of its own, needs root: sudo make test")
     for name in ("upper", "work", "root"):
         (tmp_path / name).mkdir()
 
-    def inside(*command):
-        return deploy.run("unshare", "--mount", "sh", "-c", INSIDE, "sh", tmp_path, *command)
-
-    inside("rm", "-rf", *(tmp_path / "root" / path for path in OURS))  # this machine may have one
-
-    def run(*arguments, code=0):
-        done = inside(deploy.tool("rpm"), "--root", tmp_path / "root", *arguments)
+    def run(*command, code=0):
+        done = deploy.run("unshare", "--mount", "sh", "-c", INSIDE, "sh", tmp_path, *command)
         if "mount:" in done.stderr:
             pytest.skip(f"no overlay file system here: {done.stderr.strip()}")
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
+
+    run("rm", "-rf", *(tmp_path / "root" / path for path in OURS))  # this machine may have one
+    return run
+
+
+@pytest.fixture
+def rpm(inside, tmp_path):
+    """Run rpm in that root."""
+
+    def run(*arguments, code=0):
+        return inside(deploy.tool("rpm"), "--root", tmp_path / "root", *arguments, code=code)
 
     return run
 
@@ -111,7 +117,7 @@ def test_package_installs_upgrades_and_goes(rpm, build, tmp_path):
 
 
 def test_package_that_is_not_active_says_so(rpm, build, tmp_path):
-    (tmp_path / "upper/etc/sysctl.d").mkdir(parents=True)
+    (tmp_path / "upper/etc/sysctl.d").mkdir(parents=True, exist_ok=True)
     (tmp_path / "upper/etc/sysctl.d/50-other.conf").write_text("kernel.core_pattern=|/opt/handler %P\n")
     rpm("--initdb")
     said = rpm("-i", "--nodeps", build(1))

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.deploy.test_package import BOOT_FILE, INSIDE, OURS, SOURCES, exists
+from tests.deploy.test_package import BOOT_FILE, build, exists, inside  # noqa: F401
 from tests.support import deploy
 
 from core_dump_setup import location
@@ -20,26 +20,9 @@ HELPER = "usr/libexec/core-dump-handler/core-dump-helper"
 
 
 @pytest.fixture
-def inside(tmp_path):
-    """Run programs in a copy-on-write root without /proc: the running kernel is out of their reach."""
-    if os.geteuid() != 0:
-        pytest.skip("mounts a root of its own, needs root: sudo make test")
-    for name in ("upper", "work", "root"):
-        (tmp_path / name).mkdir()
+def dpkg(inside, tmp_path):  # noqa: F811
+    """Run dpkg in the copy-on-write root."""
 
-    def run(*command, code=0):
-        done = deploy.run("unshare", "--mount", "sh", "-c", INSIDE, "sh", tmp_path, *command)
-        if "mount:" in done.stderr:
-            pytest.skip(f"no overlay file system here: {done.stderr.strip()}")
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    run("rm", "-rf", *(tmp_path / "root" / path for path in OURS))  # this machine may have one
-    return run
-
-
-@pytest.fixture
-def dpkg(inside, tmp_path):
     def run(*words, code=0):
         return inside("chroot", tmp_path / "root", "dpkg", *words, code=code)
 
@@ -47,26 +30,18 @@ def dpkg(inside, tmp_path):
 
 
 @pytest.fixture
-def deb(tmp_path):
+def deb(build, tmp_path):  # noqa: F811
     """Build a release of the helper's package; return its path inside the root."""
 
     def built(release):
-        source = tmp_path / f"source-{release}"
-        for name in SOURCES:
-            shutil.copytree(deploy.ROOT / name, source / name)
-        spec = source / "sysctl/core-dump-handler.spec"
-        spec.write_text(spec.read_text().replace("Release: 1\n", f"Release: {release}\n"))
-        defines = ["--define", f"_topdir {tmp_path}/top", "--define", f"_sourcedir {source}"]
-        deploy.succeed(deploy.tool("rpmbuild"), "-bb", *defines, spec)
-        (package,) = tmp_path.glob(f"top/RPMS/noarch/*-{release}.noarch.rpm")
         deploy.tool("dpkg-deb")
-        deploy.succeed(SYSCTL / "rpm2deb.sh", package, tmp_path / "upper")
+        deploy.succeed(SYSCTL / "rpm2deb.sh", build(release), tmp_path / "upper")
         return f"/core-dump-handler_0.1.0-{release}_all.deb"
 
     return built
 
 
-def test_helpers_deb_installs_upgrades_keeps_edits_and_goes(inside, dpkg, deb, tmp_path):
+def test_helpers_deb_installs_upgrades_keeps_edits_and_goes(inside, dpkg, deb, tmp_path):  # noqa: F811
     upper = tmp_path / "upper"
     assert "set at the next boot" in dpkg("-i", deb(1))
     assert (upper / BOOT_FILE).read_text() == (SYSCTL / "69-core-dump.conf").read_text()
@@ -126,7 +101,7 @@ def test_collectors_spec_and_unit_agree():
 
 @pytest.mark.skipif(os.environ.get("DEPLOY_TIER") != "dist", reason="looks at what `make dist` has built")
 @pytest.mark.parametrize("kind", ["rpm", "deb"])
-def test_collectors_package_brings_an_environment_that_runs_and_goes(inside, tmp_path, kind):
+def test_collectors_package_brings_an_environment_that_runs_and_goes(inside, tmp_path, kind):  # noqa: F811
     (package,) = (deploy.ROOT / "dist").glob(f"core-dump-collector[-_]*.{kind}")
     shutil.copy(package, tmp_path / "upper" / package.name)
     root = tmp_path / "root"

@@ -77,22 +77,8 @@ ExecStop=/bin/sh -c 'echo core > /proc/sys/kernel/core_pattern'
 [Install]
 WantedBy=sysinit.target
 """
+STATE = (deploy.ROOT / "tests/deploy/state.sh").read_text()
 WALK = """
-state() { # TAG: what the kernel would do with a crash now
-    pattern=$(cat /proc/sys/kernel/core_pattern)
-    case $pattern in
-    '|'*core-dump-helper*) /usr/libexec/core-dump-handler/core-dump-helper --version >/dev/null 2>&1 &&
-        echo "$1 ours" || echo "$1 BROKEN" ;;
-    *) echo "$1 $pattern" ;;
-    esac
-}
-run() { # TAG COMMAND...
-    tag=$1; shift
-    "$@" >/tmp/said 2>&1
-    echo "$tag exit $?"
-    sed "s/^/$tag says /" /tmp/said
-    state "$tag"
-}
 distribution=$(cat /proc/sys/kernel/core_pattern)
 echo FOREIGN >/proc/sys/kernel/core_pattern
 run REFUSED /checkout/sysctl/install.sh
@@ -227,7 +213,7 @@ def test_walk_from_the_handler_of_others_to_ours_and_back(root, tmp_path):
     wants = root / "etc/systemd/system/sysinit.target.wants"
     wants.mkdir(parents=True, exist_ok=True)
     (wants / service.name).symlink_to(f"/usr/lib/systemd/system/{service.name}")
-    said = boot(root, tmp_path, before=WALK.replace("FOREIGN", f"'{FOREIGN}'"), after=LEAVE)
+    said = boot(root, tmp_path, before=STATE + WALK.replace("FOREIGN", f"'{FOREIGN}'"), after=LEAVE)
     assert lines(said, "AT_BOOT") == [HANDLER]
     for tag, handler in (("REFUSED", FOREIGN), ("FAILED", HANDLER)):
         assert "exit 1" in lines(said, tag)

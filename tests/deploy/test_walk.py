@@ -74,7 +74,7 @@ def test_newcomer_installs_collects_upgrades_moves_and_removes(root, tmp_path):
     (root / "count.py").write_text(COUNT)
     (root / "stopping").write_text(STOPPING)
     (root / "etc/systemd/system/stopping.service").write_text(UNIT)
-    said = test_vm.boot(root, tmp_path, report=SCRIPT.read_text(), seconds=1800)
+    said = test_vm.boot(root, tmp_path, report=test_vm.STATE + SCRIPT.read_text(), seconds=1800)
 
     def lines(tag):
         return test_vm.lines(said, tag)

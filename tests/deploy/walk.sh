@@ -1,21 +1,7 @@
 #!/bin/sh
-# Runs in the machine that tests/deploy/test_walk.py boots. The test reads the lines that begin with a word in capitals.
+# Runs after state.sh in the machine that tests/deploy/test_walk.py boots. The test reads the lines that begin with a
+# word in capitals.
 foreign='|/bin/true %P'
-state() { # TAG: what the kernel would do with a crash now
-    pattern=$(cat /proc/sys/kernel/core_pattern)
-    case $pattern in
-    '|'*core-dump-helper*) /usr/libexec/core-dump-handler/core-dump-helper --version >/dev/null 2>&1 &&
-        echo "$1 ours" || echo "$1 BROKEN" ;;
-    *) echo "$1 $pattern" ;;
-    esac
-}
-run() { # TAG COMMAND...
-    tag=$1; shift
-    "$@" >/tmp/said 2>&1
-    echo "$tag exit $?"
-    sed "s/^/$tag says /" /tmp/said
-    state "$tag"
-}
 left() { # every file that is not the kernel's, the log's or the walk's own
     find / -xdev \( -path /proc -o -path /sys -o -path /run -o -path /dev -o -path /tmp -o -path /checkout \
         -o -path /root -o -path /var/log -o -path /var/lib/systemd -o -name __pycache__ \) -prune -o -print | sort
