@@ -28,7 +28,7 @@ PARTITIONS = (
     ("", "aws", "amazonaws.com"),
 )
 """How a region's name begins, its partition, and the domain of its services (botocore's partitions.json)."""
-PLACES = {  # what the files say, the option that replaces it, and what the option must look like
+PLACES = {  # example in the files, the option that replaces it, and the pattern of its values
     "my-core-dumps": ("bucket", "[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"),
     "eu-central-1": ("region", "[a-z]{2,}(-[a-z0-9]+)+"),
     "111122223333": ("account", "[0-9]{12}"),
@@ -70,18 +70,23 @@ def read(name: str) -> str:
 
 
 def replaced(text: str, given: dict[str, str]) -> str:
-    """Put the values of the options into a text."""
+    """Put the values of the options into a text, in one pass: a bucket's name may contain that of a region."""
     partition, domain = partition_of(given["region"])
-    for place, (option, pattern) in PLACES.items():
-        if place in text and (given[option] or option != "role"):
-            check(option, given[option], pattern)
-            text = text.replace(place, f"role/{given[option]}" if option == "role" else given[option])
+
+    def value(found: re.Match[str]) -> str:
+        option, pattern = PLACES[found[0]]
+        if option == "role" and not given["role"]:
+            return found[0]
+        check(option, given[option], pattern)
+        return f"role/{given['role']}" if option == "role" else given[option]
+
+    text = re.sub("|".join(map(re.escape, PLACES)), value, text)
     text = text.replace("arn:aws:", f"arn:{partition}:")
     return re.sub(rf"((?:s3|oidc\.eks)\.{re.escape(given['region'])})\.amazonaws\.com", rf"\1.{domain}", text)
 
 
 def below_prefix(value: Any, given: dict[str, str], key: str = "") -> Any:  # noqa: ANN401  any part of JSON
-    """Return a document whose keys of objects begin with the prefix."""
+    """Return the document with the prefix before each key of an object."""
     if not given["prefix"]:
         return value
     check("prefix", given["prefix"], PREFIX)
@@ -96,7 +101,7 @@ def below_prefix(value: Any, given: dict[str, str], key: str = "") -> Any:  # no
 
 
 def check(option: str, value: str, pattern: str) -> None:
-    """Raise ValueError if a value does not look like what the option takes."""
+    """Raise ValueError if the value of an option does not match its pattern."""
     if not re.fullmatch(pattern, value):
         raise ValueError(f"--{option} {value!r}: this policy needs it as {pattern}")
 

@@ -209,6 +209,11 @@ def test_rendered_policies_name_the_partition_of_the_region(region):
     assert f"oidc.eks.{region}.{domain}/id/ABC" in json.dumps(render("trust-irsa", region=region))
 
 
+def test_value_that_looks_like_another_example_stays():
+    found = render("write-only", bucket="dumps-eu-central-1", region="us-gov-west-1")
+    assert found["Statement"][0]["Resource"] == "arn:aws-us-gov:s3:::dumps-eu-central-1/*"
+
+
 def test_prefix_is_part_of_every_key_and_of_no_bucket():
     text = json.dumps([render(name, prefix="a/b") for name in ("read-tenant", "lifecycle", "bucket-policy")])
     keys = re.findall(f':::{s3.BUCKET}/([^"]*)"', text) + re.findall('"(?:s3:p|P)refix": "([^"]*)"', text)
@@ -242,6 +247,19 @@ def role_of(found):
     return found.resources[name]["Policies"][0]["PolicyDocument"]
 
 
+def variables_of(found):
+    """Return the variables of the task."""
+    container = found.resources["TaskDefinition"]["ContainerDefinitions"][0]
+    return {item["Name"]: item["Value"] for item in container["Environment"]}
+
+
+def location_of(found):
+    """Return the stack's BUCKET_NAME: a variable of the task, or an output."""
+    if "TaskDefinition" in found.resources:
+        return variables_of(found)["BUCKET_NAME"]
+    return found.outputs["BucketName"]
+
+
 @pytest.mark.parametrize("folder", ["ecs", "eks"])
 def test_stack_has_its_own_bucket_with_the_policy_of_iam_or_uses_yours(folder):
     own, yours = (
@@ -265,11 +283,7 @@ def test_stack_with_key_and_prefix_lets_its_role_write_there_and_nowhere_else(
     delegates = {"Statement": [{"Effect": "Allow", "Principal": {"AWS": "arn:aws:iam::111122223333:root"},
                                 "Action": "kms:*", "Resource": "*"}]}  # fmt: skip
     store = gate(Principal(ROLE, (role_of(found),)), key_policy=delegates)
-    location = found.outputs["BucketName"]
-    if folder == "ecs":
-        task = found.resources["TaskDefinition"]["ContainerDefinitions"][0]
-        location = {item["Name"]: item["Value"] for item in task["Environment"]}["BUCKET_NAME"]
-    upload(watch_dir, environ(seaweed, store, location), tmp_path, 40)
+    upload(watch_dir, environ(seaweed, store, location_of(found)), tmp_path, 40)
     assert not (watch_dir / NAME).exists()
     elsewhere = f"arn:aws:s3:::{s3.BUCKET}/c/x"
     assert effect(role_of(found), "s3:PutObject", elsewhere, {}, None) == ""
@@ -280,16 +294,14 @@ def test_stack_with_key_and_prefix_lets_its_role_write_there_and_nowhere_else(
 
 @pytest.mark.parametrize("folder", ["ecs", "eks"])
 def test_bucket_without_a_prefix_is_one_that_the_collector_takes(folder):
-    assert parse_location(
-        f"s3://{stack(folder, BucketName='theirs').outputs['BucketName'].removeprefix('s3://')}"
-    )
+    assert parse_location(location_of(stack(folder, BucketName="theirs"))) == ("theirs", "")
 
 
 def test_task_follows_the_parameters_of_region_template_instances_and_roll_out():
     changed = stack("ecs", BucketName="theirs", BucketRegion="us-east-2", LaunchType="EXTERNAL", CircuitBreaker="no",
                     KeyTemplate="{node}/{name}", MinimumHealthyPercent="90", PlacementConstraint="a == b")  # fmt: skip
     task, service = changed.resources["TaskDefinition"], changed.resources["Service"]
-    variables = {item["Name"]: item["Value"] for item in task["ContainerDefinitions"][0]["Environment"]}
+    variables = variables_of(changed)
     assert (variables["AWS_REGION"], variables["KEY_TEMPLATE"]) == ("us-east-2", "{node}/{name}")
     assert (task["RequiresCompatibilities"], service["LaunchType"]) == (["EXTERNAL"], "EXTERNAL")
     assert service["PlacementConstraints"] == [{"Type": "memberOf", "Expression": "a == b"}]
