@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def main() -> None:
-    """Run the benchmarks."""
+def parse_options() -> argparse.Namespace:
+    """Return the options; exit if they do not belong together."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "--only",
@@ -46,6 +46,12 @@ def main() -> None:
         parser.error("--against REV needs --only hold or --only links")
     if options.rows and (options.only != "links" or options.against):
         parser.error("--rows needs --only links")
+    return options
+
+
+def main() -> None:
+    """Run the benchmarks."""
+    options = parse_options()
     exit_on_signals()
     machine.require_root()
     report = Report(write=not options.no_write)
@@ -64,7 +70,7 @@ def main() -> None:
 def measure(root: Path, report: Report, options: argparse.Namespace) -> None:
     """Compare with other programs."""
     machine.require()
-    from bench import collecting, crashes, links, loopback, modules, vital  # noqa: PLC0415  what they import may just have been installed
+    from bench import collecting, crashes, links, loopback, modules, vital  # noqa: PLC0415  their imports may just have been installed
 
     rounds = options.rounds or 2
     if options.only is None:  # the date stands for all tables

@@ -17,7 +17,7 @@ from bench.handlers import PYTHON, Handler, Workshop
 from bench.report import Table, seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from bench.report import Report
 
@@ -36,27 +36,38 @@ def run(root: Path, report: Report, pairs: int, revision: str) -> bool:
     os.sync()  # or its writing would be measured too
     shop = Workshop(root, None)
     old, new = _install_revision(shop, root / "old", revision), _install_working_tree(shop, root / "new")
-    rows, ratios = [], []
     kinds: dict[str, Callable[[Handler], float]] = {
         "0.5 MB": lambda handler: hold.compare_small([handler], 1, shop)[0][0],
         "256 MiB of a service": lambda handler: hold_image(handler, image, shop),
     }
-    before = machine.load()
+    head = ("core", f"hold, {revision}", "hold, working tree")
     with machine.warm_memory(2 << 30):
-        for kind, crash in kinds.items():
-            ratio, row = compare_pairs(crash, old, new, pairs)
-            ratios.append(ratio)
-            rows.append((kind, *row))
-    head = ("core", f"hold, {revision}", "hold, working tree", "median ratio", "quartiles of the ratio")
-    note = f"{pairs} pairs of crashes, in alternating order; load average {before:.1f} before."
-    report.add(Table("hold: old and new", head, rows, note))
-    return max(ratios) <= MOST_RATIO
+        table, ratio = compare_pairs("hold: old and new", head, kinds, (old, new), pairs)
+    report.add(table)
+    return ratio <= MOST_RATIO
 
 
 def compare_pairs(
+    name: str,
+    head: tuple[str, str, str],
+    kinds: Mapping[str, Callable[[Handler], float]],
+    handlers: tuple[Handler, Handler],
+    pairs: int,
+) -> tuple[Table, float]:
+    """Crash each kind of process into both handlers; return the table, and the largest of its median ratios."""
+    before, ratios, rows = machine.load(), [], []
+    for kind, crash in kinds.items():
+        ratio, cells = _compare(crash, *handlers, pairs)
+        ratios.append(ratio)
+        rows.append((kind, *cells))
+    note = f"{pairs} pairs of crashes, in alternating order; load average {before:.1f} before."
+    return Table(name, (*head, "median ratio", "quartiles of the ratio"), rows, note), max(ratios)
+
+
+def _compare(
     crash: Callable[[Handler], float], old: Handler, new: Handler, pairs: int
 ) -> tuple[float, tuple[str, ...]]:
-    """Crash into both versions, in alternating order; return the median ratio and a table's cells."""
+    """Crash into both handlers, in alternating order; return the median ratio and a table's cells."""
     for handler in (old, new):
         crash(handler)  # its modules are compiled and in the page cache from here on
     times: dict[str, list[float]] = {old.name: [], new.name: []}
@@ -73,7 +84,7 @@ def compare_pairs(
 
 def hold_image(handler: Handler, image: Path, shop: Workshop) -> float:
     """Crash a process that holds an image of memory; return how long it was held."""
-    with victims.loaded(f"image:{image}") as pid, kernel.core_pattern("|" + handler.pattern):
+    with victims.loaded(f"image:{image}") as pid, kernel.core_pattern(handler.kernel_pattern):
         _, (held,) = victims.crash([pid])
     hold.settle(shop)
     return held

@@ -12,7 +12,7 @@ from bench.handlers import Workshop
 from bench.report import Report, Table, seconds, size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from bench.cgroup import Group
@@ -56,9 +56,15 @@ class Crashes:
             name.replace(": ", "-").replace(" ", "-"), name, holds, "seconds from the signal to waitpid"
         )
 
-    def _compare(self, handlers: Sequence[Handler], what: str, rounds: int) -> tuple[list[hold.Result], str]:
+    def _compare(
+        self,
+        handlers: Sequence[Handler],
+        what: str,
+        rounds: int,
+        compare: Callable[..., list[hold.Result]] = hold.compare,
+    ) -> tuple[list[hold.Result], str]:
         before = machine.load()
-        results = hold.compare(handlers, what, rounds, self.counted, self.shop)
+        results = compare(handlers, what, rounds, self.counted, self.shop)
         return results, f"load average {before:.1f} before, {machine.load():.1f} after"
 
     @property
@@ -138,9 +144,7 @@ class Crashes:
         )
         for label, what in kinds:
             handlers = [self.shop.limit(), self.shop.trimming()]
-            before = machine.load()
-            limit, ours = hold.compare_paired(handlers, what, self.rounds + 1, self.counted, self.shop)
-            loads = f"load average {before:.1f} before, {machine.load():.1f} after"
+            (limit, ours), loads = self._compare(handlers, what, self.rounds + 1, hold.compare_paired)
             ratio = f"{ours.median('hold') / limit.median('hold'):.2f}"
             held = (seconds(limit.median("hold")), seconds(ours.median("hold")))
             rows.append(

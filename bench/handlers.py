@@ -128,15 +128,14 @@ class Workshop:
         )
 
     @contextlib.contextmanager
-    def listening(self, compressor: str, buffer_bytes: int | None = None) -> Iterator[Handler]:
+    def listening(self, compressor: str) -> Iterator[Handler]:
         """Run the helper behind a socket, with the settings of `ours`."""
-        ours = self.ours(compressor, buffer_bytes)
-        name = compressor if buffer_bytes is None else f"{compressor}-{buffer_bytes >> 20}"
-        path = self.root / "s" / name
+        ours = self.ours(compressor)
+        path = self.root / "s" / compressor
         path.parent.mkdir(mode=0o700, exist_ok=True)
         path.unlink(missing_ok=True)
         join = self._group.join if self._group else ":"
-        line = f"{join}; exec {self.root / 'h'} --listen {path} -C{self.root}/{name}.conf"
+        line = f"{join}; exec {self.root / 'h'} --listen {path} -C{self.root}/{compressor}.conf"
         server = subprocess.Popen(["/bin/sh", "-c", line], stderr=subprocess.DEVNULL)
         try:
             while not path.exists():

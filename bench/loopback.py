@@ -1,4 +1,4 @@
-"""The collector beside an older revision of itself, on loopback, where CPU is the limit: neither slower nor dearer?"""
+"""Time and CPU of the collector, compared with an older revision of itself, on loopback, where CPU is the limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What keeping the files behind a crash adds to the time for which a process with many libraries is held."""
+"""Time that keeping the files behind a crash adds to the hold of a process with many libraries."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from typing import TYPE_CHECKING
 from tests.support import kernel
 from tests.support.collector import wait_until
 
-from bench import against, hold, machine, victims
+from bench import against, hold, victims
 from bench.handlers import Workshop
-from bench.report import Report, Table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from bench.handlers import Handler
+    from bench.report import Report
 
 LIBRARIES = 200
-LEAST_PAIRS = 20
 
 
 def run(root: Path, report: Report, rounds: int) -> None:
     """Compare MODULES=yes with MODULES=no; a collector takes the files."""
-    pairs, shop, before = max(rounds, LEAST_PAIRS), Workshop(root, None), machine.load()
+    shop = Workshop(root, None)
     taken = shop.out / ".modules"
     taken.mkdir(mode=0o700)
     (taken / "collector").touch()
@@ -34,17 +33,17 @@ def run(root: Path, report: Report, rounds: int) -> None:
     libraries = make_libraries(root / "libraries")
 
     def crash(handler: Handler) -> float:
-        with mapping(program, libraries) as pid, kernel.core_pattern("|" + handler.pattern):
+        with mapping(program, libraries) as pid, kernel.core_pattern(handler.kernel_pattern):
             _, (held,) = victims.crash([pid])
         hold.settle(shop)
         wait_until(lambda: not any(taken.glob("*.partial")), 60, "the copies")
         return held
 
-    without, kept = shop.ours("isal", MODULES="no"), shop.ours("isal")
-    _, row = against.compare_pairs(crash, without, kept, pairs)
-    head = ("process", "MODULES=no", "MODULES=yes", "median ratio", "quartiles of the ratio")
-    note = f"{pairs} pairs of crashes, in alternating order; load average {before:.1f} before."
-    report.add(Table("hold: modules", head, [(f"{LIBRARIES} libraries", *row)], note))
+    handlers = shop.ours("isal", MODULES="no"), shop.ours("isal")
+    head, kinds = ("process", "MODULES=no", "MODULES=yes"), {f"{LIBRARIES} libraries": crash}
+    pairs = max(rounds, against.LEAST_PAIRS)
+    table, _ = against.compare_pairs("hold: modules", head, kinds, handlers, pairs)
+    report.add(table)
 
 
 def make_libraries(directory: Path) -> list[Path]:

@@ -148,7 +148,7 @@ class Uploader:
 
 
 @contextlib.contextmanager
-def collector(  # noqa: PLR0913  what a run can differ in
+def collector(  # noqa: PLR0913  a run can differ in each
     directory: Path,
     group: Group,
     server: S3Server,

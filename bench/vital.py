@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 LARGE_BYTES = 10 * GIB
-LEAST_PAIRS = 20
 SEGMENTS = {1_000: 4, 50_000: 1}
 """Mappings, and the pages of each."""
 PREPARED_MS = {1_000: 10, 50_000: 150}
@@ -47,7 +46,7 @@ ctypes.string_at(8)
 
 def run(root: Path, report: Report, rounds: int) -> None:
     """Measure everything about the vital part."""
-    pairs = max(rounds, LEAST_PAIRS)
+    pairs = max(rounds, against.LEAST_PAIRS)
     shop = Workshop(root, None)
     vital, plain = shop.ours("isal"), shop.ours("isal", VITAL_BYTES=0)
     report.add(preparing(shop, vital, pairs))
@@ -63,7 +62,7 @@ def preparing(shop: Workshop, handler: Handler, rounds: int) -> Table:
     rows, before = [], machine.load()
     for count, pages in SEGMENTS.items():
         times = []
-        with kernel.core_pattern("|" + handler.pattern):
+        with kernel.core_pattern(handler.kernel_pattern):
             for _ in range(rounds):
                 with subprocess.Popen([program, str(count), str(pages)]) as process:
                     process.wait()
@@ -98,17 +97,15 @@ def prepared_ms(pid: int) -> float:
 
 def holding(shop: Workshop, plain: Handler, vital: Handler, pairs: int) -> Table:
     """Compare the hold time of a large process with and without the vital part."""
-    image, before = shop.root / "image", machine.load()
+    image = shop.root / "image"
     victims.make_image(image, GIB)
     os.sync()  # or its writing would be measured too
+    head = ("core", "VITAL_BYTES=0", "vital part first")
+    kinds = {"1 GiB of a service": lambda handler: against.hold_image(handler, image, shop)}
     with machine.warm_memory():
-        _, row = against.compare_pairs(
-            lambda handler: against.hold_image(handler, image, shop), plain, vital, pairs
-        )
+        table, _ = against.compare_pairs("vital: hold", head, kinds, (plain, vital), pairs)
     image.unlink()
-    head = ("core", "VITAL_BYTES=0", "vital part first", "median ratio", "quartiles of the ratio")
-    note = f"{pairs} pairs of crashes, in alternating order; load average {before:.1f} before."
-    return Table("vital: hold", head, [("1 GiB of a service", *row)], note)
+    return table
 
 
 def reading(root: Path, shop: Workshop) -> Table:
@@ -134,7 +131,7 @@ def crash_large(root: Path, handler: Handler, watch_dir: Path) -> Path:
     zeros = root / "zeros"
     zeros.touch()
     os.truncate(zeros, GIB)
-    with kernel.core_pattern("|" + handler.pattern):
+    with kernel.core_pattern(handler.kernel_pattern):
         command = [sys.executable, "-S", "-c", LARGE, str(zeros), str(LARGE_BYTES // GIB)]
         with subprocess.Popen(command) as process:
             process.wait()
