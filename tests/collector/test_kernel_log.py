@@ -68,7 +68,6 @@ def test_new_record_is_read_once(opened):
 
 CAPABILITIES = """
 import sys
-from core_dump_collector.jobs import Outcome, UploadResult
 from core_dump_collector.losses import kernellog
 try:
     print(kernellog.open_reader(sys.argv[1]).name)
