@@ -80,7 +80,6 @@ class Governor:
     connections: int = FIRST
     rate: float = 0.0
     """Bytes a second that the link carried in the last window with a connection in use; 0 while unknown."""
-    _setbacks: int = 0
     _history: deque[Sample] = field(
         default_factory=lambda: deque([Sample(0, 0, 0, 0)], maxlen=HISTORY_SAMPLES)
     )
@@ -103,12 +102,12 @@ class Governor:
 
     def take(self, sample: Sample, now: float) -> int:
         """Take a sample and return how many connections may be used now."""
+        before = self._history[-1]
         self._history.append(sample)
-        if sample.setbacks > self._setbacks and self._fails_too_often():
+        if sample.setbacks > before.setbacks and self._fails_too_often():
             self._fall_back(now)
         elif sample.memory_share > SHORT_SHARE and self.connections > FEW and now >= self._calm_until:
             self._lower(now)
-        self._setbacks = sample.setbacks
         if now >= self._calm_until:
             self._climb(sample, now)
         self._share(sample, now)

@@ -13,19 +13,16 @@ import random
 import time
 from typing import TYPE_CHECKING, TypeVar
 
-from botocore.exceptions import BotoCoreError
-
 from core_dump_collector.board import Seat
 from core_dump_collector.jobs import RetryReason
 from core_dump_collector.moduleevents import Event, Kind
 from core_dump_collector.node.modulefiles import RECEIPT_SUFFIX, Contents, File, ModuleFiles
-from core_dump_collector.s3 import classify, documents
-from core_dump_collector.s3.client import make_client
+from core_dump_collector.s3 import documents
 from core_dump_collector.s3.errors import PermanentError, RetryableError, StoreError
 from core_dump_collector.s3.flow import Flow
 from core_dump_collector.s3.modules import MOST_BYTES, Stored, store_module
 from core_dump_collector.s3.parts import FilePart
-from core_dump_collector.s3.store import Store
+from core_dump_collector.s3.stores import Stores
 from core_dump_format.gzip import DamagedError, inflate
 from core_dump_format.keys import MODULES_LIST_SUFFIX
 from core_dump_format.modules import (
@@ -71,7 +68,7 @@ class Pass:
         self._directory = directory
         self._options = options
         self._report = report
-        self._client: Store | None = None
+        self._stores = Stores(options, Flow(Seat.private(options.shared_bytes_per_second)))
         self._failure: RetryableError | OSError | None = None
         self._looked_at = 0.0
 
@@ -95,8 +92,7 @@ class Pass:
         except (RetryableError, OSError) as error:
             self._failure = error
         finally:
-            if self._client is not None:
-                self._client.close()
+            self._stores.close()
         if self._failure is not None:
             self._report(_explain(self._failure))
 
@@ -116,15 +112,6 @@ class Pass:
                     raise
                 if failures >= MOST_FAILURES:
                     return
-
-    def _store(self) -> Store:
-        if self._client is None:
-            try:
-                flow = Flow(Seat.private(self._options.shared_bytes_per_second))
-                self._client = Store(make_client(self._options, flow), self._options, flow)
-            except BotoCoreError as error:
-                raise classify.translate(error) from error
-        return self._client
 
     # Removing
 
@@ -201,7 +188,7 @@ class Pass:
             elif withheld:
                 detail = "of a sensitive dump"
             elif receipt is not None and receipt.bucket == self._options.bucket:
-                documents.put(self._store(), receipt.key + MODULES_LIST_SUFFIX, content)
+                documents.put(self._stores.open(), receipt.key + MODULES_LIST_SUFFIX, content)
                 kind, detail = Kind.LIST_PUBLISHED, receipt.key
         except (ListError, PermanentError) as error:
             detail = printable(str(error))
@@ -239,7 +226,7 @@ class Pass:
         if part.size_bytes > MOST_BYTES:
             return Kind.DROPPED_REFUSED, "larger than one request can store"
         try:
-            stored = store_module(self._store(), self._options.prefix, parsed.sha256, part)
+            stored = store_module(self._stores.open(), self._options.prefix, parsed.sha256, part)
         except PermanentError as error:
             return Kind.DROPPED_REFUSED, printable(str(error))
         return _KINDS[stored], ""
