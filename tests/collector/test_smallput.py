@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import http.server
-import threading
 from types import SimpleNamespace
 
 import boto3
@@ -15,6 +14,7 @@ from botocore.config import Config
 from botocore.credentials import Credentials
 from botocore.exceptions import ClientError, EndpointConnectionError
 from tests.support.s3 import BUCKET
+from tests.support.servers import answering
 
 from core_dump_collector.s3 import signature
 from core_dump_collector.s3.smallbody import SmallPut
@@ -70,14 +70,10 @@ class Recorder(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def store():
     """A server that records."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Recorder) as server:
-        server.seen, server.answers = [], []
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Recorder)
+    server.seen, server.answers = [], []
+    with answering(server):
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture

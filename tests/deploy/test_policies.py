@@ -7,7 +7,6 @@ import gzip
 import json
 import os
 import re
-import subprocess
 import sys
 
 import botocore.session
@@ -78,9 +77,7 @@ def test_bucket_that_takes_only_new_objects_over_tls_takes_every_write_of_the_co
     role = Principal(ROLE, (render("write-only"),))
     store = gate(role, tls=True, bucket_policy=render("bucket-policy"))
     upload(watch_dir, environ(seaweed, store), tmp_path, megabytes)
-    done = subprocess.run(
-        [*collector.COMMAND, "check", watch_dir], env=os.environ | environ(seaweed, store), text=True,
-        capture_output=True, check=False, timeout=60)  # fmt: skip
+    done = collector.run_check(watch_dir, environ(seaweed, store))
     assert "a second one under its key was refused" in done.stdout
     assert not (watch_dir / NAME).exists()
     assert len([key for key in s3.keys_in(bucket) if NAME in key]) == 2

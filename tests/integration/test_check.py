@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.support import kernel, s3
-from tests.support.collector import COMMAND, running
+from tests.support.collector import run_check, running
 
 from core_dump_collector import crashtest
 
@@ -38,18 +38,6 @@ def answering(status, body):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
-
-
-def run_check(directory, environ, *flags):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "BUCKET"))}
-    return subprocess.run(
-        [*COMMAND, "check", str(directory), *flags],
-        env=clean | {"BUCKET_NAME": "dumps", "AWS_EC2_METADATA_DISABLED": "true"} | environ,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 def check(directory, environ, *flags):

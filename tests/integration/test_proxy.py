@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gzip
 import os
-import subprocess
 
 import pytest
 from tests.support import deploy, s3
-from tests.support.collector import COMMAND, running, wait_until
+from tests.support.collector import run_check, running, wait_until
 from tests.support.policies import Gate, Principal, enforcing
 from tests.support.proxy import proxy
 
@@ -38,14 +37,7 @@ def variables(seaweed, port, authority, **more):
 
 
 def check(directory, environ):
-    done = subprocess.run(
-        [*COMMAND, "check", directory],
-        env={**os.environ, **environ},
-        text=True,
-        capture_output=True,
-        timeout=100,
-        check=False,
-    )
+    done = run_check(directory, environ)
     assert "Traceback" not in done.stderr
     return done.stdout
 

@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 from tests.support import manners, s3
 from tests.support.collector import running, wait_until
+from tests.support.servers import QuietServer, answering
 from tests.support.slow import thin_link
 from tests.support.uploads import KEY, MEBIBYTE, NAME, connected, options, send
 
@@ -332,13 +333,6 @@ class Slow(http.server.BaseHTTPRequestHandler):
         pass
 
 
-class QuietServer(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request, client_address):
-        """Say nothing of clients that go away."""
-
-
 @pytest.mark.parametrize(
     ("meanwhile", "seconds", "outcome"),
     [
@@ -356,12 +350,9 @@ def test_multipart_upload_is_completed_in_the_time_that_it_takes_but_not_for_eve
     path = watch_dir / NAME
     path.write_bytes(b"\x1f\x8b" + os.urandom(6 * MEBIBYTE))
     handler = type("Handler", (Slow,), {"seconds": seconds, "meanwhile": meanwhile})
-    with QuietServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
+    server = QuietServer(("127.0.0.1", 0), handler)
+    with answering(server):
         result, took = send_to(server.server_port, path, metadata=False, complete_windows=3)
-        server.shutdown()
-        thread.join()
     assert result.outcome is outcome
     assert took < 8 * WINDOW
     assert handler.completed == 1

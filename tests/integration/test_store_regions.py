@@ -8,11 +8,11 @@ import http.server
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 from tests.support import regions, s3
 from tests.support.collector import running, wait_until
+from tests.support.servers import answering
 from tests.support.uploads import MEBIBYTE, NAME, connected, send
 
 from core_dump_collector.jobs import Outcome
@@ -152,14 +152,11 @@ def test_redirect_to_nowhere_is_followed_once(watch_dir):
             pass
 
     (watch_dir / NAME).write_bytes(b"\x1f\x8b" + os.urandom(100))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Portal) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Portal)
+    with answering(server):
         keys = s3.ADMIN.environ()
         with connected(keys, AWS_ENDPOINT_URL_S3=f"http://127.0.0.1:{server.server_port}"):
             result = send(watch_dir / NAME, conditional="true")
-        server.shutdown()
-        thread.join()
     assert result.outcome is Outcome.RETRY
     assert "302" in result.detail
     assert requests == ["PUT", "HEAD"]

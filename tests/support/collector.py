@@ -44,6 +44,19 @@ def wait_until(condition: Callable[[], object], seconds: float = 30.0, what: str
         time.sleep(0.02)
 
 
+def run_check(directory: Path, environ: Mapping[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run `check` with these variables and none of this process's own store."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "BUCKET"))}
+    return subprocess.run(
+        [*COMMAND, "check", str(directory), *flags],
+        env=clean | {"BUCKET_NAME": "dumps", "AWS_EC2_METADATA_DISABLED": "true"} | dict(environ),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
 def flood(directory: Path) -> None:
     """Cause more events than an inotify queue holds, with a file that is none of the collector's business."""
     with open("/proc/sys/fs/inotify/max_queued_events") as file:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import threading
 import time
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+from tests.support.servers import QuietServer, answering
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -122,13 +123,6 @@ class _Handler(BaseHTTPRequestHandler):
         """Keep the output of tests clean."""
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: object) -> None:
-        """Ignore clients that go away: some tests are about them."""
-
-
 @contextlib.contextmanager
 def front(
     endpoint: str,
@@ -137,11 +131,6 @@ def front(
 ) -> Iterator[str]:
     """Yield an endpoint. `before` may answer instead of the store; `after` may change the store's answer."""
     handler = type("Handler", (_Handler,), {"faults": _Faults(endpoint, before, after)})
-    with _Server(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    server = QuietServer(("127.0.0.1", 0), handler)
+    with answering(server):
+        yield f"http://127.0.0.1:{server.server_port}"

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+from tests.support.servers import answering
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -171,16 +173,11 @@ class _Handler(BaseHTTPRequestHandler):
 def serving(space: KeySpace) -> Iterator[str]:
     """Serve a key space on loopback and yield its endpoint."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"space": space}))
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        space.release.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with answering(server):
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            space.release.set()
 
 
 def main() -> None:

@@ -10,14 +10,15 @@ import contextlib
 import hashlib
 import json
 import secrets
-import threading
 import urllib.parse
 import zlib
 from base64 import b64encode
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
+
+from tests.support.servers import QuietServer, answering
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -323,17 +324,10 @@ def fake_s3(manners: Manners) -> Iterator[FakeS3]:
     """Run a store with these manners; they may be changed meanwhile."""
     store = FakeS3(manners)
     handler = type("Handler", (_Handler,), {"store": store})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that hangs up is no news
+    server = QuietServer(("127.0.0.1", 0), handler)
     store.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with answering(server):
         yield store
-    finally:
-        server.shutdown()
-        thread.join()
-        server.socket.close()
 
 
 def metadata_of(store: FakeS3, key: str) -> dict[str, object]:

@@ -12,11 +12,12 @@ import fnmatch
 import http.client
 import re
 import ssl
-import threading
 import urllib.parse
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
+
+from tests.support.servers import QuietServer, answering
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -283,19 +284,12 @@ class _Handler(BaseHTTPRequestHandler):
 def enforcing(gate: Gate, port: int, certificate: tuple[Path, Path] | None = None) -> Iterator[Gate]:
     """Run the gate in front of the server at a port, over TLS if it has a certificate and a key."""
     handler = type("Handler", (_Handler,), {"gate": gate, "port": port, "secure": certificate is not None})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that hangs up is no news
+    server = QuietServer(("127.0.0.1", 0), handler)
     if certificate is not None:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(*certificate)
         server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     scheme = "http" if certificate is None else "https"
     gate.endpoint = f"{scheme}://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with answering(server):
         yield gate
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
-import threading
 from base64 import b64encode
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING
+
+from tests.support.servers import QuietServer, answering
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -66,15 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
 def proxy(hosts: Mapping[str, int], password: str = "") -> Iterator[Proxy]:
     """Run a proxy that knows these hosts (`name:port`)."""
     found = Proxy(hosts, password)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": found}))
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that hangs up is no news
-    server.daemon_threads = True
+    server = QuietServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": found}))
     found.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with answering(server):
         yield found
-    finally:
-        server.shutdown()
-        thread.join()
-        server.socket.close()

@@ -12,7 +12,6 @@ import os
 import random
 import re
 import ssl
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from botocore.httpsession import URLLib3Session
 from tests.support.s3 import ADMIN, BUCKET, make_certificate
+from tests.support.servers import QuietServer, answering
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -158,13 +158,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Write nothing to the terminal."""
 
 
-class _Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Ignore connections that break."""
-
-
 @contextlib.contextmanager
 def serve(
     directory: Path, backend: S3Server, home: str, *others: str | None, header: bool = True
@@ -178,12 +171,7 @@ def serve(
     handler = type("Handler", (_Handler,), {"regions": regions})
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    with _Server((address, 443), handler) as server:
-        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield regions
-        finally:
-            server.shutdown()
-            thread.join()
+    server = QuietServer((address, 443), handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    with answering(server):
+        yield regions
