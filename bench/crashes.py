@@ -162,7 +162,7 @@ class Crashes:
         self.report.add(Table("hold: trimmed", head, rows, f"{self.rounds + 1} alternating rounds."))
 
     def by_size(self, handlers: Sequence[Handler]) -> None:
-        """Compare handlers, of which the first is the usual one, on processes of each size."""
+        """Compare the first handler with the others on processes of each size."""
         rows = []
         for label, count, rounds in (
             ("1 MiB", 1 << 20, 9),

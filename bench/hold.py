@@ -77,7 +77,7 @@ def compare(
 def compare_paired(
     handlers: Sequence[Handler], what: str, rounds: int, group: Group, workshop: Workshop
 ) -> list[Result]:
-    """Measure handlers in alternating rounds; those of a round have the core pattern one right after the other."""
+    """Measure handlers in alternating rounds; within a round one crash follows the other at once."""
     results = [Result(handler) for handler in handlers]
     for turn in range(rounds):
         ordered = results if turn % 2 == 0 else results[::-1]

@@ -39,7 +39,7 @@ PEERS = ("aws s3 cp", "rclone copy", "s5cmd cp")
 
 
 def run(root: Path, report: Report, rounds: int, wanted: str = "") -> None:
-    """Measure the rows whose table and first cell match a pattern; the others stay as an earlier run has left them."""
+    """Measure the rows whose table and first cell match a pattern; keep the others of earlier runs."""
 
     def is_wanted(table: str, row: str = "") -> bool:
         return re.search(wanted, f"{table}: {row}") is not None

@@ -127,7 +127,7 @@ def reading(root: Path, shop: Workshop) -> Table:
 
 
 def crash_large(root: Path, handler: Handler, watch_dir: Path) -> Path:
-    """Crash a process whose core has LARGE_BYTES of zeros; return its dump."""
+    """Crash a process with LARGE_BYTES of zeros; return its dump."""
     zeros = root / "zeros"
     zeros.touch()
     os.truncate(zeros, GIB)

@@ -58,9 +58,9 @@ class Allowance:
         self._memory_due = 0.0
         self._memory_share = 0.0
         self._past = _Total()
-        """Of workers that have ended."""
+        """The work of workers that have ended."""
         self._seen: dict[int, _Total] = {}
-        """Of each seat when it was last seen."""
+        """The work of each seat at the last sample."""
         self.is_shared = False
         """Modules are sent as well, by a process that is not one of the workers."""
         self.due = 0.0
@@ -112,7 +112,7 @@ class Allowance:
         turn = int(now / TURN_SECONDS) % len(busy)
         seats = [worker.seat for worker in busy[turn:] + busy[:turn]]
         shares = share([max(1, seat.active + seat.waiting) for seat in seats], self.connections)
-        # A worker whose turn is over still sends what it has begun.
+        # A worker without a share finishes its requests under way.
         using = max(1, sum(share > 0 or seat.active > 0 for share, seat in zip(shares, seats, strict=True)))
         sharers = max(self.connections, sum(seat.active for seat in seats))
         thin = 0 < self._governor.rate < THIN_BYTES_PER_SECOND

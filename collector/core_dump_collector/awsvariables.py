@@ -15,7 +15,7 @@ def check_environment() -> None:
     """Check the variables that boto3 would refuse in every worker, at every attempt.
 
     Raises:
-        ConfigError: one line that names the variable and says what it takes.
+        ConfigError: one line with the variable and its possible values.
     """
     for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
         region = os.environ.get(name)

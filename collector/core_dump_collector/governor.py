@@ -37,7 +37,7 @@ FEW = 2
 FIRST_REST_SECONDS = 0.25
 LAST_REST_SECONDS = 16.0
 TOLERATED_SHARE = 0.1
-"""So many of the latest requests may fail without a consequence: fewer connections would not help the others."""
+"""This share of the latest requests may fail without consequence: fewer connections would not help."""
 HISTORY_SAMPLES = 20
 GROWTH_SHARE = 0.7
 """The number does not grow once this share of the memory is in use."""

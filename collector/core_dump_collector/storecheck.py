@@ -96,7 +96,7 @@ def _probe(store: Store, key: str) -> str:
 
 
 def _probe_modules(store: Store, prefix: str) -> str:
-    """Store an object in the folder of modules, one for all nodes and times; return what is not allowed there."""
+    """Store an object in the folder of modules, always the same; return a warning if that is not allowed."""
     folder = f"{prefix}{MODULES_FOLDER}/"
     try:
         documents.put(store, f"{folder}.check", _PROBE)

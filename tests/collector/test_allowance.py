@@ -30,7 +30,7 @@ def allowance():
 
 
 def sent_by(workers):
-    """Return how fast those may send together that have a connection or still use one."""
+    """Return the rate of all workers that have a connection or still use one."""
     return sum(w.seat.bytes_per_second for w in workers if w.seat.connections or w.seat.active)
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes what the heavy tiers run in, below .cache: python-root (base of the image), vm-root, walk-root and kernel (make vm)
+# Makes the roots of the heavy tiers below .cache: python-root (base of the image), vm-root, walk-root, kernel (make vm).
 set -eu
 cd "$(dirname "$0")/../.."
 python=${1:-python3}

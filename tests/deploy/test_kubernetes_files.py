@@ -20,8 +20,7 @@ SOURCES = ["base", *(f"overlays/{name}" for name in [*OVERLAYS, "mixed"]), "exam
 VERSIONS = ["1.30", "1.37"]
 PRIVILEGED = ["CKV_K8S_16", "CKV_K8S_20", "CKV_K8S_28", "CKV_K8S_37"]
 RECEIVER = ["CKV_K8S_8", "CKV_K8S_9", "CKV_K8S_17", "CKV_K8S_25"]
-"""Its capabilities and host PIDs are explained where they stand. It ends when it cannot go on, and answers a start-up
-probe only."""
+"""The file explains its capabilities and host PIDs. It ends when it cannot go on, and has only a start-up probe."""
 EXCEPTIONS = {
     "overlays/bottlerocket-socket": RECEIVER,
     "overlays/bottlerocket-file": ["CKV_K8S_25"],  # two capabilities, explained where they stand

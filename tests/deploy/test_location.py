@@ -1,4 +1,4 @@
-"""Changing the location of dumps, below a scratch root and in kubernetes/: what follows WATCH_DIR."""
+"""A change of WATCH_DIR moves everything that depends on it: below a scratch root, and in kubernetes/."""
 
 from __future__ import annotations
 

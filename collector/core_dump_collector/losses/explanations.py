@@ -1,4 +1,4 @@
-"""Owns what explains faults: lines of the helper, dropped dumps, recorded refusals and dumps. Pure.
+"""Owns the explanations of faults: lines of the helper, dropped dumps, recorded refusals and dumps. Pure.
 
 Each one explains one fault, or as many as it counts. They are found by process and by name, because a node can have
 thousands of faults, of explanations and of dumps at once, and the daemon's loop waits for the search.
@@ -55,8 +55,7 @@ class Explanations:
     _undumped: defaultdict[tuple[bytes | None, int], list[Explanation]] = field(
         default_factory=lambda: defaultdict(list)
     )
-    """Those of them whose dump was not seen yet, by name and signal, ordered by their end; their periods are equally
-    long."""
+    """Reported ones without a dump so far, by name and signal, ordered by their end; their periods are equally long."""
 
     def add(self, explanation: Explanation) -> None:
         """Keep an explanation; beyond `MOST_KEPT` the oldest one goes."""
@@ -73,7 +72,7 @@ class Explanations:
         return pid in self._by_pid
 
     def claim_dump(self, comm: bytes, timestamp: int, signal: int) -> bool:
-        """Tell whether a dump belongs to a crash that the helper has reported and whose dump was not seen yet."""
+        """Tell whether a dump is the first one of a crash that the helper has reported."""
         waiting = self._undumped.get((comm, signal), [])
         place = bisect_left(waiting, timestamp - SLACK_SECONDS, key=_end)
         if place == len(waiting) or waiting[place].first > timestamp:
@@ -82,14 +81,14 @@ class Explanations:
         return True
 
     def use(self, comm: bytes, tid: int, signal: int, seconds: float, waiting: Container[int]) -> bool:
-        """Explain a fault by what fits best: its process, then its name, then any; tell whether something does.
+        """Use up an explanation of a fault: of its process, else of its name, else of any; return False if none fits.
 
         Args:
             comm: the thread's name as in the name of a dump.
             tid: the thread.
             signal: 0 if unknown.
-            seconds: when.
-            waiting: threads of other faults, whose own explanations are left to them.
+            seconds: time of the fault.
+            waiting: threads of other faults; their own explanations are not used for this one.
         """
         own = self._by_pid.get(tid)
         others = chain(self._by_name.get(comm, ()), self._by_name.get(None, ()))

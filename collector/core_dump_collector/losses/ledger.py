@@ -125,7 +125,7 @@ class Ledger:
         )
 
     def settle(self, now: float) -> list[Loss]:
-        """Return the faults that were not explained in time, and suppressed lines whose reason nothing names."""
+        """Return the faults that were not explained in time, and suppressed lines without a known reason."""
         lost: list[Loss] = []
         if self._suppressed is not None and now - self._suppressed[0] > SUPPRESSED_SECONDS:
             lost += self._name_suppressed(Drop.UNNAMED)
@@ -154,7 +154,7 @@ class Ledger:
         return bool(self._faults) and timestamp >= self._faults[0][0] - SLACK_SECONDS - 1
 
     def must_look_for_dumps(self, now: float) -> bool:
-        """Tell whether a fault is due whose process the helper has not reported."""
+        """Tell whether a fault is due and the helper has not reported its process."""
         return any(
             now - at >= self.grace_seconds and not self._explanations.is_told(fault.tid)
             for at, fault in self._faults

@@ -100,7 +100,7 @@ class Suppressed:
 
 @dataclass(frozen=True, slots=True)
 class HelperTold:
-    """The helper has reported a crash: it dumps it, or it keeps what it wrote as a partial dump."""
+    """The helper has reported a crash and makes a dump of it, whole or partial."""
 
     comm: bytes
     pid: int

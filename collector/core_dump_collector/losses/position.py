@@ -48,7 +48,7 @@ class Position:
 
 
 def load(directory: str) -> Position | None:
-    """Return the position that an earlier collector saved; None if there is none or another user may have forged it."""
+    """Return the saved position; None if there is none, or if another user may have forged it."""
     try:
         if not _is_ours(os.stat(directory)):
             return None

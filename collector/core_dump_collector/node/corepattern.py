@@ -15,7 +15,7 @@ from core_dump_collector.node.ownership import is_trusted
 PATH = "/proc/sys/kernel/core_pattern"
 HELPER = "core-dump-helper"
 SOCKET_DIRECTORY = "core-dump-listener"
-"""Of the socket at which the helper listens."""
+"""Directory of the socket at which the helper listens."""
 CONFIG = "/etc/core-dump-handler/helper.conf"
 WATCH_DIR = "/core_dumps"
 """Where the helper writes if its configuration does not say."""

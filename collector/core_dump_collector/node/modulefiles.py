@@ -236,7 +236,7 @@ def note_stored(watch_directory: str, dump: str, receipt: Receipt) -> bool:
 
 
 def clear(watch_directory: str) -> None:
-    """Delete the mark and the files of a collector that took modules, and partial files whose writers have ended."""
+    """Delete the mark and the files of a collector that took modules, and abandoned partial files."""
     with contextlib.suppress(OSError), ModuleFiles(watch_directory) as files:
         files.remove(COLLECTOR_MARK)
         found = files.scan()

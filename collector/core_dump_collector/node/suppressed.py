@@ -45,7 +45,7 @@ class Record:
     kept: int
     suppressed: int
     vital: int
-    """Number of suppressed dumps whose vital part was kept."""
+    """Number of suppressed dumps with a vital part."""
     first: int
     """Unix seconds, as `last`."""
     last: int
