@@ -30,12 +30,6 @@ MACHINE = (
 """Tests that change state of the whole machine: its core pattern, /usr/libexec, /core_dumps."""
 
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a shell starts background jobs so, and programs inherit it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _models_are_parsed_once():
     """Keep botocore's service models: finding and parsing them is most of making a client, and tests make hundreds."""
@@ -49,6 +43,16 @@ def _models_are_parsed_once():
 
 
 _LOADER = JSONFileLoader()
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_as_before():
+    """Undo what a test does to signals: programs that later tests start would ignore what this process ignores."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, action in zip(numbers, before, strict=True):
+        signal.signal(number, action)
 
 
 @pytest.fixture(scope="session")
