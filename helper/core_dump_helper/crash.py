@@ -79,17 +79,27 @@ def parse_arguments(argv: list[str]) -> Crash:
     return Crash(values)
 
 
-def start_time(directory: int | None, path: str) -> int:
-    """Return when a process started, in clock ticks since boot: proc(5), field 22 of `stat`.
+def open_process(number: int) -> int:
+    """Return the descriptor of /proc/PID; a thread has such a directory too."""
+    return os.open("/proc/%d" % number, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def stat_fields(directory: int | None, path: str) -> list[bytes]:
+    """Return the fields of a `stat` behind the name, from the state (field 3) on: proc_pid_stat(5).
 
     Counted from the last `)`, because the name before it may contain one.
     """
-    return int(read_file(path, 4096, directory).rpartition(b")")[2].split()[19])
+    return read_file(path, 4096, directory).rpartition(b")")[2].split()
+
+
+def start_time(directory: int | None, path: str) -> int:
+    """Return when a process started, in clock ticks since boot: field 22 of `stat`."""
+    return int(stat_fields(directory, path)[19])
 
 
 def read_process(crash: Crash) -> dict[str, bytes]:
     """Read /proc/PID through one directory descriptor; return only `sensitive` if it belongs to another process."""
-    process = _open_directory(crash.pid)
+    process = open_process(int(crash.pid))
     try:
         found = read_files(process)
         thread = read_fields("task/%s/status" % crash.tid if crash.tid else "status", process)
@@ -192,17 +202,13 @@ def memory_directory(crash: Crash) -> int:
         ValueError: it belongs to another process by now.
     """
     if crash.process < 0:
-        return _open_directory(crash.pid)
+        return open_process(int(crash.pid))
     if not crash.tid or crash.tid == crash.pid or read_file("maps", 1, crash.process):
         return crash.process
-    own = _open_directory(crash.tid)
+    own = open_process(int(crash.tid))
     if start_time(own, "stat") != start_time(crash.process, "task/%d/stat" % int(crash.tid)):
         raise ValueError("/proc/%s belongs to another process" % crash.tid)
     return own
-
-
-def _open_directory(number: str) -> int:
-    return os.open("/proc/%d" % int(number), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 class OpenedFiles:

@@ -14,7 +14,7 @@ from _struct import iter_unpack
 
 from core_dump_helper.crash import open_files
 from core_dump_helper.length import LARGE_BYTES, ElfHeader, elf_length
-from core_dump_helper.system import CHUNK, DIRECTORY, NEW_FILE, NICE, enlarge_pipe, exists, is_own
+from core_dump_helper.system import CHUNK, NEW_FILE, NICE, enlarge_pipe, exists, open_own
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -77,10 +77,8 @@ class Held:
     def _count(self, watch: int) -> bool:
         """Lock a byte of `released` until this process ends; return False if all are locked, or none can be."""
         try:
-            state = os.open(".helper", DIRECTORY, dir_fd=watch)
+            state = open_own(".helper", watch)
             try:
-                if not is_own(os.fstat(state)):
-                    return False
                 released = os.open(RELEASED, NEW_FILE, 0o600, dir_fd=state)
             finally:
                 os.close(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from _socket import socket
+from _socket import AF_UNIX, SOCK_DGRAM, SOCK_STREAM, socket
 
 from core_dump_helper import socketpath
 from core_dump_helper.compress import make_writer
@@ -17,7 +17,6 @@ MODES = "/proc/sys/kernel/core_modes"
 MOST_CONNECTIONS = "/proc/sys/net/core/somaxconn"
 FIRST_PID_NAMESPACE = "pid:[4026531836]"
 """PROC_PID_INIT_INO in linux/proc_ns.h."""
-SOCK_DGRAM = 2
 PR_SET_DUMPABLE = 4
 MOST_DESCRIPTORS = 8192
 SYSTEMD_DESCRIPTOR = 3
@@ -96,14 +95,14 @@ def tell_systemd() -> None:
     """Say that the listener is ready, where systemd waits for that: sd_notify(3)."""
     path = os.environ.pop("NOTIFY_SOCKET", "")
     if path:
-        told = socket(socketpath.AF_UNIX, SOCK_DGRAM)
+        told = socket(AF_UNIX, SOCK_DGRAM)
         told.sendto(b"READY=1", "\0" + path[1:] if path[0] == "@" else path)
         told.close()
 
 
 def make_socket(path: str, directory: int) -> socket:
     """Return a socket that listens at a path, in place of another listener's."""
-    connections = socket(socketpath.AF_UNIX, socketpath.SOCK_STREAM)
+    connections = socket(AF_UNIX, SOCK_STREAM)
     socketpath.bind(connections, path, directory)
     return connections
 

@@ -51,7 +51,7 @@ class OwnMemory:
 
     def vital_bytes(self) -> int:
         """Return how many bytes a child may read of the vital part, if all children read theirs at the same time."""
-        return self.limit_bytes // 2 // self._children // VITAL_FACTOR or 1 << 60
+        return self.limit_bytes // 2 // self._children // VITAL_FACTOR or NO_LIMIT_BYTES
 
     def protect(self) -> None:
         """Let this process be killed last when memory runs out, as far as it has the right to."""

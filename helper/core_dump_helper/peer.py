@@ -9,17 +9,18 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from _socket import SO_PEERCRED, SOL_SOCKET
 from _struct import pack_into, unpack, unpack_from
 
 from core_dump_helper.cgroup import origin_of, parse_cgroup
-from core_dump_helper.crash import MAX_CGROUP_BYTES, Crash
+from core_dump_helper.crash import MAX_CGROUP_BYTES, Crash, open_process, stat_fields
 from core_dump_helper.system import Refused, read_fields, read_file
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
     from _socket import socket
 
-SOL_SOCKET, SO_PEERCRED, SO_PEERPIDFD = 1, 17, 77
+SO_PEERPIDFD = 77
 INFO_BYTES = 80
 GET_INFO = 3 << 30 | INFO_BYTES << 16 | 0xFF << 8 | 11
 """_IOWR(0xFF, 11, struct pidfd_info); a kernel whose structure is shorter fills the rest with zeros."""
@@ -31,7 +32,7 @@ COREDUMPED, DUMPABLE_BY_USER = 1, 4
 NO_LIMIT = "18446744073709551615"
 """As %c writes RLIM_INFINITY."""
 MAX_THREADS = 65536
-MAX_LINE_BYTES = 4096
+MAX_LIMITS_BYTES = 4096
 
 
 class Peer:
@@ -93,7 +94,7 @@ class Peer:
             "C": config,
         }
         try:
-            directory = os.open("/proc/%d" % self.pid, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            directory = open_process(self.pid)
         except OSError:  # it was killed
             return Crash(values)
         try:
@@ -116,7 +117,7 @@ class Peer:
         """Return the signal: the wait status of a process that is about to end, before the core bit is set."""
         if self._has & HAS_SIGNAL:
             return {"s": str(unpack_from("=I", self._info, 68)[0])}
-        status = int(read_file("stat", MAX_LINE_BYTES, directory).rpartition(b")")[2].split()[49])
+        status = int(stat_fields(directory, "stat")[49])
         return {"s": "%d" % (status & 0x7F)} if status & 0x7F else {}
 
 
@@ -130,7 +131,7 @@ def _thread(directory: int) -> dict[str, str]:
     try:
         names = os.listdir(tasks)[:MAX_THREADS]
         for name in names:
-            state = read_file(name + "/stat", MAX_LINE_BYTES, tasks).rpartition(b")")[2].split()[0]
+            state = stat_fields(tasks, name + "/stat")[0]
             if state not in (b"I", b"Z", b"X") or len(names) == 1:
                 return {"i": name, "e": _as_e(os.fsdecode(read_file(name + "/comm", 64, tasks)[:-1]))}
     finally:
@@ -150,7 +151,7 @@ def _names(directory: int) -> dict[str, str]:
 
 def _limit(directory: int) -> dict[str, str]:
     """Return the soft limit of RLIMIT_CORE."""
-    for line in read_file("limits", MAX_LINE_BYTES, directory).split(b"\n"):
+    for line in read_file("limits", MAX_LIMITS_BYTES, directory).split(b"\n"):
         if line.startswith(b"Max core file size"):
             soft = line.split()[4].decode()
             return {"c": NO_LIMIT if soft == "unlimited" else soft}

@@ -10,7 +10,7 @@ import os
 import time
 from stat import S_ISREG
 
-from core_dump_helper.system import DIRECTORY, NEW_FILE, PLAIN, exists, is_own, lock, read_file, write_all
+from core_dump_helper.system import NEW_FILE, PLAIN, exists, lock, open_own, read_file, write_all
 
 MAX_RECORDS = 1000
 """Of workloads; beyond it, each origin still has one for each reason."""
@@ -266,11 +266,7 @@ def open_state(directory: int) -> int:
         os.mkdir(".helper", 0o700, dir_fd=directory)
     except FileExistsError:
         pass
-    state = os.open(".helper", DIRECTORY, dir_fd=directory)
-    if not is_own(os.fstat(state)):
-        os.close(state)
-        raise PermissionError(1, "it belongs to another user, or others may use it")
-    return state
+    return open_own(".helper", directory)
 
 
 def percent(value: bytes) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import select
 import time
+from _socket import MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
 from _struct import calcsize, pack, unpack
 
 from core_dump_helper.system import Refused
@@ -24,7 +25,6 @@ ACCEPTED = 0
 MAX_REQUEST_BYTES = 4096
 """Later kernels may send more than this one."""
 ELF_MAGIC = b"\x7fELF"
-MSG_PEEK, MSG_DONTWAIT, MSG_NOSIGNAL = 2, 0x40, 0x4000
 SECONDS = 10
 """The kernel sends its request before the connection is accepted, and its verdict at once."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from core_dump_helper.system import PLAIN, is_private
+from core_dump_helper.system import PLAIN, is_private, read_file
 
 TYPE_CHECKING = False  # `typing` costs 3 ms
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ PATTERN = "/proc/sys/kernel/core_pattern"
 MAX_PATH_BYTES = 105
 """The kernel takes 107 bytes with the two @ (struct sockaddr_un)."""
 STICKY = 0o1000
-AF_UNIX, SOCK_STREAM = 1, 1
 BACKLOG = 4096
 """Connections that wait to be accepted; net.core.somaxconn may allow fewer. The kernel drops the dump of any other."""
 
@@ -107,5 +106,4 @@ def has_name(path: str, inode: tuple[int, int]) -> bool:
 
 def is_in_pattern(path: str) -> bool:
     """Return whether the kernel's core pattern names this socket."""
-    with open(PATTERN, "rb") as file:
-        return os.fsdecode(file.read(256)).rstrip("\n") in ("@" + path, "@@" + path)
+    return os.fsdecode(read_file(PATTERN, 256)).rstrip("\n") in ("@" + path, "@@" + path)

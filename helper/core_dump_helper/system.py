@@ -119,6 +119,15 @@ def is_own(status: os.stat_result) -> bool:
     return status.st_uid == os.geteuid() and not status.st_mode & 0o077
 
 
+def open_own(name: str, directory: int) -> int:
+    """Open a directory; raises OSError unless it belongs to the user of this process, who alone may use it."""
+    found = os.open(name, DIRECTORY, dir_fd=directory)
+    if not is_own(os.fstat(found)):
+        os.close(found)
+        raise PermissionError(1, "it belongs to another user, or others may use it")
+    return found
+
+
 def check_owner(path: str) -> None:
     """Raise PermissionError unless only root, or the user of this process, can change the file at `path`."""
     if not is_private(os.stat(path)):

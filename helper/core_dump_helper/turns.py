@@ -73,22 +73,28 @@ class Turns:
 
     def ready(self, now: float) -> Iterator[tuple[Waiting, Child]]:
         """Yield connections whose turn it is, and their children, the oldest first; they no longer wait."""
+        full: set[tuple[bytes, str]] = set()
         for waiting in list(self.waiting):
             if len(self.children) >= self.most:
                 return
-            kind = self._kind(waiting, now)
+            kind = self._kind(waiting, now, full)
             if kind:
                 self.waiting.remove(waiting)
                 yield waiting, Child(waiting.origin, kind)
 
-    def _kind(self, waiting: Waiting, now: float) -> str:
-        """Return the kind of child that a connection gets now, or an empty string."""
-        if self._has_turn(waiting.origin, NORMAL):
-            return NORMAL
+    def _kind(self, waiting: Waiting, now: float, full: set[tuple[bytes, str]]) -> str:
+        """Return the kind of child that a connection gets now, or an empty string.
+
+        `full` collects origins and kinds without a turn: a storm has many connections of one origin.
+        """
         age = now - waiting.since
-        if age >= self.deadline_seconds or (age >= SLOT_SECONDS and self._has_turn(waiting.origin, LATE)):
-            return LATE  # beyond the deadline it ends at once, and is counted
-        return ""
+        for kind in (NORMAL, LATE) if age >= SLOT_SECONDS else (NORMAL,):
+            turn = waiting.origin, kind
+            if turn not in full:
+                if self._has_turn(*turn):
+                    return kind
+                full.add(turn)
+        return LATE if age >= self.deadline_seconds else ""  # it ends at once, and is counted
 
     def _has_turn(self, origin: bytes, kind: str) -> bool:
         """Return whether an origin has fewer children of a kind than are free, and fewer than are free of all."""
