@@ -11,7 +11,18 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-from core_dump_setup import boot, cgroup, directory, kernel, listener, location, proof, reassert, release
+from core_dump_setup import (
+    boot,
+    cgroup,
+    directory,
+    kernel,
+    listener,
+    location,
+    proof,
+    reassert,
+    release,
+    systemd,
+)
 from core_dump_setup.disk import remove_any
 from core_dump_setup.errors import SetupError, say, warn
 from core_dump_setup.files import DIST, RECORD, STATE, Tree
@@ -192,8 +203,8 @@ class Setup:
 
     def _reload_systemd(self) -> None:
         """Tell systemd of units that were masked or unmasked."""
-        if os.path.isdir("/run/systemd/system") and not self.tree.dry_run:
-            subprocess.run(["/bin/systemctl", "daemon-reload"], check=False)
+        if systemd.is_running() and not self.tree.dry_run:
+            subprocess.run([systemd.SYSTEMCTL, "daemon-reload"], check=False)
 
     def prove(self) -> None:
         """Crash a process and find its dump, with the pattern in use."""

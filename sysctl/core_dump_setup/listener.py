@@ -10,7 +10,7 @@ import os
 import subprocess
 
 from core_dump_helper.socketpath import PathError, open_directory
-from core_dump_setup import kernel
+from core_dump_setup import kernel, systemd
 from core_dump_setup.errors import SetupError, say
 
 TYPE_CHECKING = False
@@ -23,10 +23,8 @@ WANTED = tuple(
     "/etc/systemd/system/%s.wants/%s" % item
     for item in zip(("sockets.target", "multi-user.target"), UNIT_NAMES)
 )
-"""Exist while the socket is what this host uses."""
+"""Exist while this host uses the socket."""
 MODES = "core_modes"
-SYSTEMCTL = "/bin/systemctl"
-RUNNING = "/run/systemd/system"
 ACCEPTS = "00010000"
 """__SO_ACCEPTCON of a socket that listens."""
 SECONDS = 400
@@ -47,7 +45,7 @@ def check(*, live: bool) -> None:
         raise SetupError(
             "--socket: this kernel (%s) sends cores to no socket: that needs Linux 6.16" % os.uname().release
         )
-    if not os.path.isdir(RUNNING):
+    if not systemd.is_running():
         raise SetupError("--socket: systemd does not run here, and nothing else keeps the socket open")
 
 
@@ -79,7 +77,7 @@ def start(tree: Tree) -> None:
 
 def stop() -> None:
     """Let the kernel start the helper again, end the listener, then close the socket; raises SetupError."""
-    if os.path.isdir(RUNNING):
+    if systemd.is_running():
         _systemctl("stop", *UNIT_NAMES)
 
 
@@ -119,12 +117,7 @@ def use_pipe(pattern: str) -> None:
 
 
 def _systemctl(command: str, *units: str) -> None:
-    try:
-        done = subprocess.run(
-            [SYSTEMCTL, command, *units], check=False, timeout=SECONDS, stderr=subprocess.PIPE, env={}
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise SetupError("cannot %s %s: %s" % (command, " and ".join(units), error)) from error
+    done = systemd.control(command, *units, seconds=SECONDS, stderr=subprocess.PIPE)
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip()
         raise SetupError("cannot %s %s: %s" % (command, " and ".join(units), said))

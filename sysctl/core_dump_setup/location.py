@@ -10,7 +10,7 @@ import re
 import subprocess
 
 from core_dump_helper.settings import Settings
-from core_dump_setup import directory
+from core_dump_setup import directory, systemd
 from core_dump_setup.errors import SetupError, say
 
 TYPE_CHECKING = False
@@ -78,7 +78,7 @@ def tmpfiles(name: str, shipped: bytes) -> bytes:
 
 
 def drop_in(name: str) -> bytes:
-    """Return what makes the collector's unit watch this directory instead of DEFAULT (systemd.unit(5))."""
+    """Return the drop-in by which the collector's unit watches this directory, not DEFAULT (systemd.unit(5))."""
     lines = """[Unit]
 RequiresMountsFor=%s
 ConditionPathIsDirectory=
@@ -103,8 +103,8 @@ def finish(tree: Tree, before: str, name: str, *, live: bool) -> None:
     if not before or tree.dry_run:
         return
     tree.remove_empty(os.path.dirname(DROP_IN))
-    if live and os.path.isdir("/run/systemd/system"):
-        subprocess.run(["/bin/systemctl", "try-restart", "--no-block", UNIT], check=False, timeout=30)
+    if live and systemd.is_running():
+        subprocess.run([systemd.SYSTEMCTL, "try-restart", "--no-block", UNIT], check=False, timeout=30)
     path = tree.path(before)
     names = os.listdir(path) if os.path.isdir(path) else []
     if any(entry.startswith("core") for entry in names):

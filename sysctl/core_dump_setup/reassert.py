@@ -6,12 +6,11 @@ it: three times an hour are enough for an upgrade of the node.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import time
 
-from core_dump_setup import kernel
+from core_dump_setup import kernel, systemd
 from core_dump_setup.errors import SetupError, say, warn
 from core_dump_setup.files import STATE, Tree
 
@@ -23,7 +22,6 @@ TIMES = STATE + "/reasserted"
 """Unix times at which the pattern was given back, one a line."""
 MOST = 3
 WITHIN_SECONDS = 3600
-SYSTEMCTL = "/bin/systemctl"
 
 
 def reassert(tree: Tree, pattern: str, limit: str) -> None:
@@ -61,10 +59,8 @@ def recent(data: bytes, now: float) -> list[int]:
 def _is_stopping() -> bool:
     """Say whether systemd is shutting this host down."""
     try:
-        done = subprocess.run(
-            [SYSTEMCTL, "is-system-running"], check=False, timeout=10, stdout=subprocess.PIPE, env={}
-        )
-    except (OSError, subprocess.SubprocessError):
+        done = systemd.control("is-system-running", seconds=10, stdout=subprocess.PIPE)
+    except SetupError:
         return False
     return done.stdout.strip() == b"stopping"
 
@@ -79,9 +75,5 @@ def switch(tree: Tree, *, on: bool) -> None:
 
 def apply_now(*, on: bool) -> None:
     """Start or stop the timer of this host, where systemd runs."""
-    if not os.path.isdir("/run/systemd/system"):
-        return
-    try:
-        subprocess.run([SYSTEMCTL, "start" if on else "stop", UNIT_NAMES[1]], check=False, timeout=30, env={})
-    except (OSError, subprocess.SubprocessError) as error:
-        raise SetupError("cannot %s %s: %s" % ("start" if on else "stop", UNIT_NAMES[1], error)) from error
+    if systemd.is_running():
+        systemd.control("start" if on else "stop", UNIT_NAMES[1], seconds=30)

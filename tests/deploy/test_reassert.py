@@ -8,7 +8,7 @@ import time
 import pytest
 from tests.support import deploy
 
-from core_dump_setup import kernel, reassert
+from core_dump_setup import kernel, reassert, systemd
 from core_dump_setup.errors import SetupError
 from core_dump_setup.files import Tree
 from core_dump_setup.release import HELPER
@@ -53,7 +53,7 @@ class Host:
 def host(tmp_path, monkeypatch):
     host = Host(tmp_path)
     monkeypatch.setattr(kernel, "SYSCTL", str(host.sysctl))
-    monkeypatch.setattr(reassert, "SYSTEMCTL", str(tmp_path / "systemctl"))
+    monkeypatch.setattr(systemd, "SYSTEMCTL", str(tmp_path / "systemctl"))
     host.switch(on=True)
     return host
 

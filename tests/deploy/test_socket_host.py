@@ -15,6 +15,7 @@ from tests.support.collector import wait_until
 
 from core_dump_setup import kernel as host_kernel
 from core_dump_setup import listener
+from core_dump_setup import systemd as host_systemd
 
 MOST_WAITING = 8
 SOCKET = f"@@{host_kernel.SOCKET}"
@@ -112,7 +113,7 @@ def test_older_kernel_or_a_host_without_systemd_is_one_clear_line(host, tmp_path
     ):
         listener.check(live=True)
     (tmp_path / "core_modes").write_text("file\npipe\nsocket\n")
-    monkeypatch.setattr(listener, "RUNNING", str(tmp_path / "none"))
+    monkeypatch.setattr(host_systemd, "RUNNING", str(tmp_path / "none"))
     with pytest.raises(listener.SetupError, match="systemd does not run here"):
         listener.check(live=True)
     from tests.deploy import test_sysctl_host
