@@ -176,7 +176,7 @@ def decode(text: str) -> tuple[list[Place], bool]:
 
 
 def own_places(places: list[Place], *, is_deep: bool) -> list[str]:
-    """Return the places that tell one bug from another: the program's own frames, or all if it has none.
+    """Return the places that distinguish one bug from another: the program's own frames, or all if it has none.
 
     Of unfinished recursion, the places that recur, in no order.
     """

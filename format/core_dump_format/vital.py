@@ -206,7 +206,7 @@ class Selection:
         self.take(thread.tls, self.memory.page, 2 * self.memory.page)
 
     def _take_names(self, state: ProcessState) -> None:
-        """Copy what names frames: control block and code of the crashing thread, the vdso, the loader's list.
+        """Copy the pages that name frames: control block and code of the crashing thread, the vdso, the loader's list.
 
         By address: elfutils reads no page if the next one has a lower offset (libdwfl/core-file.c, do_more).
         """

@@ -190,7 +190,7 @@ class Walk:
             yield address + number * step, value
 
     def _function_start(self, address: int) -> int | None:
-        """Return where the function at an address begins, if its file tells."""
+        """Return the start of the function at an address, or None if its file does not have it."""
         found = self._process.object_at(address)
         start = found[0].function_start(address + found[1]) if found else None
         return start - found[1] if found and start is not None else None

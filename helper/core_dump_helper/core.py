@@ -35,7 +35,7 @@ class Memory:
     """
 
     def __init__(self, settings: Settings) -> None:
-        """Store the prepared cgroup's directory, and the limit of a listener's own cgroup, as far as there are any."""
+        """Store the directory of the prepared cgroup, and the limit of a listener's own one; both may be missing."""
         self._cgroup, self._own = settings.CGROUP, settings.own_memory
 
     def join(self) -> None:
@@ -155,7 +155,7 @@ class Reader:
     def start(self, head: bytes = b"") -> VitalPart | None:
         """Start reading; return the part before the chunks, or None if the core comes in the kernel's order.
 
-        `head` is what was read of the core before.
+        `head` holds the bytes of the core that were read before.
         """
         self._source.put_back(bytearray(head), [])
         enlarge_pipe(self._descriptor)

@@ -33,7 +33,7 @@ class CoreCopy:
     """Copies one core into a dump."""
 
     def __init__(self, held: Held, settings: Settings, dump: int, keep: Keep) -> None:
-        """Store what is open of the process, the descriptor `dump` to write to, and how much of the core is kept."""
+        """Store the held process, the descriptor `dump` to write to, and how much of the core is kept."""
         self.crash, self.settings, self.dump = held.crash, settings, dump
         self._held, self._keep = held, keep
         self._may_read_memory = False
@@ -113,7 +113,7 @@ class CoreCopy:
         self._find_frames(vital, self._small)
 
     def _find_frames(self, vital: VitalPart | None, small: bytearray | None) -> None:
-        """Set the attributes that tell where the thread was, once its memory is known; a failure costs only them."""
+        """Set the attributes with the thread's frames, once its memory is known; a failure costs only them."""
         opened = self._held.code
         if opened is None or (vital is None and small is None):
             return

@@ -1,7 +1,7 @@
 """Owns one crash from the kernel's arguments to the published dump: configuration, metadata, limits.
 
-The process is held by what is imported at the top of this module and of those that it imports. Everything else is
-imported once a small process was let go.
+The process is held while the imports at the top of this module are loaded, and those of the modules they name.
+Everything else is imported after a small process is released.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Owns what is taken from the crashed process while the kernel holds it, and letting a small one go at once.
+"""Owns the data and files of the crashed process that are taken while it is held, and the early release of a small one.
 
-A core that fits into the pipe needs no reader: the process ends as soon as the pipe is large enough. Everything else
-that the helper needs of it must be open by then, and everything that can wait is imported and done after it.
+A core that fits into the pipe needs no reader: the process ends as soon as the pipe is large enough. Every file
+that the helper needs of it must be open by then; work that can wait is imported and done after it.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ PF_X = 1
 
 
 class Held:
-    """The first bytes of the core, and what is open of the process and its container."""
+    """The first bytes of the core, and the open files of the process and its container."""
 
     def __init__(self, crash: Crash, core: int, settings: Settings, warn: Callable[[str], None]) -> None:
-        """Store the crash, the descriptor to read the core from, the settings, and who logs a failure."""
+        """Store the crash, the descriptor to read the core from, the settings, and the function that logs a failure."""
         self.crash, self.core, self._settings, self._warn = crash, core, settings, warn
         self.head = b""
         self.reason = ""
@@ -94,7 +94,7 @@ class Held:
         return False
 
     def read_small(self, watch: int, container: bytes, owns_proc: bool) -> bool:
-        """Do the same for a core that comes over a socket, which holds less: read it into a pipe.
+        """Do the same for a core that comes over a socket: read it into a pipe, because a socket has less room.
 
         Returns:
             Whether the process is released.
@@ -125,7 +125,7 @@ class Held:
         self.was_let_go = True
 
     def _move(self, pipe: int) -> None:
-        """Read the rest of a small core into a pipe that holds it; what takes too long is missing at its end."""
+        """Read the rest of a small core into a pipe with room for it; bytes that take too long are missing."""
         left, end = self._length - len(self.head), time.monotonic() + MOVE_SECONDS
         poll = select.poll()
         poll.register(self.core, select.POLLIN)
@@ -153,7 +153,7 @@ class Held:
             self.open_code(lambda: code_spans(self.head))
 
     def _read_head(self, end: float) -> bool:
-        """Read the program headers, as far as they are within the first MAX_HEAD_BYTES; return False at `end`."""
+        """Read the program headers within the first MAX_HEAD_BYTES; return False at `end`."""
         poll = select.poll()
         poll.register(self.core, select.POLLIN)
         while len(self.head) < self._needed and not self.reason:

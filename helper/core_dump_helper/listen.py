@@ -1,4 +1,4 @@
-"""Owns `--listen`: checks what a listener needs, protects its process, and takes or makes the socket."""
+"""Owns `--listen`: checks the requirements of a listener, protects its process, and takes or makes the socket."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def protect_process() -> None:
 
 
 def preload(config: str) -> None:
-    """Import what every child needs: a crashed process would wait for it."""
+    """Import the modules that every child needs: a crashed process would wait for them."""
     import core_dump_helper.backtrace
     import core_dump_helper.corecopy
     import core_dump_helper.keep
@@ -156,7 +156,7 @@ def give_back() -> None:
 
 
 def warn(path: str) -> None:
-    """Log what costs dumps: another core pattern, a short backlog."""
+    """Log conditions that lose dumps: another core pattern, a short backlog."""
     if not socketpath.is_in_pattern(path):
         log("kernel.core_pattern does not lead here; it has to be @@%s" % path)
     most = int(read_file(MOST_CONNECTIONS, 64))

@@ -1,6 +1,6 @@
 """Owns receiving cores over a socket: accepts connections, and forks a child with the pipe's Handler for each.
 
-What differs from the pipe is in `listen`, `peer`, `request`, `socketpath`, `turns` and here. See docs/helper.md.
+The differences from the pipe are in `listen`, `peer`, `request`, `socketpath`, `turns` and here. See docs/helper.md.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 MAX_WAITING = 2048
 """Connections that wait in this process; further ones wait in the socket's backlog."""
 OTHER_DESCRIPTORS = 600
-"""Beside those of the connections that wait: two for each."""
+"""In addition to those of the connections that wait, two for each."""
 LOOK_SECONDS = 0.1
 """Between two looks at connections that wait."""
 IDLE_SECONDS = 0.5
-"""A listener to which the kernel is no longer led ends when nothing has come for so long."""
+"""A listener that the core pattern no longer names ends after so long without a connection."""
 DRAIN_SECONDS = 10
 """A listener that nothing replaces ends after so long, however many crashes come."""
 COMPLAINT_SECONDS = 60
@@ -55,7 +55,7 @@ class SocketHandler(Handler):
         self.settings.own_memory = self._memory
 
     def prepare(self) -> None:
-        """Refuse what the kernel refuses to pipe: the crash of a program that a handler started."""
+        """Refuse the crash of a program that a handler started, as the kernel refuses to pipe it."""
         if self.crash.rlimit == "1":
             raise Refused("", "RLIMIT_CORE is 1, as in the programs that handle crashes")
         super().prepare()

@@ -1,4 +1,4 @@
-"""Owns the memory limit of the listener's own cgroup, of which its children use half together."""
+"""Owns the memory limit of the listener's own cgroup; its children together use half of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_LEVELS = 32
 CHILD_BYTES = 16 << 20
 """A child takes no less, with a dump of any size."""
 SMALL_CHILD_BYTES, MOST_PROCESSES = 8 << 20, 64
-"""Taken by a child that holds a small core, which is released already."""
+"""Memory of a child whose process is released, because its core is small."""
 VITAL_FACTOR = 3
 """Bytes of memory that a byte of the vital part takes."""
 OOM_SCORE_PATH = "/proc/self/oom_score_adj"
@@ -54,7 +54,7 @@ class OwnMemory:
         return self.limit_bytes // 2 // self._children // VITAL_FACTOR or NO_LIMIT_BYTES
 
     def protect(self) -> None:
-        """Let this process be killed last when memory runs out, as far as it has the right to."""
+        """Let this process be killed last when memory runs out, if it has the right to."""
         try:
             write_file(OOM_SCORE_PATH, b"%d" % NEVER_KILLED)
         except OSError:  # needs CAP_SYS_RESOURCE

@@ -1,4 +1,4 @@
-"""Owns who is at the other end of a connection: the kernel, on behalf of a process that dumps core, and nobody else.
+"""Owns the identity of a connection's peer: only the kernel is accepted, on behalf of a process that dumps core.
 
 The kernel names no process in its request. Everything comes from the connection (unix(7)), from the pidfd that it
 gives (PIDFD_GET_INFO in linux/pidfd.h), and from /proc/PID while the kernel holds the process.
@@ -70,7 +70,7 @@ class Peer:
         os.close(self.pidfd)
 
     def origin(self) -> bytes:
-        """Return who pays for the crash, as far as the queue needs it: cgroup.origin_of."""
+        """Return the origin of the crash, for the queue: cgroup.origin_of."""
         metadata = {"uid": b"%d" % self.uid}
         try:
             metadata.update(parse_cgroup(read_file("/proc/%d/cgroup" % self.pid, MAX_CGROUP_BYTES)))
@@ -79,7 +79,7 @@ class Peer:
         return origin_of(metadata)
 
     def crash(self, config: str) -> Crash:
-        """Return the crash with everything that the pipe's arguments would say, as far as it can be read."""
+        """Return the crash with the values that the pipe's arguments would have, if they can be read."""
         uid, gid = self.uid, self.gid
         found: dict[str, str] = {}
         if self._has & HAS_OWNER:
@@ -101,7 +101,7 @@ class Peer:
             for read in (self._signal, _thread, _names, _limit, _host):
                 try:
                     found.update(read(directory))
-                except (OSError, ValueError, LookupError):  # costs only what this file says
+                except (OSError, ValueError, LookupError):  # costs only the values of this file
                     pass
         finally:
             os.close(directory)

@@ -57,7 +57,7 @@ class Stream:
         self._poll.register(connection.fileno(), select.POLLIN)
 
     def peek(self, size: int) -> bytes:
-        """Return the next bytes without consuming them, as far as the first ones to arrive have them."""
+        """Return the first bytes that arrive, at most `size`, without consuming them."""
         return self._receive(size, MSG_PEEK)
 
     def read(self, size: int) -> bytes:

@@ -1,6 +1,6 @@
-"""Owns the path of the socket: the kernel connects as root to whatever has this name, and sends every core there.
+"""Owns the path of the socket: the kernel connects as root to any socket with this name, and sends every core there.
 
-Nobody but root may therefore be able to change the path, and the kernel follows no symbolic link on it.
+Only root may therefore be able to change the path, and the kernel follows no symbolic link on it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _check_text(path: str) -> None:
 
 
 def _check_ancestor(place: str, directory: int) -> None:
-    """Raise PathError if others could rename what a directory holds."""
+    """Raise PathError if others could rename the entries of a directory."""
     status = os.fstat(directory)
     if not is_private(status) and not (status.st_uid == 0 and status.st_mode & STICKY):
         os.close(directory)

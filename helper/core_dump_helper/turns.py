@@ -1,4 +1,4 @@
-"""Owns whose turn it is: which of the connections that wait gets a child, as `slots` shares out the pipe's helpers.
+"""Owns turns: chooses the waiting connections that get a child, as `slots` shares out the pipe's helpers.
 
 A child is a process, so connections wait in the listener instead: two descriptors each. A child has its turn until the
 crashed process is released, which is soon for a small core. It still takes its slot as every helper does.
@@ -23,7 +23,7 @@ class Waiting:
     """A connection whose crash has no child yet."""
 
     def __init__(self, connection: socket, peer: Peer, origin: bytes, since: float) -> None:
-        """Store the connection, who is behind it, who pays for it, and since when it waits (monotonic)."""
+        """Store the connection, its peer, the origin of the crash, and the beginning of the wait (monotonic)."""
         self.connection, self.peer, self.origin, self.since = connection, peer, origin, since
 
     def close(self) -> None:
@@ -36,14 +36,14 @@ class Child:
     """A process that dumps one crash."""
 
     def __init__(self, origin: bytes, kind: str) -> None:
-        """Store who pays for the crash, and NORMAL or LATE."""
+        """Store the origin of the crash, and NORMAL or LATE."""
         self.origin, self.kind = origin, kind
         self.has_turn = True
         """Whether the crashed process waits for it."""
 
 
 class Turns:
-    """The connections that wait and the children that run, by the descriptor that tells of their end."""
+    """The connections that wait, and the running children by the descriptor that shows their end."""
 
     def __init__(self) -> None:
         """Start without any."""

@@ -48,7 +48,7 @@ def check(name: str) -> None:
 
 
 def follow(tree: Tree, name: str, shipped: bytes) -> str:
-    """Write both files for this directory; return the one that the collector's unit watched before, if another.
+    """Write both files for this directory; return the former directory of the collector's unit, if it was another.
 
     Args:
         tree: where they are written.

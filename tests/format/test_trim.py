@@ -104,7 +104,7 @@ def assert_content(dump):
 
 
 def assert_readable_by_elfutils(dump):
-    """It reads on in the next header, and gives up the bytes that it has if that one has a lower offset."""
+    """elfutils continues with the next header, and drops the bytes it has if that header has a lower offset."""
     for row, following in zip(dump.loads, dump.loads[1:], strict=False):
         assert following.size or following.offset >= row.offset + row.size
 
@@ -208,7 +208,7 @@ LINUX = note(
     0x46494C45,
     struct.pack("<5Q", 1, PAGE, 1 << 40, (1 << 40) + PAGE, 0) + b"/lib/x86_64-linux-gnu/libc.so.6\0",
 )
-"""What tells lldb that it is a core of Linux."""
+"""The note by which lldb recognizes a core of Linux."""
 READERS = {
     "gdb": (["gdb", "-nx", "-batch", "-c", "CORE", "-ex", "x/gx ADDRESS"], "Cannot access memory"),
     "lldb": (["lldb", "--batch", "-c", "CORE", "-o", "memory read -s8 -c1 -fx ADDRESS"], "does not contain"),

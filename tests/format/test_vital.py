@@ -278,7 +278,7 @@ def test_list_of_libraries_that_loops_is_walked_once():
 
 
 def test_pages_that_name_frames_are_in_the_order_of_their_addresses():
-    """Where two are adjacent and the first has the higher offset, elfutils reads it not at all."""
+    """elfutils does not read a page if the adjacent next one has a lower offset."""
     spans = [(FIRST, 0x100000, 0x100000, 6), (0x7F0000000000, 0x2000, 0x2000, 5)]
     links = [FIRST + 0x10000 + number * PAGE for number in range(50)][::-1]
     memory = Held(spans, words=loader(FIRST, links))

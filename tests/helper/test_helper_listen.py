@@ -1,4 +1,4 @@
-"""The socket: what may connect, which requests are answered, whose turn it is, and where the socket may lie."""
+"""The socket: accepted peers, answered requests, turns of connections, and safe paths."""
 
 from __future__ import annotations
 

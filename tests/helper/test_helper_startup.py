@@ -38,7 +38,7 @@ def test_only_cheap_modules_are_imported(python):
 
 
 HELD = {"cgroup", "crash", "handler", "held", "length", "settings", "system"}
-"""What a small process waits for."""
+"""The modules that a small process waits for."""
 WATCH_IMPORTS = """
 import fcntl, os, sys
 class Watch:

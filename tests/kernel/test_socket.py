@@ -1,4 +1,4 @@
-"""Dumps that the kernel sends over a socket: everything that the pipe's arguments say, and what may go wrong."""
+"""Dumps that the kernel sends over a socket: the values of the pipe's arguments, and faults."""
 
 import os
 import resource
@@ -274,7 +274,7 @@ def test_listeners_that_replace_each_other_under_constant_crashing_lose_nothing(
 
 
 def test_descriptor_that_systemd_keeps_survives_its_listener(node):
-    """What systemd.socket(5) does: the socket is open all the time, the service is started again."""
+    """As with systemd.socket(5), the socket is open all the time while the service restarts."""
     node.socket.parent.mkdir(mode=0o700)
     kernel.install_helper(
         node.directory, {"WATCH_DIR": node.watch_dir, "RATE_LIMIT": 0, "KEEP_FREE_PERCENT": 1}

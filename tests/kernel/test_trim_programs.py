@@ -65,14 +65,14 @@ def test_trimmed_program_has_the_backtraces_of_the_whole_one(node, crash):
 
 
 def read(program, core, crash):
-    """Return what debuggers print, without what gdb says of memory that arguments point to: it may be missing."""
+    """Return the output of debuggers, without gdb's errors about memory that arguments point to: it may be missing."""
     told = Backtraces(program, core, crash).read()
     missing = r"<error: Cannot access memory at address 0x[0-9a-f]+>"
     return {name: re.sub(missing, "", text) for name, text in told.items()}
 
 
 def said_by(*command, given=None):
-    """Return what a tool prints, without the path of the core."""
+    """Return the output of a tool, without the path of the core."""
     done = subprocess.run(
         command, input=given, capture_output=True, text=True, errors="replace", timeout=300, check=False
     )

@@ -138,7 +138,7 @@ def million_mappings():
         yield 1_000_000
 
 
-@pytest.mark.skipif("PROGRAMS" not in os.environ, reason="takes a minute: make test-programs")
+@pytest.mark.skipif("PROGRAMS" not in os.environ, reason="makes a million mappings: make test-programs")
 @pytest.mark.timeout(300)
 def test_a_million_segments_cost_the_order_and_neither_the_dump_nor_memory(node, million_mappings):
     program = node.directory / "maps"

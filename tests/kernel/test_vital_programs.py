@@ -47,7 +47,7 @@ LLDB = {culprits.eight_threads, culprits.rust, culprits.redis}
 
 
 class Backtraces:
-    """What each debugger prints of a core; all cores get the same path."""
+    """The output of each debugger for a core; all cores get the same path."""
 
     def __init__(self, program, core, crash):
         self.program, self.core, self.crash = program, core, crash
@@ -84,14 +84,14 @@ class Backtraces:
 
 @dataclass
 class Case:
-    """A program that has crashed, and what helpers have made of its dump while it was held."""
+    """A crashed program, and the dumps that helpers made of it while it was held."""
 
     node: Node
     held: HeldCrash
     steps: Iterator[Path]
     program: Path
     rests: dict[str, Path] = field(default_factory=dict)
-    """Files with what is left of the core after each fault."""
+    """Files with the part of the core that each fault leaves."""
     failure: Exception | None = None
 
     @classmethod
@@ -184,7 +184,7 @@ def salvaged(watch_dir):
 
 
 def by_full_disk(node, held):
-    """Return what fits on a disk that is full half-way through the rest of the dump."""
+    """Return the core from a disk that is full half-way through the rest of the dump."""
     whole, watch_dir = node.dump(), place(node, "full")
     vital = int(attributes(whole)["vital_bytes"])
     room = vital + (whole.stat().st_size - vital) // 2 + (200 << 10)
@@ -200,14 +200,14 @@ def by_full_disk(node, held):
 
 
 def by_sigkill(node, held):
-    """Return what the collector salvages of a helper that was killed half-way."""
+    """Return the core that the collector salvages after a helper was killed half-way."""
     watch_dir = place(node, "killed")
     assert held.dump_half(watch_dir, lambda pid: os.kill(pid, signal.SIGKILL)) == -signal.SIGKILL
     return salvaged(watch_dir)
 
 
 def by_out_of_memory(node, held):
-    """Return what the collector salvages of a helper that the kernel has killed for memory half-way."""
+    """Return the core that the collector salvages after the kernel killed a helper for memory half-way."""
     watch_dir = place(node, "oom")
     with heldcrash.memory_cgroup(node.directory.name) as (prefix, exhaust, events):
         assert held.dump_half(watch_dir, exhaust, prefix) == -signal.SIGKILL
@@ -216,7 +216,7 @@ def by_out_of_memory(node, held):
 
 
 def described(path):
-    """Return what `info` shows of a core: its notes, and the build IDs of its files."""
+    """Return the facts that `info` shows of a core: its notes, and the build IDs of its files."""
     with path.open("rb") as file:
         source = Seekable(file.fileno())
         core = read_core(source)
@@ -256,7 +256,7 @@ def test_program_has_every_backtrace_whatever_happens_to_its_dump(cases, crash):
 
 
 def assert_same(found, told, what):
-    """Compare what debuggers print; show the first differences."""
+    """Compare the output of debuggers; show the first differences."""
     for name, text in told.items():
         lines = difflib.unified_diff(
             text.splitlines(), found[name].splitlines(), "the kernel's", what, n=0, lineterm=""

@@ -97,7 +97,7 @@ class Stack:
         return f"arn:{partition}:{kind}::{owner}:{role}{self.apply('Ref', resource)}"
 
     def named(self, name: str, more: Mapping[str, Any]) -> str:
-        """Return what a name in a Sub stands for."""
+        """Return the value of a name in a Sub."""
         if name in more:
             return str(self.resolve(more[name]))
         if "." in name:

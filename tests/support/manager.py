@@ -1,4 +1,4 @@
-"""Owns a real systemd beside the machine's own init: a user manager of root, in a mount namespace of its own.
+"""Owns a real systemd next to the machine's own init: a user manager of root, in a mount namespace of its own.
 
 Of the system's units it knows those that the test installs, and empty targets. `systemctl` talks to it. It has a cgroup
 of its own in each hierarchy, because a manager moves every process of its cgroup.
@@ -93,7 +93,7 @@ def is_root(procs: Path) -> bool:
 
 
 def remove_cgroup(top: Path) -> None:
-    """Kill what a cgroup holds, and remove it with everything below it."""
+    """Kill the processes of a cgroup, and remove it with everything below it."""
     for folder in sorted(top.glob("**/"), reverse=True):
         for word in (folder / "cgroup.procs").read_text().split():
             with contextlib.suppress(ProcessLookupError):
