@@ -154,14 +154,19 @@ class Node:
 
     def settle(self):
         """Wait until no helper runs."""
-        wait_until(lambda: not self.helpers() and not starting(), 60, "the helpers to end")
+        wait_until(lambda: not self.helpers(or_starting=True), 60, "the helpers to end")
 
-    def helpers(self):
-        """Return the pids of helpers started from this node's directory."""
-        found = []
+    def helpers(self, *, or_starting=False):
+        """Return the pids of helpers started from this node's directory.
+
+        With `or_starting`, also those of processes that start a program now, as a helper that starts itself again:
+        they have a program, but no command line for a moment (proc(5)).
+        """
+        found, program = [], str(self.directory / "core-dump-helper").encode()
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
-                if str(self.directory / "core-dump-helper").encode() in entry.read_bytes():
+                command = entry.read_bytes()
+                if program in command or (or_starting and not command and (entry.parent / "exe").readlink()):
                     found.append(int(entry.parent.name))
         return [pid for pid in found if not self.listener or pid != self.listener.pid]
 
@@ -178,19 +183,6 @@ class Node:
         """Return the path of the only dump."""
         (name,) = self.names()
         return self.watch_dir / name
-
-
-def starting():
-    """Return the pids of processes that start a program now, as a helper that starts itself again.
-
-    They have a program, but no command line for a moment (proc(5)).
-    """
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if not entry.read_bytes() and (entry.parent / "exe").readlink():
-                found.append(int(entry.parent.name))
-    return found
 
 
 def attributes(path):
