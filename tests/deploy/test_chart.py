@@ -75,7 +75,7 @@ def kustomized_by(folder):
     yaml = pytest.importorskip("yaml")
     text = deploy.succeed(deploy.tool("kubectl"), "kustomize", folder)
     # kustomize names the settings by their content; the chart has an annotation for that.
-    text = re.sub(r"core-dump-collector-[a-z0-9]{10}\b", "core-dump-collector", text)
+    text = re.sub(r"(core-dump-(collector|receiver))-[a-z0-9]{10}\b", r"\1", text)
     found = by_name(yaml.safe_load_all(text))
     del found["Namespace", "core-dump-handler"]  # helm install --create-namespace
     return found

@@ -310,7 +310,8 @@ def test_file_way_collects_what_the_kernel_writes_into_the_volume_of_a_pod(node,
 def receiving(store, scratch):
     """Return the pod spec and the config maps of the overlay with the receiver, for a machine with a full disk."""
     spec, config_maps = collector_of("bottlerocket-socket", store, scratch)
-    config_maps["core-dump-receiver"]["helper.conf"] += "KEEP_FREE_PERCENT=1\nRATE_LIMIT=0\n"
+    (name,) = [name for name in config_maps if name.startswith("core-dump-receiver-")]
+    config_maps[name]["helper.conf"] += "KEEP_FREE_PERCENT=1\nRATE_LIMIT=0\n"
     return spec, config_maps
 
 

@@ -168,9 +168,14 @@ def test_kernel_log_component_adds_one_capability_and_replaces_none(overlay, wor
         assert context["capabilities"] == {"drop": ["ALL"], "add": ["SYSLOG"]}
 
 
+def is_receivers(found):
+    """Say whether this is the ConfigMap of the receiver, whose name ends in the hash of its content."""
+    return found["kind"] == "ConfigMap" and re.fullmatch(r"core-dump-receiver-\w{10}", found["metadata"]["name"])
+
+
 def test_receiver_reads_settings_that_the_helper_takes(rendered, tmp_path):
     documents = rendered["overlays/bottlerocket-socket"][1]
-    (config,) = [o["data"] for o in documents if o["metadata"]["name"] == "core-dump-receiver"]
+    (config,) = [o["data"] for o in documents if is_receivers(o)]
     path, problems = tmp_path / "helper.conf", []
     path.write_text(config["helper.conf"])
     helper = HelperSettings()
@@ -211,30 +216,35 @@ def test_one_image_is_used_everywhere():
     assert len(images) == 1
 
 
-def test_mixed_fleet_is_one_apply_of_two_daemonsets_that_share_no_node_and_no_pod(rendered):
+def test_mixed_fleet_is_one_apply_of_daemonsets_that_share_no_node_and_no_pod(rendered):
     objects = rendered["overlays/mixed"][1]
     names = [(found["kind"], found["metadata"]["name"]) for found in objects]
     assert len(set(names)) == len(names)
     for kind in ("Namespace", "ServiceAccount", "PriorityClass", "NetworkPolicy"):
         assert [found for found, _ in names].count(kind) == 1
-    linux, bottlerocket = [found for found in objects if found["kind"] == "DaemonSet"]
-    for daemon, nodes, directory in (
-        (linux, "amazon-linux", "/core_dumps"),
-        (bottlerocket, "bottlerocket", "/var/core_dumps"),
-    ):
+    daemons = [found for found in objects if found["kind"] == "DaemonSet"]
+    kinds = [
+        ("amazon-linux", "/core_dumps", ["collector"]),
+        ("bottlerocket", "/var/core_dumps", ["collector"]),
+        ("bottlerocket-socket", "/var/core_dumps", ["collector", "receiver"]),
+    ]
+    for daemon, (nodes, directory, containers) in zip(daemons, kinds, strict=True):
         pod = daemon["spec"]["template"]
         assert daemon["spec"]["selector"]["matchLabels"]["core-dump-handler/nodes"] == nodes
         assert daemon["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
         assert pod["spec"]["nodeSelector"]["core-dump-handler/nodes"] == nodes
         assert pod["spec"]["serviceAccountName"] == "core-dump-collector"
-        (container,) = pod["spec"]["containers"]
+        assert [found["name"] for found in pod["spec"]["containers"]] == containers
+        container = pod["spec"]["containers"][0]
         assert container["args"] == ["run", directory]
         (source,) = [item["configMapRef"]["name"] for item in container["envFrom"]]
         (settings,) = [found["data"] for found in objects if found["metadata"]["name"] == source]
-        assert ("{namespace}" in settings["KEY_TEMPLATE"]) is (nodes == "amazon-linux")
+        assert ("{namespace}" in settings["KEY_TEMPLATE"]) is (nodes != "bottlerocket")
+        maps = [volume["configMap"]["name"] for volume in pod["spec"]["volumes"] if "configMap" in volume]
+        assert maps == [name for kind, name in names if "receiver" in name and "receiver" in containers]
     (policy,) = [found for found in objects if found["kind"] == "NetworkPolicy"]
     selected = policy["spec"]["podSelector"]["matchLabels"].items()
-    for daemon in (linux, bottlerocket):
+    for daemon in daemons:
         assert selected <= daemon["spec"]["template"]["metadata"]["labels"].items()
 
 

@@ -170,4 +170,5 @@ def test_bottlerocket_nodes_of_a_mixed_fleet_keep_the_directory_of_their_core_pa
     assert directories == {
         "core-dump-collector": "/data/core_dumps",
         "core-dump-collector-bottlerocket": "/var/core_dumps",
+        "core-dump-collector-bottlerocket-socket": "/var/core_dumps",
     }
