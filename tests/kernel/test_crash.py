@@ -218,7 +218,7 @@ def test_crash_of_a_stranger_is_not_taken_for_ours(node):
 
 
 def test_own_configuration_is_named_by_an_option(node):
-    with node.installed(), Path("/var/tmp/cdh.conf").open("x"):
+    with node.installed(transport="pipe"), Path("/var/tmp/cdh.conf").open("x"):
         try:
             settings = {"WATCH_DIR": node.watch_dir, "COMPRESSOR": "none", "KEEP_FREE_PERCENT": 1}
             kernel.write_config(Path("/var/tmp/cdh.conf"), settings)
