@@ -52,7 +52,8 @@ torture: $(READY) packages ## ROUNDS=n SEED=s HOSTILE=1: crash, kill and fail at
 mutants: $(READY) packages ## ONLY=regex: change one line that decides about a loss at a time; do the tests notice? minutes
 	$(BIN)/python -m tests.support.mutate --only '$(ONLY)'
 
-test-swift: $(READY) packages ## a store without checksums and conditions; needs Debian's swift-* and memcached
+test-swift: $(READY) packages ## a store without checksums and conditions: OpenStack's Swift; installs it
+	@sh tests/support/packages.sh swift
 	SWIFT=1 $(BIN)/python -m pytest tests/integration/test_store_swift.py $(PYTEST_FLAGS)
 
 test-programs: $(READY) packages ## crash PostgreSQL, Redis, Java, Chromium and programs of many languages; minutes; installs them

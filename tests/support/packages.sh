@@ -44,6 +44,17 @@ if [ "${1:-}" = programs ]; then # what `make test-programs` crashes
     install $missing
     exit
 fi
+if [ "${1:-}" = swift ]; then # the store of `make test-swift`
+    need swift-proxy /usr/bin/swift-proxy-server
+    need swift-account /usr/bin/swift-account-server
+    need swift-container /usr/bin/swift-container-server
+    need swift-object /usr/bin/swift-object-server
+    need memcached /usr/bin/memcached
+    [ -n "$missing" ] || exit 0
+    # shellcheck disable=SC2086  # a list of words
+    install $missing
+    exit
+fi
 need pigz /usr/bin/pigz
 need gdb /usr/bin/gdb
 need gcc /usr/bin/gcc

@@ -27,11 +27,6 @@ PIPELINE = (
 FILTERS = ("catch_errors", "gatekeeper", "bulk", "copy", "slo", "dlo", "versioned_writes", "symlink")
 
 
-def is_installed() -> bool:
-    """Tell whether the packages are there."""
-    return all(shutil.which(p) for p in ("swift-proxy-server", "swift-ring-builder", "memcached"))
-
-
 def _back_end(directory: Path, kind: str, port: int) -> Path:
     """Build the ring of one back end and write its configuration; return that."""
     ring = directory / f"{kind}.builder"
