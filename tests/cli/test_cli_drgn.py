@@ -71,7 +71,8 @@ def test_drgn_is_taken_where_gdb_is_missing_and_a_note_says_so(cli, gz, monkeypa
     assert "pip install drgn" in cli.run("bt", code=2).stderr
     assert "drgn is not installed" in cli.run("bt", "--debugger", "drgn", code=2).stderr
     monkeypatch.undo()
-    assert "drgn takes none" in cli.run("bt", "--debugger", "drgn", "-A", "x", code=2).stderr
+    for debugger in ("drgn", "/usr/bin/drgn"):
+        assert "drgn takes none" in cli.run("bt", "--debugger", debugger, "-A", "x", code=2).stderr
 
 
 def test_debugger_is_chosen_in_one_order(tools, monkeypatch):  # noqa: F811
