@@ -24,7 +24,7 @@ ADVICE = {
     "ProfileNotFound": "there is no such profile: correct AWS_PROFILE",
     "EndpointConnectionError": "nothing answers at the endpoint: " + _UNREACHABLE,
     "ConnectTimeoutError": "nothing answers at the endpoint: " + _UNREACHABLE,
-    "ProxyConnectionError": "the proxy does not answer, or refuses (a wrong password?): correct HTTPS_PROXY and NO_PROXY",
+    "ProxyConnectionError": "the proxy does not answer, or refuses (password?): correct HTTPS_PROXY and NO_PROXY",
     "SSLError": "the endpoint's certificate is not trusted: set AWS_CA_BUNDLE",
 }
 """By error code of S3 (Amazon S3 API Reference, "Error responses"), else by name of botocore's exception."""

@@ -170,7 +170,9 @@ def test_kernel_log_component_adds_one_capability_and_replaces_none(overlay, wor
 
 def is_receivers(found):
     """Say whether this is the ConfigMap of the receiver, whose name ends in the hash of its content."""
-    return found["kind"] == "ConfigMap" and re.fullmatch(r"core-dump-receiver-\w{10}", found["metadata"]["name"])
+    return found["kind"] == "ConfigMap" and re.fullmatch(
+        r"core-dump-receiver-\w{10}", found["metadata"]["name"]
+    )
 
 
 def test_receiver_reads_settings_that_the_helper_takes(rendered, tmp_path):

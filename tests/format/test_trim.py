@@ -4,6 +4,8 @@ import io
 import shutil
 import struct
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -213,7 +215,14 @@ READERS = {
     "gdb": (["gdb", "-nx", "-batch", "-c", "CORE", "-ex", "x/gx ADDRESS"], "Cannot access memory"),
     "lldb": (["lldb", "--batch", "-c", "CORE", "-o", "memory read -s8 -c1 -fx ADDRESS"], "does not contain"),
     "drgn": (
-        ["drgn", "-q", "-c", "CORE", "-e", "print('0x%016x' % prog.read_u64(ADDRESS))"],
+        [
+            str(Path(sys.executable).parent / "drgn"),
+            "-q",
+            "-c",
+            "CORE",
+            "-e",
+            "print('0x%016x' % prog.read_u64(ADDRESS))",
+        ],
         "FaultError",
     ),
 }
@@ -223,8 +232,8 @@ READERS = {
 @pytest.mark.parametrize(
     "reader",
     [
-        pytest.param(name, marks=pytest.mark.skipif(shutil.which(name) is None, reason=f"needs {name}"))
-        for name in READERS
+        pytest.param(name, marks=pytest.mark.skipif(shutil.which(command[0]) is None, reason=f"needs {name}"))
+        for name, (command, _) in READERS.items()
     ],
 )
 def test_debuggers_report_dropped_memory_and_never_show_other_bytes(tmp_path, reader):
