@@ -29,6 +29,7 @@ export AWS_REGION=us-east-1 BUCKET_NAME=my-bucket PYTHONDONTWRITEBYTECODE=1
 sed 's/^/AT_BOOT /' /proc/sys/kernel/core_pattern
 /checkout/.venv/bin/moto_server -p 5555 >/tmp/moto.log 2>&1 &
 until /checkout/.venv/bin/python /count.py make >/dev/null 2>&1; do sleep 1; done
+mkdir -p /opt
 left >/tmp/before
 run INSTALLED /checkout/sysctl/install.sh
 make -s -C /checkout run BUCKET_NAME=my-bucket >/tmp/collector.log 2>&1 &
@@ -43,7 +44,7 @@ run DOWNGRADED /checkout/sysctl/install.sh
 echo "VERSION $(/usr/libexec/core-dump-handler/core-dump-helper --version)"
 crash; stored 3
 pkill -f core-dump-collector
-mkdir -p /opt && ln -s /checkout/.venv /opt/core-dump-handler
+ln -s /checkout/.venv /opt/core-dump-handler
 env | grep -E '^(AWS_|BUCKET_)' >/etc/core-dump-handler/collector.env
 cp /checkout/sysctl/core-dump-collector.service /etc/systemd/system/
 systemctl daemon-reload && systemctl start core-dump-collector
@@ -54,7 +55,6 @@ run BACK $setup activate --watch-dir /core_dumps
 crash; stored 5
 systemctl stop core-dump-collector
 rm /etc/systemd/system/core-dump-collector.service /opt/core-dump-handler /etc/core-dump-handler/collector.env
-rmdir /opt 2>/dev/null
 run REMOVED /checkout/sysctl/uninstall.sh
 left >/tmp/after
 diff /tmp/before /tmp/after | sed -n 's/^[<>]/REMAINS &/p'
