@@ -22,9 +22,10 @@ from core_dump_format.state import (
 
 TYPE_CHECKING = False  # `typing` costs 7 ms
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from core_dump_format.front import Front
+    from core_dump_format.pages import Pages
     from core_dump_format.state import ProcessState, Thread
 
 VITAL_BYTES = 32 << 20
@@ -45,6 +46,8 @@ POINTING_BYTES = 16 << 10
 """Of the crashing thread's newest frames; a sixteenth of it for others."""
 MAX_POINTING_THREADS = 64
 PIECE_BYTES = 1 << 20
+RESIDENT, OBTAINABLE, EVERY = range(3)
+"""Pages to copy: in memory or swapped out; those, and pages of files where a read certainly ends; all of a range."""
 MAX_LINK_MAPS = 4096
 MAX_NAMESPACES = 16
 """glibc's DL_NNS."""
@@ -61,31 +64,6 @@ a stack of its own (sigaltstack(2))."""
 
 class AbandonedError(Exception):
     """Nobody waits for the selection any more."""
-
-
-class Pages:
-    """What a selection reads from: the memory of a process, or a raw core."""
-
-    page = 4096
-    refused = 0
-    """Pages that were left out because reading them could take for ever."""
-
-    def read(self, address: int, size: int) -> bytes:
-        """Return the memory at an address, up to the first page that cannot be read."""
-        raise NotImplementedError
-
-    def fetch(self, address: int, size: int) -> bytes:
-        """Like `read`, but have absent pages brought in, which may wait for ever where a file is mapped."""
-        return self.read(address, size)
-
-    def resident(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield the parts of a range that hold data."""
-        raise NotImplementedError
-
-    def survey(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
-        """Yield the parts of a range that are known, and whether they hold data; by default, those that do."""
-        for first, last in self.resident(start, end):
-            yield first, last, True
 
 
 class Selection:
@@ -117,7 +95,7 @@ class Selection:
         self.vital_pieces = len(self.pieces)
 
     def take(
-        self, address: int, below: int, above: int, most: int | None = None, *, always: bool = False
+        self, address: int, below: int, above: int, most: int | None = None, *, pages: int = RESIDENT
     ) -> int:
         """Copy the pages from `below` bytes under an address to `above` bytes over it, within its segment.
 
@@ -126,7 +104,7 @@ class Selection:
             below: bytes wanted before it.
             above: bytes wanted from it on.
             most: limit of this kind of memory.
-            always: copy pages even if nobody has touched them; only where no file is mapped.
+            pages: RESIDENT; OBTAINABLE for the few that matter most; EVERY only where no file is mapped.
 
         Returns:
             The number of bytes copied now.
@@ -143,7 +121,18 @@ class Selection:
         if start + room < end:
             self._lacks = self._lacks or most is None
             end = start + room
-        return sum(self._copy(index, first, last, always=always) for first, last in self._untaken(start, end))
+        read = self.memory.read if pages == RESIDENT else self.memory.fetch
+        return sum(
+            self._copy(index, first, last, read)
+            for begin, stop in self._untaken(start, end)
+            for first, last in self._parts(begin, stop, pages)
+        )
+
+    def _parts(self, start: int, end: int, pages: int) -> Iterable[tuple[int, int]]:
+        """Return the parts of a range that are to be copied."""
+        if pages == EVERY:
+            return [(start, end)]
+        return (self.memory.resident if pages == RESIDENT else self.memory.obtainable)(start, end)
 
     def _untaken(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield the parts of a range that were not copied yet, and mark them."""
@@ -160,24 +149,21 @@ class Selection:
         if pages:
             yield first, last
 
-    def _copy(self, index: int, start: int, end: int, *, always: bool) -> int:
-        copied, page = 0, self.memory.page
-        read = self.memory.fetch if always else self.memory.read
-        for first, last in [(start, end)] if always else self.memory.resident(start, end):
-            at = first
-            while at < last:
-                data = read(at, min(last - at, PIECE_BYTES))
-                size = len(data) // page * page
-                if size:
-                    self.pieces.append((index, at, data[:size]))
-                    copied += size
-                    self.left -= size
-                at += size or page
+    def _copy(self, index: int, start: int, end: int, read: Callable[[int, int], bytes]) -> int:
+        copied, page, at = 0, self.memory.page, start
+        while at < end:
+            data = read(at, min(end - at, PIECE_BYTES))
+            size = len(data) // page * page
+            if size:
+                self.pieces.append((index, at, data[:size]))
+                copied += size
+                self.left -= size
+            at += size or page
         return copied
 
     def _look(self, address: int, size: int) -> bytes:
         """Copy a small structure's pages and return its content, or nothing if it cannot be read."""
-        self.take(address, 0, size)
+        self.take(address, 0, size, pages=OBTAINABLE)
         data = self.memory.read(address, size)
         return data if len(data) == size else b""
 
@@ -212,7 +198,7 @@ class Selection:
         """
         first, thread, vdso = len(self.pieces), state.threads[0], state.auxv.get(AT_SYSINFO_EHDR, 0)
         self._take_block(thread)
-        self.take(vdso, 0, VDSO_BYTES, always=state.maps_no_file(vdso))
+        self.take(vdso, 0, VDSO_BYTES, pages=EVERY if state.maps_no_file(vdso) else RESIDENT)
         self.take(thread.pc, 0, 1)  # code that a program generated at run time is in the core
         self._take_loader(state)
         self.pieces[first:] = sorted(self.pieces[first:], key=lambda piece: piece[1])
@@ -297,7 +283,7 @@ class Selection:
             if name not in code:
                 continue
             if room > 0 and front.sizes[index] and front.addresses[index] == start:
-                room -= self.take(start, 0, 1, room)
+                room -= self.take(start, 0, 1, room, pages=OBTAINABLE)
             for address in (start, end):
                 segment = front.find(address)
                 is_data = segment and front.addresses[segment] == address and front.flags[segment] & PF_W

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from itertools import groupby
 
-from core_dump_format.vital import Pages
+from core_dump_format.pages import Pages
 from core_dump_helper.crash import is_identical
 from core_dump_helper.mappings import Mappings
 from core_dump_helper.system import read_fields, read_file
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MAX_AUXV_BYTES = 4096
 ENTRY_BYTES = 8
 """Of one page in /proc/PID/pagemap."""
+MOST_OBTAINED_BYTES = 16 << 10
+"""A read of at most so much may ask a local file system for pages."""
 SURVEY_PAGES = 1 << 16
 """Whose entries are read at once."""
 ABSENT, PRESENT, OF_FILE = range(3)
@@ -30,7 +32,7 @@ class ProcessMemory(Pages):
     """Reads /proc/PID/mem where /proc/PID/pagemap shows that a page is there, unless a read could wait for ever.
 
     Any other page may have to be fetched from a file, and a file system that the crashed process serves may never
-    answer: no signal ends the wait of a thread in such a read.
+    answer: no signal ends the wait of a thread in such a read. Single pages are fetched from local file systems.
     """
 
     def __init__(self, mem: int, pagemap: int, mappings: Mappings) -> None:
@@ -53,7 +55,8 @@ class ProcessMemory(Pages):
         if not first <= address <= address + size <= last:
             page = self.page
             start, end = address // page * page, -(-(address + size) // page) * page
-            first, last = next(self.resident(start, end), (end, end))
+            parts = self.obtainable if size <= MOST_OBTAINED_BYTES else self.resident
+            first, last = next(parts(start, end), (end, end))
         return self.fetch(address, min(size, last - address)) if first <= address < last else b""
 
     def fetch(self, address: int, size: int) -> bytes:
@@ -77,6 +80,28 @@ class ProcessMemory(Pages):
             if is_present:
                 self._known = first, last
                 yield first, last
+
+    def obtainable(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the parts of a range that are resident, or whose pages a local file system has."""
+        first = last = start
+        for begin, stop, is_present in self.survey(start, end):
+            for place, until in [(begin, stop)] if is_present else self._of_local_files(begin, stop):
+                if place != last:
+                    if first < last:
+                        yield first, last
+                    first = place
+                last = until
+        if first < last:
+            yield first, last
+
+    def _of_local_files(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the parts of a range that are mapped from files of local file systems."""
+        at = start
+        while at < end:
+            stop = self._mappings.local_until(at) or at
+            if stop > at:
+                yield at, min(end, stop)
+            at = max(stop, at + self.page)
 
     def survey(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
         """Yield the parts of a range, and whether their pages are in memory or swapped out, as far as that is known.

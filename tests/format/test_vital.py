@@ -14,9 +14,10 @@ from tests.support.corepair import CoreFile, assert_same_memory
 
 from core_dump_format import front as fronts
 from core_dump_format.front import UnsupportedError, front_bytes, read_front
+from core_dump_format.pages import Pages
 from core_dump_format.reorder import Reordered
 from core_dump_format.state import ProcessState
-from core_dump_format.vital import Pages, Selection
+from core_dump_format.vital import Selection
 
 PAGE = 4096
 FIRST = 0x10000

@@ -10,7 +10,7 @@ import pytest
 
 from core_dump_helper import mappings
 from core_dump_helper.crash import parse_arguments
-from core_dump_helper.mappings import NO_FILE, Mappings, mounted_devices
+from core_dump_helper.mappings import NO_FILE, Mappings, local_devices, mounted_devices, read_mounts
 from core_dump_helper.memory import open_memory
 
 PAGE = 4096
@@ -102,9 +102,36 @@ def test_mounts_of_fuse_are_not_trusted(monkeypatch):
 damaged
 """
     monkeypatch.setattr(mappings, "read_file", lambda *_: lines)
-    found = mounted_devices()
+    found = mounted_devices(read_mounts())
     assert {(253, 0), (0, 42)} <= found
     assert not {(0, 40), (0, 41), (8, 1), NO_FILE} & found
+
+
+MOUNTS = b"""\
+1 0 253:0 / / rw shared:1 - ext4 /dev/vda rw
+2 1 0:42 / /run/c/rootfs rw - overlay overlay rw,lowerdir=/x
+3 1 0:43 / /n rw - nfs4 server:/ rw
+4 1 0:44 / /sys/fs/fuse/connections rw - fusectl fusectl rw
+5 1 253:0 / /again rw - ext4 /dev/vda rw
+"""
+
+
+@pytest.mark.parametrize("served", ["", "fuse", "fuse.sshfs", "fuseblk"])
+def test_overlay_is_local_only_where_no_program_serves_a_file_system(monkeypatch, served):
+    more = f"6 1 0:45 / /f rw - {served} me@host:/ rw\n".encode() if served else b""
+    monkeypatch.setattr(mappings, "read_file", lambda *_: MOUNTS + more)
+    assert local_devices(read_mounts()) == {(253, 0)} | (set() if served else {(0, 42)})
+
+
+@pytest.mark.usefixtures("way")
+def test_mapping_of_a_local_file_is_told_from_others(file, own):
+    memory = mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    view = ctypes.c_char.from_buffer(memory)
+    kept = Mappings(own)
+    assert kept.local_until(file + PAGE) >= file + 3 * PAGE
+    assert kept.local_until(ctypes.addressof(view)) == kept.local_until(0) == 0
+    kept.close()
+    del view
 
 
 def test_both_ways_name_the_same_device(file, own, monkeypatch):
@@ -113,7 +140,7 @@ def test_both_ways_name_the_same_device(file, own, monkeypatch):
     assert Mappings(own)._find(file) == found
     status = os.stat(sys.executable)
     assert found[1] != NO_FILE
-    assert (os.major(status.st_dev), os.minor(status.st_dev)) in mounted_devices()
+    assert (os.major(status.st_dev), os.minor(status.st_dev)) in mounted_devices(read_mounts())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts, needs root: sudo make test")

@@ -16,8 +16,8 @@ from tests.format.test_vital import SPANS, Held, auxv, kernel_core, note, status
 from tests.support import kernel
 
 from core_dump_format.front import read_front
-from core_dump_format.vital import Pages
-from core_dump_helper import vitalpart
+from core_dump_format.pages import Pages
+from core_dump_helper import mappings, vitalpart
 from core_dump_helper.core import LARGE_BYTES, Memory, Reader, Source
 from core_dump_helper.crash import parse_arguments
 from core_dump_helper.keep import Keep
@@ -218,8 +218,12 @@ def test_memory_is_read_up_to_the_first_page_that_cannot_be():
     assert list(memory.resident(2**63, 2**63 + PAGE)) == []
 
 
-def test_page_that_must_be_fetched_from_a_file_is_not_read(tmp_path):
+@pytest.mark.parametrize("is_local", [True, False])
+def test_absent_page_is_only_read_from_a_local_file_system_and_only_alone(tmp_path, monkeypatch, is_local):
     import ctypes
+
+    if not is_local:
+        monkeypatch.setattr(mappings, "local_devices", lambda *_: set())
 
     (tmp_path / "file").write_bytes(b"f" * 3 * PAGE)
     with open(tmp_path / "file", "r+b") as file, open("/proc/self/auxv", "rb") as vector:
@@ -229,12 +233,17 @@ def test_page_that_must_be_fetched_from_a_file_is_not_read(tmp_path):
     view = ctypes.c_char.from_buffer(mapped)
     start = ctypes.addressof(view)
     mapped.madvise(mmap.MADV_DONTNEED, PAGE, PAGE)
-    assert len(memory.read(start + 8, 3 * PAGE - 8)) == PAGE - 8
-    assert memory.read(start + PAGE, PAGE) == memory.read(start + PAGE + 8, 8) == b""
-    assert memory.read(start + PAGE - 8, 16) == b"f" * 8
-    assert memory.read(start + 2 * PAGE, PAGE)[:2] == b"tf"
     runs = [(start, start + PAGE), (start + 2 * PAGE, start + 3 * PAGE)]
     assert list(memory.resident(start, start + 3 * PAGE)) == runs
+    assert list(memory.obtainable(start, start + 3 * PAGE)) == (
+        [(start, start + 3 * PAGE)] if is_local else runs
+    )
+    assert memory.read(start + 2 * PAGE, PAGE)[:2] == b"tf"
+    monkeypatch.setattr("core_dump_helper.memory.MOST_OBTAINED_BYTES", 2 * PAGE)
+    assert len(memory.read(start + 8, 3 * PAGE - 8)) == PAGE - 8
+    assert list(memory.resident(start, start + 3 * PAGE)) == runs, "nothing was read of the file"
+    assert memory.read(start + PAGE + 8, 8) == (b"f" * 8 if is_local else b"")
+    assert memory.read(start + PAGE - 8, 16) == b"f" * (16 if is_local else 8)
 
 
 class Fetching(Held):

@@ -198,3 +198,56 @@ def test_core_that_the_kernel_has_sorted_by_size_is_written_by_address(node, pro
         assert found == modules(collectors)
         assert "libc.so.6" in found
         assert len(found) > len(modules(copy)), "elfutils reads ascending addresses only"
+
+
+FORKED = r"""
+#include <fcntl.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+static char line[4096], path[4096];
+int main(void) {
+    memset(malloc(20 << 20), 'x', 20 << 20);
+    unsigned long start, places[2] = {0, 0};
+    unsigned offset;
+    FILE *maps = fopen("/proc/self/maps", "r");
+    int pagemap = open("/proc/self/pagemap", O_RDONLY);
+    while (fgets(line, sizeof line, maps)) {
+        path[0] = 0;
+        sscanf(line, "%lx-%*x %*s %x %*s %*s %s", &start, &offset, path);
+        if (offset == 0 && (strstr(path, "/libc.so") || strstr(path, "forked")))
+            places[!strstr(path, "forked")] = start;
+    }
+    printf("%lx %lx ", places[0], places[1]);
+    fflush(stdout);
+    for (int i = 0; i < 2; i++)
+        madvise((void *)places[i], 4096, MADV_DONTNEED);
+    for (int i = 0; i < 2; i++) {
+        uint64_t entry = 0;
+        pread(pagemap, &entry, 8, places[i] / 4096 * 8);
+        write(1, entry >> 63 ? "p" : "a", 1);
+    }
+    kill(getpid(), SIGSEGV);
+}
+"""
+"""A process as fork(2) leaves it: it has not touched the first pages of its program and of the C library."""
+
+
+def test_first_page_of_a_library_is_vital_even_where_a_forked_process_has_not_touched_it(node):
+    """It has the build ID, and the program's has the way to the loader's list."""
+    (node.directory / "forked.c").write_text(FORKED)
+    program = kernel.build(node.directory / "forked.c", node.directory / "forked", "-Wl,-z,now")
+    with node.installed(COMPRESSOR="gzip"):
+        process = node.start(program, name=b"forked", stdout=subprocess.PIPE)
+        first, second, absent = process.communicate(timeout=60)[0].split()
+        wait_until(node.has_dump, 60, "the dump")
+    assert absent == b"aa", "as it should be"
+    vital = vital_core(node.dump())
+    (node.directory / "core").write_bytes(core_of(node.dump()))
+    rows = {row.address: row for row in CoreFile(node.directory / "core").loads}
+    for row in (rows[int(first, 16)], rows[int(second, 16)]):
+        assert vital[row.offset : row.offset + 4] == b"\x7fELF"

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from core_dump_collector.s3 import compression
 from core_dump_format.front import UnsupportedError, front_bytes, read_front
+from core_dump_format.pages import Pages
 from core_dump_format.reorder import Reordered
 from core_dump_format.state import ProcessState
-from core_dump_format.vital import Pages, Selection, is_known
+from core_dump_format.vital import Selection, is_known
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
