@@ -250,6 +250,58 @@ def test_mixed_fleet_is_one_apply_of_daemonsets_that_share_no_node_and_no_pod(re
         assert selected <= daemon["spec"]["template"]["metadata"]["labels"].items()
 
 
+KINDS = ["amazon-linux", "bottlerocket", "bottlerocket-socket"]
+
+
+@pytest.mark.parametrize(
+    "patches",
+    [
+        [{"target": {"kind": "ConfigMap", "name": "core-dump-collector"}}],
+        [{"name": f"core-dump-collector-{kind}"} for kind in KINDS],
+    ],
+    ids=["all", "each"],
+)
+def test_patches_of_the_page_reach_all_settings_of_a_mixed_fleet(tmp_path, patches):
+    yaml = pytest.importorskip("yaml")
+    shutil.copytree(FOLDER, tmp_path / "kubernetes")
+    entries, namespace = [], "core-dump-handler"
+    for number, given in enumerate(patches):
+        metadata = {"name": given.get("name", "any"), "namespace": namespace}
+        patch = {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": metadata,
+            "data": {"BUCKET_NAME": f"b{number}"},
+        }
+        entries.append({"patch": json.dumps(patch)} | {k: v for k, v in given.items() if k == "target"})
+    role = {
+        "name": "core-dump-collector",
+        "namespace": namespace,
+        "annotations": {"eks.amazonaws.com/role-arn": "ARN"},
+    }
+    entries.append({"patch": json.dumps({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": role})})
+    lists = {
+        "resources": ["../kubernetes/overlays/mixed"],
+        "components": ["../kubernetes/components/kernel-log"],
+    }
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/kustomization.yaml").write_text(json.dumps(lists | {"patches": entries}))
+    objects = list(yaml.safe_load_all(deploy.succeed(deploy.tool("kubectl"), "kustomize", tmp_path / "mine")))
+    maps = {found["metadata"]["name"]: found["data"] for found in objects if found["kind"] == "ConfigMap"}
+    buckets = [data["BUCKET_NAME"] for data in maps.values() if "BUCKET_NAME" in data]
+    assert buckets == [f"b{min(number, len(patches) - 1)}" for number in range(len(KINDS))]
+    (account,) = [found for found in objects if found["kind"] == "ServiceAccount"]
+    assert account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"] == "ARN"
+    daemons = [found for found in objects if found["kind"] == "DaemonSet"]
+    assert [found["metadata"]["name"] for found in daemons] == [
+        f"core-dump-collector-{kind}" for kind in KINDS
+    ]
+    for daemon in daemons:
+        container = daemon["spec"]["template"]["spec"]["containers"][0]
+        assert container["envFrom"][0]["configMapRef"]["name"] in maps
+        assert container["securityContext"]["capabilities"]["add"] == ["SYSLOG"]
+
+
 def test_changed_setting_rolls_out_and_an_unchanged_one_does_not(tmp_path):
     """By the name of the ConfigMap, which the pods' template contains; role, bucket and image are set from outside."""
     yaml = pytest.importorskip("yaml")

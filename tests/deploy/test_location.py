@@ -168,7 +168,7 @@ def test_bottlerocket_nodes_of_a_mixed_fleet_keep_the_directory_of_their_core_pa
         for found in daemons
     }
     assert directories == {
-        "core-dump-collector": "/data/core_dumps",
+        "core-dump-collector-amazon-linux": "/data/core_dumps",
         "core-dump-collector-bottlerocket": "/var/core_dumps",
         "core-dump-collector-bottlerocket-socket": "/var/core_dumps",
     }
