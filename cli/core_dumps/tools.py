@@ -43,7 +43,7 @@ def choose(named: str | None, note: Callable[[str], None]) -> str:
         UsageError: the named debugger is not installed, or no debugger is.
     """
     if named is not None:
-        if os.path.basename(named) == DRGN:
+        if os.path.basename(named) == DRGN and shutil.which(named):
             named = DRGN  # its script only starts the package
         if not _is_installed(named):
             raise UsageError(f"{printable(named)} is not installed: --debugger takes {_choices()}")

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tests.cli.test_cli_debugger import tools  # noqa: F401  a fixture
@@ -71,7 +72,8 @@ def test_drgn_is_taken_where_gdb_is_missing_and_a_note_says_so(cli, gz, monkeypa
     assert "pip install drgn" in cli.run("bt", code=2).stderr
     assert "drgn is not installed" in cli.run("bt", "--debugger", "drgn", code=2).stderr
     monkeypatch.undo()
-    for debugger in ("drgn", "/usr/bin/drgn"):
+    assert "/nowhere/drgn is not installed" in cli.run("bt", "--debugger", "/nowhere/drgn", code=2).stderr
+    for debugger in ("drgn", str(Path(sys.executable).parent / "drgn")):
         assert "drgn takes none" in cli.run("bt", "--debugger", debugger, "-A", "x", code=2).stderr
 
 
