@@ -23,6 +23,7 @@ RECEIVER = ["CKV_K8S_8", "CKV_K8S_9", "CKV_K8S_17", "CKV_K8S_25"]
 """The file explains its capabilities and host PIDs. It ends when it cannot go on, and has only a start-up probe."""
 EXCEPTIONS = {
     "overlays/bottlerocket-socket": RECEIVER,
+    "overlays/mixed": RECEIVER,
     "overlays/bottlerocket-file": ["CKV_K8S_25"],  # two capabilities, explained where they stand
     "overlays/configure-host": PRIVILEGED,  # its init container changes the host
     "example": ["CKV_K8S_21", "CKV2_K8S_6"],  # a Job to try out, in whatever namespace
