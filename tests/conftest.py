@@ -47,7 +47,7 @@ _LOADER = JSONFileLoader()
 
 @pytest.fixture(autouse=True)
 def _signals_are_as_before():
-    """Undo what a test does to signals: programs that later tests start would ignore what this process ignores."""
+    """Restore the handlers of signals after each test: a program inherits the signals that this process ignores."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     yield

@@ -1,4 +1,4 @@
-"""Owns what a selection of memory reads from: a process that is held, or a raw core. Pure."""
+"""Owns the interface through which a selection reads memory, of a held process or of a raw core. Pure."""
 
 from __future__ import annotations
 

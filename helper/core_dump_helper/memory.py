@@ -82,7 +82,13 @@ class ProcessMemory(Pages):
                 yield first, last
 
     def obtainable(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield the parts of a range that are resident, or whose pages a local file system has."""
+        """Yield the parts of a range that are resident, or whose pages a local file system has.
+
+        Adjacent ones are one part: a structure may begin in an absent page and end in a resident one.
+        """
+        if list(self.resident(start, end)) == [(start, end)]:  # the usual case, which `read` then knows
+            yield start, end
+            return
         first = last = start
         for begin, stop, is_present in self.survey(start, end):
             for place, until in [(begin, stop)] if is_present else self._of_local_files(begin, stop):
@@ -98,10 +104,10 @@ class ProcessMemory(Pages):
         """Yield the parts of a range that are mapped from files of local file systems."""
         at = start
         while at < end:
-            stop = self._mappings.local_until(at) or at
-            if stop > at:
+            stop = self._mappings.local_until(at)
+            if stop:
                 yield at, min(end, stop)
-            at = max(stop, at + self.page)
+            at = stop or at + self.page
 
     def survey(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
         """Yield the parts of a range, and whether their pages are in memory or swapped out, as far as that is known.

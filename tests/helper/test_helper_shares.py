@@ -23,25 +23,29 @@ needs_root = pytest.mark.skipif(
 CORE = elf(b"core")
 
 
-def hold(records, count, origin, wanted):
-    """Take as many of `wanted` slots as one origin gets, each in an object of its own; return them."""
-    attempts = [Slots(records, count, origin, Memory(Settings())) for _ in range(wanted)]
-    return [slots for slots in attempts if slots.acquire(time.monotonic())]
+@pytest.fixture
+def hold(records):
+    """Takes as many of `wanted` slots as one origin gets, each in an object of its own, until the test ends."""
+    made = []
 
+    def take(count, origin, wanted):
+        attempts = [Slots(records, count, origin, Memory(Settings())) for _ in range(wanted)]
+        made.extend(attempts)
+        return [slots for slots in attempts if slots.acquire(time.monotonic())]
 
-def close(slots):
-    for descriptor in slots._slots:
-        os.close(descriptor)
+    yield take
+    for slots in made:
+        slots.release()
 
 
 @pytest.mark.parametrize(
     ("count", "shares"), [(1, [1, 0]), (2, [1, 1, 0]), (8, [4, 2, 1, 1, 0]), (16, [8, 4, 2])]
 )
-def test_origin_may_hold_as_many_slots_as_it_leaves_free(records, count, shares):
-    held = [hold(records, count, b"user:%d" % number, count) for number in range(len(shares))]
+def test_origin_may_hold_as_many_slots_as_it_leaves_free(hold, count, shares):
+    held = [hold(count, b"user:%d" % number, count) for number in range(len(shares))]
     assert [len(slots) for slots in held] == shares
-    close(held[0][0])
-    assert len(hold(records, count, b"user:quiet", 1)) == 1
+    held[0][0].release()
+    assert len(hold(count, b"user:quiet", 1)) == 1
 
 
 @needs_root

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import select
+import selectors
 import socket
 from base64 import b64encode
 from dataclasses import dataclass, field
@@ -54,13 +54,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def pump(self, there: socket.socket) -> None:
         """Pass bytes on, both ways, until one side ends."""
-        ends = {self.connection: there, there: self.connection}
-        while True:
-            for ready in select.select(list(ends), [], [])[0]:
-                data = ready.recv(1 << 16)
-                if not data:
-                    return
-                ends[ready].sendall(data)
+        with selectors.DefaultSelector() as selector:  # select(2) takes no descriptor above 1,023
+            for ends in ((self.connection, there), (there, self.connection)):
+                selector.register(ends[0], selectors.EVENT_READ, ends)
+            while True:
+                for ready, _ in selector.select():
+                    one, other = ready.data
+                    data = one.recv(1 << 16)
+                    if not data:
+                        return
+                    other.sendall(data)
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ class Position:
 
 
 def load(directory: str) -> Position | None:
-    """Return the saved position; None if there is none, or if another user may have forged it."""
+    """Return the position that was saved. Return None if none was, or if another user could have written it."""
     try:
         if not _is_ours(os.stat(directory)):
             return None
