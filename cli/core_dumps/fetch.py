@@ -20,6 +20,7 @@ from core_dump_format.crc32 import encode_crc32
 from core_dump_format.elf import NotACoreError
 from core_dump_format.stream import Forward
 from core_dump_format.text import printable
+from core_dumps.addressorder import AddressOrder
 from core_dumps.errors import CliError, InterruptedByUserError, RefusedError
 from core_dumps.parts import BLOCK_BYTES, FETCHERS, PART_BYTES, Remote, most_bytes, open_remote, unpack
 from core_dumps.pool import Pool
@@ -30,6 +31,7 @@ from core_dumps.workfile import Work
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from core_dump_format.core import Core
     from core_dumps.bucket import Bucket
     from core_dumps.dump import Dump
 
@@ -187,12 +189,16 @@ class _Download:
 
     def _unpack(self) -> tuple[int, str | None]:
         """Decompress into a sparse file; return its length and a warning."""
-        promise = self._promise(unpack(self._pieces()))
+        front = self._front(unpack(self._pieces()))
+        promise = front.expected_bytes if front else None
+        is_whole = promise == self._dump.number("bytes")  # a trimmed dump is: it promises what it holds
+        order = AddressOrder.of(front) if front and is_whole else None
         limit = most_bytes(self._dump, promise)
         self._progress.start("decompress", self._size)
         core = self._work.open_core()
         try:
-            size = write_sparse(core, _bounded(unpack(self._pieces()), limit))
+            write = order.write if order else write_sparse
+            size = write(core, _bounded(unpack(self._pieces()), limit))
             os.ftruncate(core, size)
             warning = self._check_length(promise, size)
             os.fsync(core)
@@ -200,14 +206,18 @@ class _Download:
             os.close(core)
         return size, warning
 
-    def _promise(self, pieces: Iterator[bytes]) -> int | None:
+    def _front(self, pieces: Iterator[bytes]) -> Core | None:
+        """Return what the headers and notes say; None if they are not those of a core."""
         self._progress.start("headers", None)
         with contextlib.suppress(NotACoreError):
-            return read_core(Forward.over(pieces, 64 * 1024 * 1024)).expected_bytes
+            return read_core(Forward.over(pieces, 64 * 1024 * 1024))
         return None
 
     def _check_raw(self) -> str | None:
-        return self._check_length(self._promise(self._pieces()), self._size) if self._is_core else None
+        if not self._is_core:
+            return None
+        front = self._front(self._pieces())
+        return self._check_length(front.expected_bytes if front else None, self._size)
 
     def _check_length(self, promise: int | None, size: int) -> str | None:
         recorded = self._dump.number("bytes")

@@ -12,9 +12,9 @@ HOLE_BYTES = 64 * 1024
 _ZEROS = bytes(HOLE_BYTES)
 
 
-def write_sparse(file: int, pieces: Iterator[bytes]) -> int:
-    """Write pieces one after the other, leaving aligned blocks of zeros out; return their length."""
-    at, rest = 0, b""
+def write_sparse(file: int, pieces: Iterator[bytes], at: int = 0) -> int:
+    """Write pieces one after the other from an offset on, leaving aligned blocks of zeros out; return their end."""
+    rest = b""
     for piece in pieces:
         block = rest + piece if rest else piece
         whole = len(block) // HOLE_BYTES * HOLE_BYTES

@@ -115,6 +115,8 @@ class Core:
     sender_pid: int | None = None
     dropped: list[tuple[int, int]] = field(default_factory=list)
     """Start and end of the ranges of memory that were dropped from a trimmed dump."""
+    vital_end: int = 0
+    """Length of headers, notes and vital part; 0 if no vital part comes first."""
     entry: int | None = None
     """Address of the program's first instruction."""
     header_table: int = 0
@@ -239,8 +241,11 @@ def _read_files(core: Core, content: bytes) -> None:
 def _read_order(core: Core, content: bytes) -> None:
     """Read the note of this project: docs/contracts.md, "Order of a large dump"."""
     order = core.form.order
-    version, count, _ = struct.unpack_from(order + "IIQ", content)
-    if version == ORDER_VERSION and count <= min(MOST_DROPPED, (len(content) - 16) // 16):
+    version, count, vital_end = struct.unpack_from(order + "IIQ", content)
+    if version != ORDER_VERSION:
+        return
+    core.vital_end = vital_end
+    if count <= min(MOST_DROPPED, (len(content) - 16) // 16):
         core.dropped = list(struct.iter_unpack(order + "QQ", content[16 : 16 + 16 * count]))
 
 

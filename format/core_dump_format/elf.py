@@ -91,6 +91,8 @@ class Segments:
         """Start empty."""
         self._addresses, self._offsets, self._sizes = array("Q"), array("Q"), array("Q")
         self._executable = bytearray()
+        self.came_sorted = True
+        """Whether their headers are in the order of their addresses."""
 
     def __len__(self) -> int:
         """Return their number."""
@@ -103,10 +105,15 @@ class Segments:
         self._sizes.append(file_bytes)
         self._executable.append(executable)
 
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Yield offset and length in the file of each."""
+        return zip(self._offsets, self._sizes)
+
     def sort(self) -> None:
         """Order them by address; the kernel writes them so unless `kernel.core_sort_vma` is set."""
         addresses = self._addresses
-        if any(addresses[at] > addresses[at + 1] for at in range(len(addresses) - 1)):
+        self.came_sorted = all(addresses[at] <= addresses[at + 1] for at in range(len(addresses) - 1))
+        if not self.came_sorted:
             order = sorted(range(len(addresses)), key=addresses.__getitem__)
             self._addresses = array("Q", (addresses[at] for at in order))
             self._offsets = array("Q", (self._offsets[at] for at in order))
@@ -136,6 +143,12 @@ class Layout(NamedTuple):
     """Offset and length of the notes."""
     expected_bytes: int
     """Length of the whole core: the end of its last segment or section header."""
+
+    @property
+    def headers_end(self) -> int:
+        """Return the end of program headers and notes."""
+        header, (offset, size) = self.header, self.notes or (0, 0)
+        return max(header.table + header.row_count * header.form.row.size, offset + size)
 
 
 def read_header(source: Forward) -> Header:
@@ -203,6 +216,25 @@ def drop_segments_beyond(core: bytearray) -> int:
     return dropped
 
 
+def new_offsets(source: Forward, start: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the place of each segment's offset in the front of a core, and the offset if memory begins at `start`.
+
+    The memory is taken to be in the order of the headers, without gaps.
+
+    Raises:
+        NotACoreError: it is not the front of a core.
+        EndError: it ends within its headers.
+    """
+    header, at = read_header(source), start
+    form = header.form
+    for number, row in enumerate(_rows(source, header)):
+        kind, _, _, _, file_bytes = form.segment(row)
+        if kind == _PT_LOAD:
+            place = header.table + number * form.row.size + (8 if form.bits == 64 else 4)
+            yield place, struct.pack(form.order + form.word, at)
+            at += file_bytes
+
+
 def _rows(source: Forward, header: Header) -> Iterator[tuple[int, ...]]:
     row, count = header.form.row, header.row_count
     if count == _PN_XNUM:
@@ -233,13 +265,13 @@ def read_notes(source: Forward, form: Form, offset: int, size: int) -> Iterator[
     while at < end:
         block = source.reach(at, min(_BLOCK_BYTES, end - at))
         done = 0
-        for kind, start, length in _walk(block, form.note):
+        for kind, start, length in walk_notes(block, form.note):
             yield kind, block[start : start + length]
             done = start + _padded(length)
         if not done:  # the note is longer than a block
             needed = _length(block, form.note)
             block = source.reach(at, needed) if len(block) < needed <= end - at else b""
-            note = next(_walk(block, form.note), None)
+            note = next(walk_notes(block, form.note), None)
             if note is None:
                 return
             yield note[0], block[note[1] : note[1] + note[2]]
@@ -251,8 +283,8 @@ def read_notes(source: Forward, form: Form, offset: int, size: int) -> Iterator[
             return
 
 
-def _walk(block: bytes, note: struct.Struct) -> Iterator[tuple[int, int, int]]:
-    """Yield kind, start and length of the notes that are whole in a block."""
+def walk_notes(block: bytes, note: struct.Struct) -> Iterator[tuple[int, int, int]]:
+    """Yield kind, start and length of the content of each note that is whole in a block."""
     at = 0
     while at + note.size <= len(block):
         name_bytes, length, kind = note.unpack_from(block, at)
@@ -284,7 +316,7 @@ def build_id_of(page: bytes) -> str | None:
             kind, _, offset, _, size = form.segment(row)
             if kind != _PT_NOTE:
                 continue
-            for note, start, length in _walk(page[offset : offset + size], form.note):
+            for note, start, length in walk_notes(page[offset : offset + size], form.note):
                 if note == _NT_GNU_BUILD_ID and length in _BUILD_ID_BYTES:
                     return page[offset + start : offset + start + length].hex()
     except (NotACoreError, struct.error):

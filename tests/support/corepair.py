@@ -7,7 +7,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PT_LOAD, PT_NOTE, PN_XNUM = 1, 4, 0xFFFF
@@ -72,6 +72,30 @@ class CoreFile:
         version, dropped, end = struct.unpack("<IIQ", content)
         assert (version, dropped) == (1, 0)
         return int(end)
+
+
+def assert_by_address(path: Path) -> None:
+    """Check that the memory of a core is in the order of its addresses, without gaps, and that its note says so."""
+    core = CoreFile(path)
+    assert core.loads == sorted(core.loads, key=lambda row: row.address)
+    assert all(row.offset + row.size == after.offset for row, after in itertools.pairwise(core.loads))
+    (end,) = [struct.unpack_from("<Q", content, 8)[0] for owner, _, content in core.notes() if owner == OWNER]
+    assert end == 0, "no vital part comes first"
+
+
+def assert_only_order_differs(dump: Path, other: Path) -> None:
+    """Compare two cores: headers but for offsets, notes but for the end of the vital part, every byte of memory."""
+    old, new = CoreFile(dump), CoreFile(other)
+    assert len(old.data) == len(new.data)
+    for before, after in zip(old.rows, new.rows, strict=True):
+        assert replace(before, offset=after.offset) == after
+        if before.kind == PT_NOTE:
+            continue
+        content = old.data[before.offset : before.offset + before.size]
+        assert content == new.data[after.offset : after.offset + after.size], f"{after.address:x}"
+    for (owner, kind, content), found in zip(old.notes(), new.notes(), strict=True):
+        expected = content[:8] + bytes(8) + content[16:] if owner == OWNER else content
+        assert (owner, kind, expected) == found
 
 
 def assert_same_memory(kernel: Path, dump: Path) -> None:
