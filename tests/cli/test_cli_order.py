@@ -1,6 +1,5 @@
 """`get` writes the memory of a dump by address, and leaves a dump that it cannot order as it is."""
 
-import os
 import struct
 import tempfile
 from pathlib import Path
@@ -24,6 +23,7 @@ from tests.format.test_vital import (
 )
 from tests.support.corepair import assert_by_address, assert_only_order_differs, assert_same_memory
 from tests.support.cores import Shape, build
+from tests.support.fetched import write_by_address
 
 from core_dump_format.core import read_core
 from core_dump_format.elf import NotACoreError
@@ -70,17 +70,6 @@ def memory_of(dump):
     return [bytes(dump[offset : offset + size]) for offset, size in core_of(dump).layout.segments.places()]
 
 
-def by_address(dump, path, piece_bytes=1 << 20):
-    """Write a dump by address, from pieces of a length; False if its order stays."""
-    order = AddressOrder.of(core_of(dump))
-    if order is None:
-        return False
-    pieces = [bytes(dump[at : at + piece_bytes]) for at in range(0, len(dump), piece_bytes)]
-    with path.open("w+b") as file:
-        os.ftruncate(file.fileno(), order.write(file.fileno(), pieces))
-    return True
-
-
 def test_get_writes_memory_by_address_and_changes_nothing_else(cli, gz, tmp_path):
     core, dump = vital_first(notes=DECOY)
     (tmp_path / "kernel").write_bytes(core)
@@ -90,7 +79,7 @@ def test_get_writes_memory_by_address_and_changes_nothing_else(cli, gz, tmp_path
     assert_by_address(tmp_path / "out")
     assert_same_memory(tmp_path / "kernel", tmp_path / "out")
     assert_only_order_differs(tmp_path / "dump", tmp_path / "out")
-    assert not by_address((tmp_path / "out").read_bytes(), tmp_path / "again"), "it is in order"
+    assert not write_by_address((tmp_path / "out").read_bytes(), tmp_path / "again"), "it is in order"
 
 
 def test_other_ways_out_of_the_bucket_give_the_dumps_own_order(cli, gz, tmp_path):
@@ -129,7 +118,7 @@ def test_get_keeps_the_order_of_a_dump_that_is_truncated_or_may_be(cli, gz, tmp_
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_cores_of_any_class_and_byte_order_are_ordered(tmp_path, shape):
     dump = dump_of([(0x30000, C), (0x10000, A), (0x20000, B)], shape)
-    assert by_address(dump, tmp_path / "out", 1000)
+    assert write_by_address(bytes(dump), tmp_path / "out", 1000)
     found = (tmp_path / "out").read_bytes()
     assert found.endswith(A + B + C)
     assert memory_of(found) == [A, B, C]
@@ -152,7 +141,7 @@ def test_zeros_are_holes_wherever_they_go(cli, gz, tmp_path):
 def test_tags_behind_the_memory_stay_there(tmp_path, extra):
     core, dump = vital_first(extra=extra)
     (tmp_path / "dump").write_bytes(dump)
-    assert by_address(dump, tmp_path / "out")
+    assert write_by_address(bytes(dump), tmp_path / "out")
     assert_only_order_differs(tmp_path / "dump", tmp_path / "out")
     assert (tmp_path / "out").read_bytes()[-4096:] == core[-4096:]
 
@@ -164,7 +153,7 @@ def test_more_segments_than_the_header_can_count_are_ordered(tmp_path):
     pieces = selection.pieces or [(40_000, spans[39_999][0], content_of(spans[39_999][0], PAGE))]
     dump = assemble(core, Reordered(front, pieces, PAGE), pieces)
     (tmp_path / "dump").write_bytes(dump)
-    assert by_address(dump, tmp_path / "out")
+    assert write_by_address(bytes(dump), tmp_path / "out")
     assert_by_address(tmp_path / "out")
     assert_only_order_differs(tmp_path / "dump", tmp_path / "out")
 
@@ -238,7 +227,7 @@ def test_any_dump_has_the_same_memory_by_address(wide, data):
     with tempfile.TemporaryDirectory() as directory:
         kernel, out = Path(directory, "kernel"), Path(directory, "out")
         kernel.write_bytes(core)
-        if by_address(dump, out, data.draw(st.sampled_from([999, PAGE, 1 << 20]))):
+        if write_by_address(bytes(dump), out, data.draw(st.sampled_from([999, PAGE, 1 << 20]))):
             assert_by_address(out)
         else:
             out.write_bytes(dump)
@@ -259,6 +248,6 @@ def test_damaged_front_keeps_the_order_or_every_byte(changes):
         return
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory, "out")
-        if by_address(dump, out):
+        if write_by_address(bytes(dump), out):
             assert out.stat().st_size == len(dump)
             assert memory_of(out.read_bytes()) == memory_of(dump)

@@ -7,7 +7,9 @@ import zipfile
 
 import pytest
 from tests.kernel.conftest import attributes, core_of
+from tests.support import pystack
 from tests.support.collector import wait_until
+from tests.support.fetched import write_by_address
 
 pytestmark = [
     pytest.mark.skipif("PROGRAMS" not in os.environ, reason="installs programs: make test-programs"),
@@ -77,7 +79,7 @@ def core(node):
     node.settle()
     assert attributes(node.dump()).get("truncated") is None
     path = node.directory / "core"
-    path.write_bytes(core_of(node.dump()))
+    write_by_address(core_of(node.dump()), path)
     return path
 
 
@@ -124,16 +126,14 @@ def test_node_dumps_an_uncaught_exception_if_told_to(node):
 
 
 def test_python_prints_its_stack_and_pystack_reads_the_dump(node):
-    program = os.path.realpath("/usr/bin/python3")
-    venv = node.directory / "venv"
-    subprocess.run([program, "-m", "venv", venv], check=True)
-    subprocess.run([venv / "bin/pip", "install", "-q", "pystack"], check=True)
+    program, tool = pystack.PYTHON, pystack.install(node.directory)
     (node.directory / "crash.py").write_text(PYTHON)
     with node.installed():
         told = run(node, program, "-X", "faulthandler", "crash.py", name=os.path.basename(program).encode())
         path = core(node)
     assert "in inner" in told
-    told = said_by(venv / "bin/pystack", "core", path, program)
+    told = pystack.stacks(tool, path)
+    assert told.count("Traceback for thread") == 1
     assert "in inner" in told
     assert "ctypes.string_at(0)" in told
 

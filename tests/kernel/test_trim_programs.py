@@ -8,8 +8,9 @@ import subprocess
 import pytest
 from tests.kernel.conftest import attributes, core_of
 from tests.kernel.test_vital_programs import Backtraces, assert_same
-from tests.support import culprits, kernel
+from tests.support import culprits, kernel, pystack
 from tests.support.collector import wait_until
+from tests.support.fetched import write_by_address
 from tests.support.trimmed import assert_trimmed
 
 pytestmark = [
@@ -19,19 +20,23 @@ pytestmark = [
 MIB = 1 << 20
 
 
+BUDGETS = (1, 16, 64)
+
+
 def with_budget(node, megabytes):
-    """Return a node of its own for a budget, which shares the crashes, and its configuration."""
+    """Return a node for a budget, or for whole dumps (0), which shares the crashes, and its configuration."""
     watch_dir = node.directory / f"w{megabytes}"
     watch_dir.mkdir(mode=0o700)
     settings = {"WATCH_DIR": watch_dir, "COMPRESSOR": "gzip", "KEEP_FREE_PERCENT": 1}
-    settings |= {"RULES": "trim", "TRIM_BUDGET_BYTES": megabytes * MIB}
+    if megabytes:
+        settings |= {"RULES": "trim", "TRIM_BUDGET_BYTES": megabytes * MIB}
     config = kernel.write_config(node.directory / f"trim{megabytes}.conf", settings)
     return dataclasses.replace(node, watch_dir=watch_dir), config
 
 
-def crash_into_budgets(node, crash):
+def crash_into_budgets(node, crash, wanted=BUDGETS):
     """Crash a program; return its executable, the kernel's own core, and a node with the dump for each budget."""
-    budgets = {megabytes: with_budget(node, megabytes) for megabytes in (1, 16, 64)}
+    budgets = {megabytes: with_budget(node, megabytes) for megabytes in wanted}
     with node.installed():
         node.keep_copy(*(config for _, config in budgets.values()))
         program = culprits.crash_now(node, crash)
@@ -94,3 +99,15 @@ def test_delve_reads_a_trimmed_dump_of_enough_megabytes(node):
         core.write_bytes(core_of(each.dump()))
         if megabytes >= 16:
             assert goroutines(program, core) == told
+
+
+def test_pystack_shows_every_thread_of_a_whole_and_of_a_trimmed_dump(node):
+    tool = pystack.install(node.directory)
+    _, kernels, budgets = crash_into_budgets(node, culprits.python, (0, 64))
+    told = pystack.stacks(tool, kernels)
+    assert told.count("Traceback for thread") == 301
+    for megabytes, each in budgets.items():
+        assert ("trimmed" in attributes(each.dump())) == bool(megabytes)
+        core = node.directory / "core"
+        assert write_by_address(core_of(each.dump()), core)
+        assert pystack.stacks(tool, core) == told, f"{megabytes} MiB"
