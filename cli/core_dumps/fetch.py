@@ -120,10 +120,11 @@ class _Download:
             self._work.remove()
             raise
         except OSError as error:
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
                 raise
             self._work.remove()
-            raise CliError(f"{printable(target)}: the disk is full; nothing was kept") from error
+            reason = "it is too long for a file" if error.errno == errno.EFBIG else "the disk is full"
+            raise CliError(f"{printable(target)}: {reason}; nothing was kept") from error
         finally:
             self._work.remove_core()
         self._work.remove()

@@ -1,5 +1,6 @@
 """`get` writes the memory of a dump by address, and leaves a dump that it cannot order as it is."""
 
+import os
 import struct
 import tempfile
 from pathlib import Path
@@ -196,6 +197,15 @@ def test_headers_that_do_not_fit_together_keep_the_order(lie):
     changed = HOSTILE[lie](bytearray(dump))
     assert len(core_of(changed).layout.segments) == 3
     assert AddressOrder.of(core_of(changed)) is None
+
+
+def test_length_that_headers_and_metadata_invent_leaves_nothing(cli, gz, tmp_path):
+    dump = dump_of([(0x30000, C), (0x20000, B), (0x10000, A)])
+    words(dump, row(1) + 24, 1 << 61)
+    assert AddressOrder.of(core_of(dump))
+    cli.put(NAME, gz(dump), {"bytes": core_of(dump).expected_bytes})
+    assert "too long for a file; nothing was kept" in cli.run("get", "1", "-o", "out", code=1).stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_offsets_that_32_bits_cannot_hold_keep_the_order():

@@ -53,7 +53,7 @@ def test_trimmed_program_has_the_backtraces_of_the_whole_one(node, crash):
     assert all(text.count("#") > 3 for text in told.values()), told
     for megabytes, each in budgets.items():
         found, core = attributes(each.dump()), node.directory / "core"
-        core.write_bytes(core_of(each.dump()))
+        write_by_address(core_of(each.dump()), core)
         if whole.stat().st_size <= megabytes * MIB:
             assert "trimmed" not in found, "not longer than its budget"
             continue
