@@ -22,6 +22,7 @@ from tests.kernel.test_vital import backtraces, vital_core
 from tests.support import culprits, heldcrash, kernel
 from tests.support.collector import wait_until
 from tests.support.corepair import CoreFile, differing_segments
+from tests.support.fetched import write_by_address
 from tests.support.heldcrash import HeldCrash
 
 from core_dump_collector.node import dumpfile
@@ -238,7 +239,9 @@ def test_program_has_every_backtrace_whatever_happens_to_its_dump(cases, crash):
     debuggers = Backtraces(case.program, core, crash)
     told = Backtraces(case.program, case.held.copy, crash).read()
     assert all(text.count("#") > 3 for text in told.values()), told
-    assert_same(debuggers.read_of(whole), told, "in the kernel's order")
+    assert write_by_address(whole, core)
+    assert_same(debuggers.read(), told, "by address")
+    assert_same(debuggers.read_of(whole), told, "vital part first")
     assert CoreFile(core).vital_end() == len(vital)
     differing = differing_segments(case.held.copy, core)
     assert not differing or crash in culprits.SHARED, differing
