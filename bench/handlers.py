@@ -146,14 +146,15 @@ class Workshop:
             server.kill()
             server.wait()
 
-    def trimming(self) -> Handler:
-        """The helper that trims each dump to its default budget."""
+    def trimming(self, budget_mib: int = 64) -> Handler:
+        """The helper that trims each dump to a budget; 64 MiB is its default."""
         whole = self.ours("auto")
-        conf = self.root / "trim.conf"
-        conf.write_text((self.root / "auto.conf").read_text() + "RULES=trim\n")
+        conf = self.root / f"trim{budget_mib}.conf"
+        settings = f"RULES=trim\nTRIM_BUDGET_BYTES={budget_mib << 20}\n"
+        conf.write_text((self.root / "auto.conf").read_text() + settings)
         conf.chmod(0o644)
         command = f"{self.root / 'h'} -C{conf}"
-        pattern = self.script("o-trim", command + ' "$@"') if self._group else command
+        pattern = self.script(f"o-trim{budget_mib}", command + ' "$@"') if self._group else command
         described = f"core-dump-helper {kernel.ARGUMENTS} with RULES=trim"
         return Handler("ours, trimmed", f"{pattern} {kernel.ARGUMENTS}", described, whole.pipe_limit)
 
