@@ -49,7 +49,7 @@ class AddressOrder:
     def of(cls, core: Core) -> AddressOrder | None:
         """Return the order for a dump that begins with its vital part.
 
-        It is None if the dump does not, if its memory is in order already, or if its headers do not fit together.
+        Return None for any other dump, if the memory is in order already, and if the headers contradict each other.
         """
         segments = core.layout.segments
         if not core.vital_end or not segments.came_sorted or len(segments) > MOST_SEGMENTS:
@@ -70,7 +70,10 @@ class AddressOrder:
         return cls(core, start, runs) if len(runs) > 1 else None
 
     def write(self, file: int, pieces: Iterable[bytes]) -> int:
-        """Write a dump to an empty file; return its length. Its headers are right if that is what they promise."""
+        """Write a dump to an empty file; return its length.
+
+        The headers are corrected only if the dump has the length that they promise.
+        """
         source, written = _Pieces(pieces), 0
         for run in self._runs:
             written += write_sparse(file, source.take(run.size), run.place) - run.place

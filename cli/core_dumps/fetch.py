@@ -192,7 +192,8 @@ class _Download:
         """Decompress into a sparse file; return its length and a warning."""
         front = self._front(unpack(self._pieces()))
         promise = front.expected_bytes if front else None
-        is_whole = promise == self._dump.number("bytes")  # a trimmed dump is: it promises what it holds
+        # The headers of a trimmed dump promise only the memory that was kept, so such a dump counts as whole.
+        is_whole = promise == self._dump.number("bytes")
         order = AddressOrder.of(front) if front and is_whole else None
         limit = most_bytes(self._dump, promise)
         self._progress.start("decompress", self._size)
@@ -208,7 +209,7 @@ class _Download:
         return size, warning
 
     def _front(self, pieces: Iterator[bytes]) -> Core | None:
-        """Return what the headers and notes say; None if they are not those of a core."""
+        """Read the headers and notes of the core; return None if this is not a core."""
         self._progress.start("headers", None)
         with contextlib.suppress(NotACoreError):
             return read_core(Forward.over(pieces, 64 * 1024 * 1024))

@@ -106,7 +106,7 @@ class Segments:
         self._executable.append(executable)
 
     def places(self) -> Iterator[tuple[int, int]]:
-        """Yield offset and length in the file of each."""
+        """Yield the offset and the length of each in the file."""
         return zip(self._offsets, self._sizes)
 
     def sort(self) -> None:
@@ -217,9 +217,9 @@ def drop_segments_beyond(core: bytearray) -> int:
 
 
 def new_offsets(source: Forward, start: int) -> Iterator[tuple[int, bytes]]:
-    """Yield the place of each segment's offset in the front of a core, and the offset if memory begins at `start`.
+    """Yield the place of each field that holds a segment's offset, and the field's new content.
 
-    The memory is taken to be in the order of the headers, without gaps.
+    In the new layout, memory begins at `start` and follows the order of the headers without gaps.
 
     Raises:
         NotACoreError: it is not the front of a core.

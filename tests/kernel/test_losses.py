@@ -223,9 +223,8 @@ def print_suppressed(node):
 def losses(node, seaweed, bucket, tmp_path, request):
     grace = getattr(request, "param", 3.0)
     environ = seaweed.environ() | {"KERNEL_LOG": "auto"}
-    with node.installed(
-        transport="pipe", pipe_limit=0
-    ):  # restored even if this test is killed while it changes it
+    # The pattern and the limit are restored even if this test is killed.
+    with node.installed(transport="pipe", pipe_limit=0):
         print_suppressed(node)
         with running(node.watch_dir, environ, tmp_path, program=COLLECTOR.format(grace=grace)) as collector:
             wait_until(
