@@ -19,6 +19,8 @@ from tests.support.collector import wait_until
 
 TRANSPORT = os.environ.get("TRANSPORT", "pipe")
 """How the kernel hands dumps over: `pipe`, `@` or `@@`."""
+PF_EXITING = 0x4
+"""In include/linux/sched.h, and in the field `flags` of /proc/PID/stat (proc_pid_stat(5))."""
 DUMP = re.compile(r"core-(.*)-\d+-(\d+)-\d+(-\d+)?(\.gz)?(\.partial)?")
 
 
@@ -29,6 +31,20 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.skip(reason="crashes real processes, needs root: sudo make test"))
+
+
+def is_changing(process):
+    """Say whether a process without a command line starts a program, or ends and may still have files open.
+
+    The kernel takes a process's memory first, then its files, and then makes it a zombie (do_exit in kernel/exit.c).
+
+    Raises:
+        OSError: it is neither (a thread of the kernel has no program), or it is gone.
+    """
+    state, *fields = (process / "stat").read_bytes().rpartition(b")")[2].split()
+    if int(fields[5]) & PF_EXITING:
+        return state not in (b"Z", b"X")
+    return bool((process / "exe").readlink())
 
 
 @dataclass
@@ -153,20 +169,20 @@ class Node:
         return not found or (found[1], int(found[2])) in self.crashes
 
     def settle(self):
-        """Wait until no helper runs."""
-        wait_until(lambda: not self.helpers(or_starting=True), 60, "the helpers to end")
+        """Wait until no helper runs, and until each that has ended has released its locks and files."""
+        wait_until(lambda: not self.helpers(or_changing=True), 60, "the helpers to end")
 
-    def helpers(self, *, or_starting=False):
+    def helpers(self, *, or_changing=False):
         """Return the pids of helpers started from this node's directory.
 
-        With `or_starting`, also those of processes that start a program now, as a helper that starts itself again:
-        they have a program, but no command line for a moment (proc(5)).
+        With `or_changing`, also those of all processes that start a program now, as a helper that starts itself
+        again, and of those that end now: both have no command line for a moment (proc(5)).
         """
         found, program = [], str(self.directory / "core-dump-helper").encode()
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 command = entry.read_bytes()
-                if program in command or (or_starting and not command and (entry.parent / "exe").readlink()):
+                if program in command or (or_changing and not command and is_changing(entry.parent)):
                     found.append(int(entry.parent.name))
         return [pid for pid in found if not self.listener or pid != self.listener.pid]
 

@@ -42,6 +42,11 @@ def score(pid):
         return -1000
 
 
+def open_files(node):
+    """Return how many descriptors the listener has; it closes those of a child after the child has ended."""
+    return len(os.listdir(f"/proc/{node.listener.pid}/fd"))
+
+
 def start_many(node, count, *, name=b"storm", megabytes=0, kind="mixed"):
     """Start processes that crash at once."""
     command = [node.program, "6", name.hex(), str(megabytes), kind, "0"]
@@ -142,12 +147,12 @@ def test_connection_of_a_stranger_is_closed_at_once_and_costs_no_child(node):
                 except (BrokenPipeError, ConnectionResetError):
                     pass
         assert node.names() == []
-        descriptors = len(os.listdir(f"/proc/{node.listener.pid}/fd"))
+        descriptors = open_files(node)
         for _ in range(500):
             with socket.socket(socket.AF_UNIX) as stranger:
                 stranger.connect(str(node.socket))
         node.crash()
-        assert len(os.listdir(f"/proc/{node.listener.pid}/fd")) == descriptors
+        wait_until(lambda: open_files(node) == descriptors, 10, "the listener to close what it had opened")
     assert_whole(node, 1)
 
 
@@ -177,7 +182,7 @@ def test_many_crashes_at_once_are_as_many_dumps(node, count, record_property):
         assert {process.wait(120) for process in crashing} == {-6}
         record_property("released_seconds", round(time.monotonic() - began, 2))
         node.settle()
-        assert len(os.listdir(f"/proc/{node.listener.pid}/fd")) < 12, "nothing stays open"
+        wait_until(lambda: open_files(node) < 12, 10, "the listener to close what it had opened")
     assert_whole(node, count)
 
 
