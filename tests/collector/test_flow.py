@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +84,7 @@ class Store:
 
 
 def test_threads_that_wait_with_parts_of_a_dump_are_as_many_as_connections(seat):
-    """Each looks for a permit twenty times a second, so all 16 would cost a tenth of the CPU of an upload."""
+    """Each has a part in memory or about to be read; more of them would send nothing sooner."""
     store = Store(Flow(seat))
     parts = [BufferPart(n, memoryview(b"part"), last=n == 40, give_back=list) for n in range(1, 41)]
     with ThreadPoolExecutor(1) as threads:
@@ -103,6 +104,86 @@ def test_thread_with_a_permit_needs_no_second_one(seat):
     with flow.permit(), flow.permit():
         assert seat.active == 1
     assert seat.active == 0
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Let threads that wait see what the daemon allows only through the one that looks."""
+    monkeypatch.setattr(flow_module, "LONGEST_WAIT_SECONDS", 60)
+
+
+@pytest.mark.usefixtures("patient")
+def test_one_thread_looks_at_what_the_daemon_allows_and_another_follows_it(seat):
+    seat.connections = 0
+    flow, release, unwanted = Flow(seat), threading.Event(), threading.Event()
+
+    def hold(*is_unwanted):
+        with contextlib.suppress(GivenUpError), flow.permit(*is_unwanted):
+            release.wait(60)
+
+    with ThreadPoolExecutor(16) as threads:
+        threads.submit(hold, unwanted.is_set)  # the one that looks
+        wait_until(lambda: seat.waiting == 1, 10)
+        for _ in range(9):
+            threads.submit(hold)
+        wait_until(lambda: seat.waiting == 10, 10)
+        unwanted.set()
+        wait_until(lambda: seat.waiting == 9, 10)
+        for connections in (1, 2, 6):
+            seat.connections = connections
+            wait_until(lambda: seat.active == connections, 10)  # noqa: B023  it is called at once
+        seat.connections = 0
+        release.set()
+        wait_until(lambda: (seat.active, seat.waiting) == (0, 3), 10)
+        seat.connections = 3
+    assert (seat.active, seat.waiting) == (0, 0)
+
+
+@pytest.mark.usefixtures("patient")
+def test_small_dump_gets_a_new_permit_though_a_thread_of_a_large_one_looks(seat):
+    seat.connections = 1
+    flow, release, held = Flow(seat), threading.Event(), []
+
+    def hold(place):
+        with flow.job(place), flow.permit():
+            held.append(place)
+            release.wait(60)
+
+    with ThreadPoolExecutor(4) as threads:
+        for waiting, place in enumerate((HEAVY, HEAVY, 0)):
+            threads.submit(hold, place)
+            wait_until(lambda: seat.active + seat.waiting == waiting + 1, 10)  # noqa: B023  it is called at once
+        seat.connections = 2
+        wait_until(lambda: len(held) == 2, 10)
+        release.set()
+    assert held == [HEAVY, 0, HEAVY]
+
+
+def test_threads_that_wait_look_no_more_often_than_one(seat):
+    class Counting(Seat):
+        looks = 0
+
+        @property
+        def connections(self):
+            Counting.looks += 1
+            return 0
+
+    counting, wanted = Counting(memoryview(bytearray(SEAT_BYTES))), threading.Event()
+    flow = Flow(counting)
+
+    def wait():
+        with contextlib.suppress(GivenUpError), flow.permit(wanted.is_set):
+            pass
+
+    with ThreadPoolExecutor(16) as threads:
+        for _ in range(16):
+            threads.submit(wait)
+        wait_until(lambda: counting.waiting == 16, 10)
+        before, began = Counting.looks, time.monotonic()
+        time.sleep(1)
+        looks, took = Counting.looks - before, time.monotonic() - began
+        wanted.set()
+    assert looks < 110 * took + 16, "20 times a second each would be 320"
 
 
 def test_permit_that_nobody_wants_any_more_is_not_waited_for(seat):

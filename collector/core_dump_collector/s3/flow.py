@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 LOOK_SECONDS = 0.05
-"""How often a waiting thread looks at what the daemon allows now."""
+"""How often a worker in which threads wait looks at what the daemon allows now."""
+LONGEST_WAIT_SECONDS = 0.5
+"""How often each of those threads reports progress, and looks whether its request is still wanted."""
 LONGEST_TURN_SECONDS = 5.0
 """Longest time that a request waits for one that goes alone."""
 SLICE_SECONDS = 0.25
@@ -83,6 +85,8 @@ class Flow:
         self._lock = threading.Condition()
         self._held = threading.local()
         self._heavy_active = self._light_waiting = 0
+        self._is_watched = False
+        """One of the threads that wait looks at what the daemon allows, for all of them."""
         self._free_at = 0.0
 
     @property
@@ -157,7 +161,7 @@ class Flow:
             self._light_waiting += not is_heavy
             try:
                 while not self._may_go(is_heavy=is_heavy):
-                    self._lock.wait(LOOK_SECONDS)
+                    self._wait_for_change()
                     self.beat()
                     if given_up():
                         raise GivenUpError
@@ -166,6 +170,21 @@ class Flow:
             finally:
                 self._seat.waiting -= 1
                 self._light_waiting -= not is_heavy
+                if not self._is_watched:  # the next one looks
+                    self._lock.notify()
+
+    def _wait_for_change(self) -> None:
+        """Wait until there may be a permit; the lock is held."""
+        if self._is_watched:
+            self._lock.wait(LONGEST_WAIT_SECONDS)
+            return
+        self._is_watched, allowed = True, self._seat.connections
+        try:
+            self._lock.wait(LOOK_SECONDS)
+        finally:
+            self._is_watched = False
+        if self._seat.connections != allowed:
+            self._lock.notify_all()
 
     def _may_go(self, *, is_heavy: bool) -> bool:
         """Tell whether there is a permit; a large dump leaves half of them to small ones that wait."""
