@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from core_dump_collector.s3 import parts
+from core_dump_collector.s3 import sources
 from core_dump_format.core import DELETED, read_build_ids, read_core, read_memory
 from core_dump_format.elf import NotACoreError
 from core_dump_format.frames import RECURSION, choose, decode, find_places, own_places
@@ -103,7 +103,7 @@ def fingerprint_of_file(
     descriptor: int, *, most_bytes: int = MOST_BYTES, seconds: float = SECONDS
 ) -> Fingerprint | None:
     """Compute the fingerprint of a dump on disk, gzip or raw. An OSError while reading it passes through."""
-    if not parts.is_gzip(descriptor):
+    if not sources.is_gzip(descriptor):
         return _of_core(Seekable(descriptor, seconds))
     pieces = inflate_until_damage(_read(descriptor, time.monotonic() + seconds), PIECE_BYTES)
     return _of_core(Forward.over(pieces, most_bytes, seconds))

@@ -1,6 +1,6 @@
 """Owns the worker's side of a job: one dump from the disk to S3, proven, and only then deleted.
 
-`Worker.process` turns every outcome into one result. `s3/parts` owns the bytes that are sent, `s3/transfer` the way
+`Worker.process` turns every outcome into one result. `s3/sources` owns the bytes that are sent, `s3/transfer` the way
 they are sent, `s3/store` the requests.
 """
 
@@ -28,7 +28,7 @@ from core_dump_collector.jobs import (
     fail,
 )
 from core_dump_collector.node import dumpfile
-from core_dump_collector.s3 import documents, parts, record
+from core_dump_collector.s3 import documents, record, sources
 from core_dump_collector.s3.errors import PermanentError, RetryableError
 from core_dump_collector.s3.flow import Flow
 from core_dump_collector.s3.stores import Stores
@@ -139,7 +139,7 @@ class Worker:
         salvaged = SALVAGED in raw
         attempt = record.read(raw, trusted=dump.is_trusted)
         ordered = attempt is None or attempt.order == ORDER_VERSION
-        read = parts.open_source(
+        read = sources.open_source(
             dump,
             self._part_bytes(attempt),
             compress_raw=options.compress_raw,
@@ -230,7 +230,7 @@ def _keep(dump: DumpFile, known: Undeleted, error: OSError) -> UploadResult:
     )
 
 
-def _headers(facts: Facts, read: parts.Source) -> dict[str, Any]:
+def _headers(facts: Facts, read: sources.Source) -> dict[str, Any]:
     kind = "application/gzip" if read.gzip else "application/octet-stream"
     return {"ContentType": kind, "Metadata": facts.user_metadata()}
 

@@ -76,7 +76,7 @@ class Store:
     """A store that answers when the test says so."""
 
     def __init__(self, flow):
-        self.flow, self.release = flow, threading.Event()
+        self.flow, self.release, self.signs_bodies = flow, threading.Event(), True
 
     def put_part(self, key, upload_id, part, crc32):
         self.release.wait(10)

@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from isal import isal_zlib
 
 from core_dump_collector.board import SEAT_BYTES, Seat
+from core_dump_collector.budget import MEBIBYTE
 from core_dump_collector.node.dumpfile import DumpFile
-from core_dump_collector.s3 import compression, parts
+from core_dump_collector.s3 import compression, sources
 from core_dump_collector.s3.flow import Flow
 from core_dump_collector.s3.multipart import SentPart, Whole
-from core_dump_collector.s3.parts import MEBIBYTE, Body, part_size
+from core_dump_collector.s3.parts import BLOCK_BYTES, Body, FilePart
+from core_dump_collector.s3.sources import part_size
 from core_dump_format.crc32 import encode_crc32
 from core_dump_format.gzip import inflate_until_damage
 
@@ -44,7 +46,7 @@ def read_all(body):
 def parts_of(path, part_bytes, **options):
     """Return the bodies of a file's parts, read the way botocore reads them."""
     with DumpFile(str(path.parent), path.name) as dump:
-        read = parts.open_source(dump, part_bytes, **({"compress_raw": True, "salvaged": False} | options))
+        read = sources.open_source(dump, part_bytes, **({"compress_raw": True, "salvaged": False} | options))
         bodies = []
         numbers = []
         for part in read.parts():
@@ -107,7 +109,7 @@ def test_compressed_files_go_up_as_they_are(tmp_path, name):
 def test_no_more_than_two_parts_of_a_stream_exist_at_a_time(tmp_path):
     (tmp_path / RAW).write_bytes(os.urandom(10 * MEBIBYTE))
     with DumpFile(str(tmp_path), RAW) as dump:
-        found = parts.open_source(dump, MEBIBYTE, compress_raw=True, salvaged=False).parts()
+        found = sources.open_source(dump, MEBIBYTE, compress_raw=True, salvaged=False).parts()
         first, second = next(found), next(found)
         first.release()
         third = next(found)  # would wait for ever if `first` had kept its buffer
@@ -119,7 +121,7 @@ def test_no_more_than_two_parts_of_a_stream_exist_at_a_time(tmp_path):
 def test_a_file_that_becomes_shorter_is_an_error_and_never_a_shorter_part(tmp_path):
     (tmp_path / "core.gz").write_bytes(b"x" * 1000)
     with DumpFile(str(tmp_path), "core.gz") as dump:
-        (part,) = parts.open_source(dump, MEBIBYTE, compress_raw=True, salvaged=False).parts()
+        (part,) = sources.open_source(dump, MEBIBYTE, compress_raw=True, salvaged=False).parts()
         os.truncate(tmp_path / "core.gz", 10)
         with pytest.raises(OSError, match="shorter"):
             part.crc32()
@@ -216,7 +218,7 @@ def test_a_sparse_core_is_not_taken_for_a_huge_one(tmp_path):
     with (tmp_path / RAW).open("wb") as file:
         file.truncate(2**40)
     with DumpFile(str(tmp_path), RAW) as dump:
-        read = parts.open_source(dump, 16 * MEBIBYTE, compress_raw=True, salvaged=False)
+        read = sources.open_source(dump, 16 * MEBIBYTE, compress_raw=True, salvaged=False)
         assert read.part_bytes == 16 * MEBIBYTE
 
 
@@ -259,7 +261,7 @@ def test_object_of_one_part_has_the_etag_of_one_request():
 def test_a_body_reads_and_seeks_like_a_file(tmp_path, content, acts):
     (tmp_path / "core.gz").write_bytes(b"before" + content + b"after")
     with (tmp_path / "core.gz").open("rb") as file:
-        part = parts.FilePart(file.fileno(), 1, 6, len(content), last=True)
+        part = FilePart(file.fileno(), 1, 6, len(content), last=True)
         body, like = Body(part), io.BytesIO(content)
         assert len(body) == len(content)
         for act in acts:
@@ -279,6 +281,28 @@ def test_file_that_is_read_only_for_its_checksums_makes_progress_with_each_part(
     seat = Seat(memoryview(bytearray(SEAT_BYTES)))
     flow = Flow(seat)
     with DumpFile(str(tmp_path), f"{RAW}.gz") as dump, flow.job(2):
-        for _ in parts.FileSource(dump, 1).parts(flow):
+        for _ in sources.FileSource(dump, 1).parts(flow):
             assert seat.beaten_at(2)
             seat.clear()
+
+
+def test_parts_that_are_read_at_the_same_time_have_memory_of_their_own_and_give_it_back(tmp_path):
+    (tmp_path / f"{RAW}.gz").write_bytes(b"aabbccdd")
+    with DumpFile(str(tmp_path), f"{RAW}.gz") as dump:
+        first, second, third, _ = sources.FileSource(dump, 2).parts()
+        one, two = first.block(0, 2), second.block(0, 2)
+        assert (bytes(one), bytes(two)) == (b"aa", b"bb")
+        first.release()
+        three = third.block(0, 2)
+        assert (bytes(two), bytes(three)) == (b"bb", b"cc")
+        assert three.obj is one.obj, "memory does not grow with the number of parts"
+
+
+def test_all_of_a_part_can_be_read_at_once(tmp_path):
+    content = random.Random(1).randbytes(3 * BLOCK_BYTES + 1)
+    (tmp_path / "core.gz").write_bytes(content)
+    with (tmp_path / "core.gz").open("rb") as file:
+        body = Body(FilePart(file.fileno(), 1, 0, len(content), last=True))
+        assert len(body.read(1)) == BLOCK_BYTES
+        assert bytes(body.read()) == content[BLOCK_BYTES:]
+        assert body.read() == b""

@@ -16,7 +16,7 @@ from tests.support.cores import Shape, build
 from tests.support.uploads import KEY, MEBIBYTE, NAME, connected, send
 
 from core_dump_collector.jobs import Outcome
-from core_dump_collector.s3 import multipart, ordering, parts
+from core_dump_collector.s3 import multipart, ordering
 from core_dump_format.attributes import UPLOAD_RECORD
 from core_dump_format.core import read_core
 from core_dump_format.stream import Forward
@@ -110,7 +110,7 @@ def test_upload_in_the_kernels_order_is_finished_in_that_order(bucket, core, tmp
     ):
         send(core)
     assert b'"order":0' in os.getxattr(core, UPLOAD_RECORD)
-    with mock.patch.object(parts.ordering, "order", side_effect=AssertionError("it is not asked for")):
+    with mock.patch.object(ordering, "order", side_effect=AssertionError("it is not asked for")):
         assert send(core).outcome is Outcome.UPLOADED
     assert gzip.decompress(s3.body_of(bucket, KEY)) == (tmp_path / "kernel").read_bytes()
     assert "vital" not in as_sidecar(bucket)

@@ -59,6 +59,24 @@ def test_a_dump_arrives_whole_and_leaves_the_disk(seaweed, bucket, watch_dir, ke
     assert s3.unfinished_multiparts(bucket) == []
 
 
+@pytest.mark.parametrize("size", [1 * MEBIBYTE, 12 * MEBIBYTE + 1])
+def test_a_dump_is_read_once_for_its_checksums_and_once_to_be_sent(
+    seaweed, bucket, watch_dir, tls, size, monkeypatch
+):
+    real, read = parts.FilePart.block, []
+
+    def counted(part, offset, wanted):
+        block = real(part, offset, wanted)
+        read.append(len(block))
+        return block
+
+    monkeypatch.setattr(parts.FilePart, "block", counted)
+    with connected(seaweed.environ(tls=tls)):
+        assert send(put(watch_dir, os.urandom(size))).outcome == Outcome.UPLOADED
+    assert sum(read) == 2 * size
+    assert s3.keys_in(bucket)[KEY] == size
+
+
 @pytest.mark.parametrize("size", [100_000, 24 * MEBIBYTE])
 def test_a_raw_core_arrives_as_gzip(seaweed, bucket, watch_dir, keys, tls, size):
     content = os.urandom(size // 2) + bytes(size // 2)

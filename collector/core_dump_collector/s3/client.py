@@ -16,6 +16,7 @@ from botocore.exceptions import BotoCoreError
 
 from core_dump_collector import __version__
 from core_dump_collector.s3.progress import end_stalled_requests
+from core_dump_collector.s3.signature import use_part_signer
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -66,8 +67,9 @@ _WARM = _warm()
 def make_client(options: UploadOptions, flow: Flow) -> S3Client:
     """Return a client. boto3 finds the endpoint and the credentials; `flow` says how much it sends at once."""
     session = _WARM.pop() if _WARM else _make_session()
+    use_part_signer()
     client = _make_client(session, options, sign_payload=None)
-    if sends_checksums(client) and client.meta.endpoint_url.startswith("https:"):
+    if not signs_bodies(client):
         client.close()
         # TLS and a checksum header protect the body: hashing it once more for the signature would double the CPU.
         client = _make_client(session, options, sign_payload=False)
@@ -78,6 +80,11 @@ def make_client(options: UploadOptions, flow: Flow) -> S3Client:
 def sends_checksums(client: S3Client) -> bool:
     """Tell whether requests carry checksums, as the setting says, or the sources that boto3 reads."""
     return bool(client.meta.config.request_checksum_calculation == "when_supported")  # type: ignore[attr-defined]  # dynamic
+
+
+def signs_bodies(client: S3Client) -> bool:
+    """Tell whether signatures cover bodies, which needs their SHA-256."""
+    return not (sends_checksums(client) and client.meta.endpoint_url.startswith("https:"))
 
 
 def _make_client(session: boto3.Session, options: UploadOptions, *, sign_payload: bool | None) -> S3Client:

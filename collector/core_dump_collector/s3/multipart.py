@@ -160,7 +160,9 @@ def _settle_part(  # noqa: PLR0913, PLR0917  what a part needs, and when to give
     """Make sure that the store has a part."""
     try:
         with store.flow.permit(given_up):
-            content = Content(part.size_bytes, part.crc32(), part.md5)
+            is_new = have is None
+            crc32 = part.crc32(with_sha256=is_new and store.signs_bodies)
+            content = Content(part.size_bytes, crc32, part.md5)
             if have is not None and compare(have, content) is Seen.SAME:
                 return SentPart(part.number, part.size_bytes, content.crc32, have.etag, proven=True)
             return _put_part(store, key, upload_id, part, content)

@@ -19,7 +19,7 @@ from core_dump_format.reorder import ORDER_VERSION
 if TYPE_CHECKING:
     from core_dump_collector.metadata import StoredObject
     from core_dump_collector.node.dumpfile import DumpFile
-    from core_dump_collector.s3.parts import Source
+    from core_dump_collector.s3.sources import Source
 
 
 class State(StrEnum):

@@ -16,7 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from core_dump_collector.jobs import RetryReason
 from core_dump_collector.s3 import classify, tries
-from core_dump_collector.s3.client import sends_checksums
+from core_dump_collector.s3.client import sends_checksums, signs_bodies
 from core_dump_collector.s3.condition import PROBE_NAME, Condition
 from core_dump_collector.s3.errors import (
     ConditionRefusedError,
@@ -61,6 +61,7 @@ class Store:
         endpoint = urllib.parse.urlsplit(client.meta.endpoint_url)
         self.place = Place(options.bucket, endpoint.netloc)
         self.sends_checksums = sends_checksums(client)
+        self.signs_bodies = signs_bodies(client)
         self.condition = Condition(options.conditional, endpoint.hostname or "")
         self.condition_key = options.node_folder + PROBE_NAME
         self.may_list = True

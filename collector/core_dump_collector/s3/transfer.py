@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from core_dump_collector.node.dumpfile import DumpFile
-    from core_dump_collector.s3.parts import Part, Source
+    from core_dump_collector.s3.parts import Part
+    from core_dump_collector.s3.sources import Source
     from core_dump_collector.s3.store import Store
 
 MOST_COPIES = 100
@@ -164,7 +165,7 @@ class Transfer:
     # One request
 
     def _put_whole(self, publisher: Publisher, key: str, part: Part) -> tuple[StoredObject, Outcome]:
-        crc32 = part.crc32()
+        crc32 = part.crc32(with_sha256=self._store.signs_bodies)
         stored = StoredObject(key, part.size_bytes, crc32)
 
         def send(conditional: bool) -> Found:  # noqa: FBT001  one parameter
