@@ -26,7 +26,7 @@ LIST = Path(__file__).with_name("mutants.toml")
 PACKAGES = ("format", "helper", "collector", "cli")
 SECONDS = 600
 """Longest run of the tests of one mutant; a mutant that hangs them is caught."""
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "__pycache__", ".hypothesis", "dist", "build")
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", ".*cache", "__pycache__", ".hypothesis", "dist", "build")
 PASSED, FAILED = 0, 1
 """Exit codes of pytest; any other means that the mutant or its list of tests is wrong."""
 

@@ -69,7 +69,7 @@ def make_client(options: UploadOptions, flow: Flow) -> S3Client:
     session = _WARM.pop() if _WARM else _make_session()
     use_part_signer()
     client = _make_client(session, options, sign_payload=None)
-    if not signs_bodies(client):
+    if sends_checksums(client) and client.meta.endpoint_url.startswith("https:"):
         client.close()
         # TLS and a checksum header protect the body: hashing it once more for the signature would double the CPU.
         client = _make_client(session, options, sign_payload=False)
@@ -83,8 +83,9 @@ def sends_checksums(client: S3Client) -> bool:
 
 
 def signs_bodies(client: S3Client) -> bool:
-    """Tell whether signatures cover bodies, which needs their SHA-256."""
-    return not (sends_checksums(client) and client.meta.endpoint_url.startswith("https:"))
+    """Tell whether signatures cover bodies, which needs their SHA-256: always, unless a setting says otherwise."""
+    s3: dict[str, Any] = client.meta.config.s3 or {}  # type: ignore[attr-defined]  # dynamic
+    return s3.get("payload_signing_enabled") is not False
 
 
 def _make_client(session: boto3.Session, options: UploadOptions, *, sign_payload: bool | None) -> S3Client:

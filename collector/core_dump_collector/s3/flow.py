@@ -87,6 +87,8 @@ class Flow:
         self._heavy_active = self._light_waiting = 0
         self._is_watched = False
         """One of the threads that wait looks at what the daemon allows, for all of them."""
+        self._seen = self._seat.connections
+        """What it saw last."""
         self._free_at = 0.0
 
     @property
@@ -178,12 +180,13 @@ class Flow:
         if self._is_watched:
             self._lock.wait(LONGEST_WAIT_SECONDS)
             return
-        self._is_watched, allowed = True, self._seat.connections
+        self._is_watched = True
         try:
             self._lock.wait(LOOK_SECONDS)
         finally:
             self._is_watched = False
-        if self._seat.connections != allowed:
+        before, self._seen = self._seen, self._seat.connections
+        if self._seen != before:
             self._lock.notify_all()
 
     def _may_go(self, *, is_heavy: bool) -> bool:

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 MOST_SENDERS = 16
 """Threads that send parts of one object; the flow decides how many of them send at a time."""
 SPARE = 2
-"""Parts in threads for each connection: those that wait show that more connections are wanted, and look for one all
-the time."""
+"""Parts in threads for each connection: those that wait show that more connections are wanted."""
 
 
 @dataclass(frozen=True, slots=True)

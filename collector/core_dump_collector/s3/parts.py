@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 BLOCK_BYTES = 1024 * 1024
+MOST_FREE_BLOCKS = 2
 SMALL_BYTES = 512 * 1024
 """Up to here a body is sent from memory, which saves the round trip of `Expect: 100-continue`."""
 
@@ -26,10 +27,10 @@ _Buffer = bytes | memoryview
 
 
 class Body(io.RawIOBase):
-    """A part as the file object that botocore sends. A read returns a block, whatever length is requested.
+    """A part as the file object that botocore sends. `read(n)` returns a block, whatever n is; `read()` the rest.
 
     http.client and urllib3 ask for 16 KiB at a time, which would cost more CPU than the sending itself. A block is
-    valid until the next read.
+    valid until anything else reads the part, or releases it.
     """
 
     def __init__(self, part: Part) -> None:
@@ -40,8 +41,8 @@ class Body(io.RawIOBase):
 
     @property
     def sha256(self) -> str | None:
-        """SHA-256 of all bytes in hex, if it is known."""
-        return self._part.sha256
+        """SHA-256 of the bytes from here on in hex, if it is known."""
+        return None if self._position else self._part.sha256
 
     def __len__(self) -> int:
         """Return the part's length."""
@@ -52,7 +53,7 @@ class Body(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next block, or all that is left; empty at the end."""
+        """Return the next block, or what is left; empty at the end."""
         left = max(0, self._part.size_bytes - self._position)
         block = self._part.block(self._position, left if size < 0 else min(left, BLOCK_BYTES))
         self._position += len(block)
@@ -91,7 +92,7 @@ class Part:
         """The error of reading it, which botocore reports as an error of the network."""
 
     def block(self, offset: int, size: int) -> _Buffer:
-        """Return up to `size` bytes from `offset` of the part, valid until the next call."""
+        """Return up to `size` bytes from `offset` of the part, valid until the next call or `release`."""
         raise NotImplementedError
 
     def release(self) -> None:
@@ -102,7 +103,7 @@ class Part:
         return b"".join(map(bytes, self.blocks())) if self.size_bytes <= SMALL_BYTES else Body(self)
 
     def blocks(self) -> Iterator[_Buffer]:
-        """Yield the part's bytes; a block is valid until the next one."""
+        """Yield the part's bytes; each block is valid until the next one."""
         position = 0
         while position < self.size_bytes:
             block = self.block(position, min(BLOCK_BYTES, self.size_bytes - position))
@@ -128,26 +129,27 @@ class Part:
 
 
 class Memory:
-    """Blocks of memory for the parts of one file.
+    """Blocks of memory that the parts of one file are read into, each by one part at a time.
 
-    As many as parts are read at the same time: a block that was used a moment ago is still in the processor's cache,
-    and one that is new has to be zeroed by the kernel first.
+    A block that was used a moment ago is still in the processor's cache, and a new one has to be zeroed first.
     """
 
-    def __init__(self) -> None:
-        """Begin with none."""
+    def __init__(self, size_bytes: int) -> None:
+        """Use blocks for parts of this size."""
+        self._size_bytes = min(BLOCK_BYTES, size_bytes)
         self._free: list[memoryview] = []
 
     def take(self) -> memoryview:
-        """Return a block that nobody uses."""
+        """Return a block that no part uses."""
         try:
             return self._free.pop()
         except IndexError:
-            return memoryview(bytearray(BLOCK_BYTES))
+            return memoryview(bytearray(self._size_bytes))
 
     def give_back(self, block: memoryview) -> None:
-        """Keep a block for the next part."""
-        self._free.append(block)
+        """Keep a block for the next part, unless enough are free: there may be fewer connections than before."""
+        if len(self._free) < MOST_FREE_BLOCKS:
+            self._free.append(block)
 
 
 class FilePart(Part):
@@ -160,7 +162,7 @@ class FilePart(Part):
         super().__init__(number, size_bytes, last=last)
         self._fd = fd
         self._offset = offset
-        self._memory = memory or Memory()
+        self._memory = memory or Memory(size_bytes)
         self._own: memoryview | None = None
 
     def block(self, offset: int, size: int) -> memoryview:

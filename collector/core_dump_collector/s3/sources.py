@@ -65,7 +65,8 @@ class FileSource:
 
     def parts(self, flow: Flow | None = None) -> Iterator[Part]:
         """Yield ranges of the file; an empty file is one empty part."""
-        size, memory = self._dump.size_bytes, Memory()
+        size = self._dump.size_bytes
+        memory = Memory(min(size, self.part_bytes))
         for number, offset in enumerate(range(0, max(size, 1), self.part_bytes), start=1):
             length = min(self.part_bytes, size - offset)
             if flow:

@@ -126,7 +126,10 @@ class Transfer:
         parts = self._source.parts(self._store.flow)
         first = next(parts)
         if first.last:
-            return self._put_whole(publisher, key, first)
+            try:
+                return self._put_whole(publisher, key, first)
+            finally:
+                first.release()
         if not (own_key or self._store.condition.is_trusted_with_parts):
             self._require_visible(key)
         return self._put_parts(publisher, key, chain([first], parts))
