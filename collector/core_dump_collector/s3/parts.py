@@ -180,11 +180,12 @@ class FilePart(Part):
         return view[:count]
 
     def release(self) -> None:
-        """Drop the range from the page cache, which the node's own work needs."""
+        """Drop the range from the page cache, which the node's own work needs; a small dump is deleted in a moment."""
         if self._own is not None:
             self._memory.give_back(self._own)
             self._own = None
-        drop_cache(self._fd, self._offset, self.size_bytes)
+        if self.size_bytes > SMALL_BYTES:
+            drop_cache(self._fd, self._offset, self.size_bytes)
 
 
 class BufferPart(Part):
