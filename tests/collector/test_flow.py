@@ -27,49 +27,55 @@ def seat():
     return seat
 
 
-def test_no_more_permits_are_held_than_allowed_and_the_daemon_sees_who_waits(seat):
-    flow, release, held = Flow(seat), threading.Event(), []
+class Holder:
+    """Holds permits in several threads until the test releases them."""
 
-    def hold():
-        with flow.permit():
-            held.append(1)
-            release.wait(10)
+    def __init__(self, seat):
+        self.flow, self.release = Flow(seat), threading.Event()
+        self.held = []
+        """The place of each job that has got a permit, in that order."""
 
+    def hold(self, place=HEAVY, given_up=lambda: False):
+        """Take a permit unless the request is given up."""
+        with contextlib.suppress(GivenUpError), self.flow.job(place), self.flow.permit(given_up):
+            self.held.append(place)
+            self.release.wait(60)
+
+
+@pytest.fixture
+def holder(seat):
+    return Holder(seat)
+
+
+def test_no_more_permits_are_held_than_allowed_and_the_daemon_sees_who_waits(seat, holder):
     with ThreadPoolExecutor(5) as threads:
         for _ in range(5):
-            threads.submit(hold)
+            threads.submit(holder.hold)
         wait_until(lambda: (seat.active, seat.waiting) == (2, 3), 10)
         seat.connections = 4
         wait_until(lambda: (seat.active, seat.waiting) == (4, 1), 10)
-        assert len(held) == 4
+        assert len(holder.held) == 4
         seat.connections = 0  # those that have one keep it
-        release.set()
+        holder.release.set()
         wait_until(lambda: (seat.active, seat.waiting) == (0, 1), 10)
         seat.connections = 1
-    assert (seat.active, seat.waiting, len(held)) == (0, 0, 5)
+    assert (seat.active, seat.waiting, len(holder.held)) == (0, 0, 5)
 
 
-def test_large_dump_leaves_half_of_the_permits_to_small_ones_that_wait(seat):
+def test_large_dump_leaves_half_of_the_permits_to_small_ones_that_wait(seat, holder):
     seat.connections = 4
-    flow, release, held = Flow(seat), threading.Event(), []
-
-    def hold(place):
-        with flow.job(place), flow.permit():
-            held.append(place)
-            release.wait(10)
-
     with ThreadPoolExecutor(16) as threads:
         for _ in range(8):
-            threads.submit(hold, HEAVY)
-        wait_until(lambda: held == [HEAVY] * 4, 10)
+            threads.submit(holder.hold, HEAVY)
+        wait_until(lambda: holder.held == [HEAVY] * 4, 10)
         for place in range(4):
-            threads.submit(hold, place)
+            threads.submit(holder.hold, place)
         wait_until(lambda: seat.waiting == 8, 10)
         seat.connections = 8
-        wait_until(lambda: len(held) == 8, 10)
-        assert sorted(held) == [0, 1, 2, 3, *[HEAVY] * 4]
-        release.set()
-    assert (seat.active, seat.waiting, len(held)) == (0, 0, 12)
+        wait_until(lambda: len(holder.held) == 8, 10)
+        assert sorted(holder.held) == [0, 1, 2, 3, *[HEAVY] * 4]
+        holder.release.set()
+    assert (seat.active, seat.waiting, len(holder.held)) == (0, 0, 12)
 
 
 class Store:
@@ -108,24 +114,19 @@ def test_thread_with_a_permit_needs_no_second_one(seat):
 
 @pytest.fixture
 def patient(monkeypatch):
-    """Let threads that wait see what the daemon allows only through the one that looks."""
+    """Make waiting threads rely on the one that checks the number of permits."""
     monkeypatch.setattr(flow_module, "LONGEST_WAIT_SECONDS", 60)
 
 
 @pytest.mark.usefixtures("patient")
-def test_one_thread_looks_at_what_the_daemon_allows_and_another_follows_it(seat):
+def test_one_thread_looks_at_what_the_daemon_allows_and_another_follows_it(seat, holder):
     seat.connections = 0
-    flow, release, unwanted = Flow(seat), threading.Event(), threading.Event()
-
-    def hold(*is_unwanted):
-        with contextlib.suppress(GivenUpError), flow.permit(*is_unwanted):
-            release.wait(60)
-
+    unwanted = threading.Event()
     with ThreadPoolExecutor(16) as threads:
-        threads.submit(hold, unwanted.is_set)  # the one that looks
+        threads.submit(holder.hold, HEAVY, unwanted.is_set)  # the one that looks
         wait_until(lambda: seat.waiting == 1, 10)
         for _ in range(9):
-            threads.submit(hold)
+            threads.submit(holder.hold)
         wait_until(lambda: seat.waiting == 10, 10)
         unwanted.set()
         wait_until(lambda: seat.waiting == 9, 10)
@@ -133,30 +134,28 @@ def test_one_thread_looks_at_what_the_daemon_allows_and_another_follows_it(seat)
             seat.connections = connections
             wait_until(lambda: seat.active == connections, 10)  # noqa: B023  it is called at once
         seat.connections = 0
-        release.set()
+        holder.release.set()
         wait_until(lambda: (seat.active, seat.waiting) == (0, 3), 10)
         seat.connections = 3
     assert (seat.active, seat.waiting) == (0, 0)
 
 
 @pytest.mark.usefixtures("patient")
-def test_small_dump_gets_a_new_permit_though_a_thread_of_a_large_one_looks(seat):
+@pytest.mark.parametrize("look_seconds", [0.02, 1])
+def test_small_dump_gets_a_new_permit_though_a_thread_of_a_large_one_looks(
+    seat, holder, monkeypatch, look_seconds
+):
+    """Also if the number was the same before they waited, and has fallen and risen between two looks."""
+    monkeypatch.setattr(flow_module, "LOOK_SECONDS", look_seconds)
     seat.connections = 1
-    flow, release, held = Flow(seat), threading.Event(), []
-
-    def hold(place):
-        with flow.job(place), flow.permit():
-            held.append(place)
-            release.wait(60)
-
     with ThreadPoolExecutor(4) as threads:
         for waiting, place in enumerate((HEAVY, HEAVY, 0)):
-            threads.submit(hold, place)
+            threads.submit(holder.hold, place)
             wait_until(lambda: seat.active + seat.waiting == waiting + 1, 10)  # noqa: B023  it is called at once
         seat.connections = 2
-        wait_until(lambda: len(held) == 2, 10)
-        release.set()
-    assert held == [HEAVY, 0, HEAVY]
+        wait_until(lambda: len(holder.held) == 2, 10)
+        holder.release.set()
+    assert holder.held == [HEAVY, 0, HEAVY]
 
 
 def test_threads_that_wait_look_no_more_often_than_one(seat):

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 LOOK_SECONDS = 0.05
-"""How often a worker in which threads wait looks at what the daemon allows now."""
+"""While threads wait for permits, one of them checks this often how many the daemon allows."""
 LONGEST_WAIT_SECONDS = 0.5
-"""How often each of those threads reports progress, and looks whether its request is still wanted."""
+"""Every waiting thread reports progress this often, and checks whether its request is still wanted."""
 LONGEST_TURN_SECONDS = 5.0
 """Longest time that a request waits for one that goes alone."""
 SLICE_SECONDS = 0.25
@@ -86,9 +86,9 @@ class Flow:
         self._held = threading.local()
         self._heavy_active = self._light_waiting = 0
         self._is_watched = False
-        """One of the threads that wait looks at what the daemon allows, for all of them."""
+        """One waiting thread checks the number of permits; the others rely on it."""
         self._seen = self._seat.connections
-        """What it saw last."""
+        """The number that it found last."""
         self._free_at = 0.0
 
     @property
@@ -185,13 +185,16 @@ class Flow:
             self._lock.wait(LOOK_SECONDS)
         finally:
             self._is_watched = False
-        before, self._seen = self._seen, self._seat.connections
-        if self._seen != before:
-            self._lock.notify_all()
 
     def _may_go(self, *, is_heavy: bool) -> bool:
-        """Tell whether there is a permit; a large dump leaves half of them to small ones that wait."""
+        """Tell whether there is a permit; a large dump leaves half of them to small ones that wait.
+
+        Every waiting thread has asked with the number that was found last, so all ask again when it changes.
+        """
         connections = self._seat.connections
+        if connections != self._seen:
+            self._seen = connections
+            self._lock.notify_all()
         if is_heavy and self._light_waiting and self._heavy_active >= max(1, connections // 2):
             return False
         return self._seat.active < connections
