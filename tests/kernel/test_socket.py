@@ -152,7 +152,9 @@ def test_connection_of_a_stranger_is_closed_at_once_and_costs_no_child(node):
             with socket.socket(socket.AF_UNIX) as stranger:
                 stranger.connect(str(node.socket))
         node.crash()
-        wait_until(lambda: open_files(node) == descriptors, 10, "the listener to close what it had opened")
+        wait_until(
+            lambda: open_files(node) == descriptors, 10, "the listener to close its children's descriptors"
+        )
     assert_whole(node, 1)
 
 
@@ -182,7 +184,7 @@ def test_many_crashes_at_once_are_as_many_dumps(node, count, record_property):
         assert {process.wait(120) for process in crashing} == {-6}
         record_property("released_seconds", round(time.monotonic() - began, 2))
         node.settle()
-        wait_until(lambda: open_files(node) < 12, 10, "the listener to close what it had opened")
+        wait_until(lambda: open_files(node) < 12, 10, "the listener to close its children's descriptors")
     assert_whole(node, count)
 
 

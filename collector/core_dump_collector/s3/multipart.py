@@ -159,8 +159,7 @@ def _settle_part(  # noqa: PLR0913, PLR0917  what a part needs, and when to give
     """Make sure that the store has a part."""
     try:
         with store.flow.permit(given_up):
-            is_new = have is None
-            crc32 = part.crc32(with_sha256=is_new and store.signs_bodies)
+            crc32 = part.crc32(with_sha256=have is None and store.signs_bodies)
             content = Content(part.size_bytes, crc32, part.md5)
             if have is not None and compare(have, content) is Seen.SAME:
                 return SentPart(part.number, part.size_bytes, content.crc32, have.etag, proven=True)

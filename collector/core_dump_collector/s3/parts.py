@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 1024 * 1024
 MOST_FREE_BLOCKS = 2
+"""Blocks of memory that are kept for the next parts of a file."""
 SMALL_BYTES = 512 * 1024
 """Up to here a body is sent from memory, which saves the round trip of `Expect: 100-continue`."""
 
@@ -53,7 +54,7 @@ class Body(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next block, or what is left; empty at the end."""
+        """Return the next block, or all remaining bytes if no size is given; at the end, return nothing."""
         left = max(0, self._part.size_bytes - self._position)
         block = self._part.block(self._position, left if size < 0 else min(left, BLOCK_BYTES))
         self._position += len(block)

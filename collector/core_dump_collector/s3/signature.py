@@ -27,7 +27,7 @@ class PartSigner(S3SigV4Auth):
     """botocore's signer, for bodies that may know their SHA-256."""
 
     def payload(self, request: AWSRequest) -> str:
-        """Return what the signature says of the body: its SHA-256, or that it is not signed."""
+        """Return the content of X-Amz-Content-SHA256: the SHA-256 of the body, or UNSIGNED-PAYLOAD."""
         known = getattr(request.body, "sha256", None)
         if known is not None and self._should_sha256_sign_payload(request):  # type: ignore[attr-defined]  # its stubs
             return str(known)

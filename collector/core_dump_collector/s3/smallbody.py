@@ -126,7 +126,7 @@ class SmallPut:
         quoted, url = percent_encode(key, safe="/~"), str(request.url)
         signing_name = signing.get("signing_name") or signing_name
         region = signing.get("region") or region_name
-        if not key or signature_version != "s3v4" or not url.endswith("/" + quoted):
+        if not key or signature_version != signature.VERSION or not url.endswith("/" + quoted):
             return  # other kinds of signers cannot be made in this way
         if signature.can_sign(request_signer.get_auth_instance(signing_name, region, signature_version)):
             self._pattern = _Pattern(

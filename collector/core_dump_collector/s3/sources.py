@@ -40,7 +40,7 @@ class Source(Protocol):
     gzip: bool
     """Whether the object is gzip, so that its key ends in `.gz`."""
     facts: Mapping[str, str | int]
-    """Fields of the metadata object that come from what is done here: the length of a file that is compressed, say."""
+    """Fields that the source adds to the metadata object, such as the length of a core that it compresses."""
     order: int
     """Version of the order of a raw core; 0 for the kernel's."""
 
